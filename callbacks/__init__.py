@@ -1,0 +1,9 @@
+"""Lightning callbacks, usable with any module that has a context encoder and a target encoder."""
+
+from callbacks.checkpointing import BestCheckpoint, LastCheckpoint
+from callbacks.collapse import CollapseAlarm, CollapseWarning
+from callbacks.ema import EMAUpdate
+from callbacks.stopwatch import Stopwatch
+from callbacks.weight_decay import WeightDecaySchedule
+
+__all__ = ["BestCheckpoint", "CollapseAlarm", "CollapseWarning", "EMAUpdate", "LastCheckpoint", "Stopwatch", "WeightDecaySchedule"]

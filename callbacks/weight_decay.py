@@ -1,0 +1,42 @@
+"""Weight decay that changes during training."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from callbacks.schedules import cosine, total_optimizer_steps
+
+
+class WeightDecaySchedule(Callback):
+    """Set the weight decay of the parameter groups named "decay" on a cosine over the optimizer steps.
+
+    Groups of any other name (biases, norms, position tables) keep what they have. The value is set before each batch as
+    a function of the step, hence unharmed by accumulation and by a resume, and in time for `LearningRateMonitor`.
+
+    Args:
+        start: At the first optimizer step, >= 0.
+        end: At the last, >= 0.
+
+    Raises:
+        ValueError: A negative weight decay.
+    """
+
+    def __init__(self, start: float, end: float) -> None:
+        if start < 0 or end < 0:
+            raise ValueError(f"weight decay from {start} to {end}: both must be >= 0.")
+        self.start, self.end = start, end
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._total = total_optimizer_steps(trainer)
+        if not any(group.get("name") == "decay" for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            raise ValueError(
+                "WeightDecaySchedule found no parameter group named 'decay'. Build the groups with "
+                "jepa_lightning.optim.parameter_groups."
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        value = cosine(trainer.global_step, self._total, self.start, self.end)
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if group.get("name") == "decay":
+                    group["weight_decay"] = value

@@ -1,0 +1,24 @@
+"""What data modules hand to modules: the contract between the two.
+
+Shapes: B samples, T windows in time, C channels, S image size.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class PendulumBatch(NamedTuple):
+    """A batch of double-pendulum clips.
+
+    A window is `history` consecutive frames, so that one observation contains velocities; window t ends at the frame
+    whose state is `states[:, t]`.
+    """
+
+    observations: Tensor
+    """Pixels: (B, T, history * C, S, S) in [0, 1], oldest frame first. Coordinates: (B, T, history * 4), each frame
+    x1, y1, x2, y2 in metres."""
+
+    states: Tensor
+    """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
+    only: no JEPA sees them in training."""

@@ -1,0 +1,208 @@
+"""The double pendulum as a data module: generated in a second, kept as states, drawn on the device.
+
+10,000 trajectories of 30 frames are 5 MB of states and would be 5 GB of pictures, while drawing a batch costs a few
+per cent of a training step. So nothing is cached on disk, and nothing can go stale.
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from datamodules.batches import PendulumBatch
+from datamodules.physics import Pendulum, sample_initial_states
+from datamodules.rendering import check_picture, render
+from datamodules.resumable import EpochBatches, ResumableLoader, seeded_generator
+
+SPLITS = ("train", "val", "test")
+CLIP_STREAM = len(SPLITS)  # the seed's fourth use: where a clip starts
+
+
+class Clips(Dataset[Tensor]):
+    """Random clips of trajectories. Where a clip starts is a function of (seed, epoch, index).
+
+    Args:
+        trajectories: (N, T, 4) states.
+        length: Frames per clip.
+        seed: Of the starts.
+    """
+
+    def __init__(self, trajectories: Tensor, length: int, seed: int) -> None:
+        self.trajectories, self.length, self.seed = trajectories, length, seed
+        self._starts: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __getitem__(self, item: tuple[int, int]) -> Tensor:
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> Tensor:
+        """States of the clips named by (epoch, index): (B, length, 4)."""
+        epoch = items[0][0]
+        if self._starts[0] != epoch:
+            last = self.trajectories.shape[1] - self.length
+            generator = seeded_generator(self.seed, CLIP_STREAM, epoch)
+            self._starts = (epoch, torch.randint(0, last + 1, (len(self),), generator=generator))
+        index = torch.tensor([index for _, index in items])
+        frames = self._starts[1][index][:, None] + torch.arange(self.length)
+        return self.trajectories[index[:, None], frames]
+
+
+class DoublePendulum(LightningDataModule):
+    """Trajectories of a double pendulum, observed as pixels or as coordinates of the two bobs.
+
+    Training, validation and test trajectories come from seeds of their own. Initial angles are uniform in [-pi, pi] and
+    angular velocities in [-2 pi, 2 pi].
+
+    Args:
+        size: Number of training trajectories.
+        sequence_length: Frames of a training or validation trajectory, 0.05 s apart.
+        clip_length: Frames of a trajectory that one training sample shows, from a random start in each epoch; at most
+            `sequence_length`, and by default all of it.
+        val_size: Number of validation trajectories.
+        test_size: Number of test trajectories.
+        test_sequence_length: Frames of a test trajectory.
+        observation: "pixels" draws the pendulum, "coordinates" gives x1, y1, x2, y2 of the bobs in metres.
+        history: Consecutive frames per observation. Two are the fewest that contain a velocity.
+        image_size: Height and width of a picture in pixels.
+        channels: 1 for grey, 3 for RGB.
+        masses: Of the two bobs in kilograms.
+        lengths: Of the two rods in metres.
+        gravity: In metres per second squared.
+        batch_size: Trajectories per batch and process.
+        num_workers: Processes that cut clips; the default does it in the training process, which costs less than
+            sending them.
+        seed: Of all trajectories, clips and orders.
+
+    Raises:
+        ValueError: A number out of its range, named together with what is allowed.
+    """
+
+    def __init__(
+        self,
+        size: int = 10_000,
+        sequence_length: int = 30,
+        clip_length: int | None = None,
+        val_size: int = 256,
+        test_size: int = 1_000,
+        test_sequence_length: int = 120,
+        observation: Literal["pixels", "coordinates"] = "pixels",
+        history: int = 2,
+        image_size: int = 64,
+        channels: int = 1,
+        masses: tuple[float, float] = (1.0, 1.0),
+        lengths: tuple[float, float] = (1.0, 1.0),
+        gravity: float = 9.81,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "size": size,
+            "val_size": val_size,
+            "test_size": test_size,
+            "history": history,
+            "batch_size": batch_size,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"data.{name}={value}: give a whole number of at least 1.")
+        if seed < 0 or num_workers < 0:
+            raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
+        for name, frames in (("sequence_length", sequence_length), ("test_sequence_length", test_sequence_length)):
+            if frames <= history:
+                raise ValueError(
+                    f"data.{name}={frames}: must exceed history={history}, or there is no later frame to predict."
+                )
+        clip_length = sequence_length if clip_length is None else clip_length
+        if not history < clip_length <= sequence_length:
+            raise ValueError(
+                f"data.clip_length={clip_length}: choose more than history={history} and at most "
+                f"sequence_length={sequence_length} frames."
+            )
+        if observation not in ("pixels", "coordinates"):
+            raise ValueError(f"data.observation={observation!r}: choose 'pixels' or 'coordinates'.")
+        check_picture(image_size, channels)
+        self.pendulum = Pendulum(tuple(masses), tuple(lengths), gravity)
+        self.sizes = {"train": size, "val": val_size, "test": test_size}
+        self.num_frames = {"train": sequence_length, "val": sequence_length, "test": test_sequence_length}
+        self.clip_length, self.history, self.observation = clip_length, history, observation
+        self.image_size, self.channels = image_size, channels
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self._trajectories: dict[str, Tensor] = {}
+
+    def trajectories(self, split: str) -> Tensor:
+        """States of all trajectories of "train", "val" or "test", generated at the first call: (N, T, 4), float32.
+
+        They are integrated in float64, in which the 120 frames of a test trajectory are exact to the eye.
+        """
+        if split not in self._trajectories:
+            generator = seeded_generator(self.seed, SPLITS.index(split))
+            initial = sample_initial_states(self.sizes[split], generator)
+            self._trajectories[split] = self.pendulum.simulate(initial, self.num_frames[split]).float()
+        return self._trajectories[split]
+
+    def observe(self, states: Tensor) -> PendulumBatch:
+        """Turn states into observations, on the device where the states are.
+
+        Args:
+            states: (B, F, 4) of consecutive frames.
+
+        Returns:
+            A batch of T = F - history + 1 windows.
+        """
+        if self.observation == "pixels":
+            frames = render(states, self.image_size, self.pendulum.lengths, self.channels)  # (B, F, C, S, S)
+        else:
+            frames = self.pendulum.positions(states)  # (B, F, 4)
+        num_windows = states.shape[1] - self.history + 1
+        windows = torch.cat([frames[:, i : i + num_windows] for i in range(self.history)], dim=2)
+        return PendulumBatch(windows, states[:, self.history - 1 :])
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
+        return self.observe(batch)
+
+    def train_dataloader(self) -> ResumableLoader:
+        sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self._rank())
+        clips = Clips(self.trajectories("train"), self.clip_length, self.seed)
+        return ResumableLoader(clips, sampler, self.num_workers, pin_memory=self._on_gpu())
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._held_out_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._held_out_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._held_out_loader("test")
+
+    def _held_out_loader(self, split: str) -> DataLoader[Any]:
+        """Every trajectory once, in order. Processes take turns, and none sees one twice."""
+        rank, num_ranks = self._rank()
+        trajectories = self.trajectories(split)
+        mine = Subset(_Rows(trajectories), range(rank, len(trajectories), num_ranks))
+        return DataLoader(mine, batch_size=self.batch_size, pin_memory=self._on_gpu())
+
+    def _rank(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _on_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+
+class _Rows(Dataset[Tensor]):
+    """The rows of a tensor as a data set."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]

@@ -1,0 +1,106 @@
+"""A training loader that can stop in the middle of an epoch and go on from there, bit for bit."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from numpy.random import SeedSequence
+from torch.utils.data import DataLoader, Dataset
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of `key` (say seed, epoch, rank) and of nothing else."""
+    # A hash of the key, so that neighbouring seeds share no stream.
+    return torch.Generator().manual_seed(int(SeedSequence(key).generate_state(1, "uint64")[0] >> 1))
+
+
+class EpochBatches:
+    """Batch sampler: which samples, in which order, as a pure function of (seed, epoch, rank).
+
+    All ranks cut their batches from one permutation, so batch n of all ranks together is batch n of a single process
+    with the global batch size. The last, incomplete global batch is dropped.
+
+    Args:
+        num_samples: Size of the data set.
+        batch_size: Per rank.
+        seed: Of the permutations.
+        rank: Of this process.
+        num_ranks: Number of processes.
+
+    Raises:
+        ValueError: Fewer samples than one global batch.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1) -> None:
+        if num_samples < batch_size * num_ranks:
+            raise ValueError(
+                f"{num_samples} training samples do not fill one batch of batch_size={batch_size} on {num_ranks} "
+                "process(es). Generate more (data.size) or lower data.batch_size."
+            )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.num_ranks = rank, num_ranks
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_samples // (self.batch_size * self.num_ranks)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield lists of (epoch, index): the data set may draw its own randomness from the two."""
+        order = torch.randperm(self.num_samples, generator=seeded_generator(self.seed, self.epoch))
+        batches = order[: len(self) * self.batch_size * self.num_ranks].view(-1, self.num_ranks, self.batch_size)
+        for batch in batches[self.first_batch :, self.rank].tolist():
+            yield [(self.epoch, index) for index in batch]
+
+
+class ResumableLoader:
+    """A DataLoader with a `state_dict`, which Lightning saves in each checkpoint and restores on `--ckpt_path`.
+
+    What is saved is the number of batches handed out in this epoch. Batches that workers have prepared but nobody has
+    taken do not count, and because the samples are a function of (seed, epoch, index) the number of workers is free to
+    change.
+
+    Args:
+        dataset: With a `__getitems__` that takes a list of (epoch, index) and returns a collated batch.
+        sampler: Order of the samples.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        pin_memory: Put batches into page-locked memory, for faster copies to a GPU.
+    """
+
+    def __init__(self, dataset: Dataset[Any], sampler: EpochBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self.sampler = sampler
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_already_collated,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+        )
+        self._taken = 0
+        self._resume_at = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._taken = self.sampler.first_batch = self._resume_at
+        self._resume_at = 0
+        for batch in self.loader:
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out in this epoch."""
+        return {"taken": self._taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next iteration after the batches that were handed out; a finished epoch starts anew."""
+        self._resume_at = state["taken"] % len(self)
+
+
+def _already_collated(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,117 @@
+"""The command line: one LightningCLI over every module and data module.
+
+    python -m jepa_lightning {fit,validate,test,predict} --config configs/NAME.yaml [--any.key value]
+
+A class may be named without its package (`class_path: PendulumJEPA`), because the packages are imported here.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import callbacks  # noqa: F401  (short class names)
+import datamodules  # noqa: F401  (short class names)
+from callbacks import BestCheckpoint, LastCheckpoint, Stopwatch
+from jepa_lightning import probes  # noqa: F401  (short class names)
+from jepa_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
+from jepa_lightning.losses import NonFiniteLossError
+
+TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
+
+
+class JEPACommandLine(LightningCLI):
+    """LightningCLI with this application's defaults: where a run is written, what is monitored, what is saved."""
+
+    def parse_arguments(self, parser: Any, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        self._asked_model = self._section().get("model")
+        checkpoint = self._section().get("ckpt_path")
+        if checkpoint and checkpoint not in ("last", "best", "hpc", "registry"):
+            read_checkpoint(checkpoint)  # for its errors, before Lightning's
+
+    def _section(self) -> Any:
+        """The configuration of the chosen subcommand."""
+        return self.config[self.config.subcommand] if "subcommand" in self.config else self.config
+
+    def before_instantiate_classes(self) -> None:
+        section = self._section()
+        # A checkpoint's model arguments replace those of the command line and the YAML (Lightning issue 20801).
+        if self._asked_model is not None and section.get("ckpt_path"):
+            asked = vars(self._asked_model.get("init_args", {}))
+            loaded = vars(section.model.get("init_args", {}))
+            differing = [name for name in asked if name in loaded and asked[name] != loaded[name]]
+            for name in differing:
+                warnings.warn(
+                    f"model.{name}={asked[name]} is overruled by {loaded[name]} from the checkpoint {section.ckpt_path}: "
+                    "a resumed model keeps its arguments.",
+                    stacklevel=2,
+                )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        section = self._section()
+        if section.trainer.get("default_root_dir") is None:
+            kind = section.model.class_path.rsplit(".", 1)[-1]
+            section.trainer.default_root_dir = str(Path("runs") / kind)
+        root = Path(section.trainer.default_root_dir)
+        check_writable(root)
+        if section.trainer.get("logger") in (None, True):
+            kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
+        plugins = section.trainer.get("plugins") or []
+        kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
+        return super().instantiate_trainer(**kwargs)
+
+
+def check_writable(directory: Path) -> None:
+    """Make the run directory.
+
+    Raises:
+        ValueError: It cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"The run directory {directory} cannot be written to ({error.strerror}): choose another with "
+            "--trainer.default_root_dir."
+        ) from error
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: Arguments instead of those of the process, as a list of strings.
+
+    Raises:
+        SystemExit: With code 1 and one message for what a user can mend, unless the environment variable
+            JEPA_TRACEBACK asks for the traceback; with code 2 for arguments that cannot be parsed.
+    """
+    try:
+        JEPACommandLine(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "callbacks": [BestCheckpoint(), LastCheckpoint(), LearningRateMonitor("step", log_weight_decay=True), Stopwatch()],
+                "log_every_n_steps": 20,
+            },
+            args=args,
+        )
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        sys.exit(f"error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)")

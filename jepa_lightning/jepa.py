@@ -1,0 +1,176 @@
+"""What every joint-embedding predictive architecture here shares: networks, loss, optimizer, callbacks and monitoring.
+
+Shapes: B batch, T times, N samples, D width.
+"""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from callbacks.collapse import CollapseAlarm
+from callbacks.ema import EMAUpdate
+from callbacks.schedules import ScheduleName, total_optimizer_steps
+from callbacks.weight_decay import WeightDecaySchedule
+from jepa_lightning.losses import check_finite, prediction_loss
+from jepa_lightning.metrics import FeatureStatistics
+from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.regularizers import Regularizer, RegularizerName
+
+
+class TargetPairs(NamedTuple):
+    """What one batch asks of the predictor."""
+
+    predictions: Tensor
+    """(..., D), with gradient."""
+
+    targets: Tensor
+    """(..., D), from the target encoder, without gradient."""
+
+    features: Tensor
+    """(B, T, D) output of the context encoder, with gradient, for the regularizer."""
+
+    target_features: Tensor
+    """(B, T, D) output of the target encoder."""
+
+
+class JEPA(LightningModule, ABC):
+    """Predict, in feature space, what the context does not show.
+
+    A subclass builds its networks, hands them to `set_networks` and implements `target_pairs`. The rest is here: the
+    target encoder is a frozen copy that `callbacks.EMAUpdate` moves once per optimizer step; AdamW with a warm-up and a
+    cosine; optional cosine weight decay; feature statistics at validation and an alarm that reads them.
+
+    Args:
+        learning_rate: Peak of the schedule, at the end of the warm-up.
+        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Of kernels and matrices; biases and norms have none.
+        final_weight_decay: Where a cosine takes the weight decay by the last step; `weight_decay` if left out.
+        momentum: Of the first target update, in [0, 1].
+        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
+        momentum_schedule: Way from the one to the other.
+        regularizer: What keeps the features apart: "variance_hinge" or "vicreg".
+        regularizer_weights: Weight of each of its terms, see `jepa_lightning.regularizers`.
+
+    Raises:
+        ValueError: A value out of its range, named together with what is allowed.
+    """
+
+    context_encoder: nn.Module
+    target_encoder: nn.Module
+    predictor: nn.Module
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float,
+        warmup_fraction: float,
+        weight_decay: float,
+        final_weight_decay: float | None,
+        momentum: float,
+        final_momentum: float,
+        momentum_schedule: ScheduleName,
+        regularizer: RegularizerName,
+        regularizer_weights: dict[str, float] | None,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
+        if not 0 <= warmup_fraction < 1:
+            raise ValueError(f"model.warmup_fraction={warmup_fraction}: choose a part of the training in [0, 1).")
+        self.learning_rate, self.warmup_fraction = learning_rate, warmup_fraction
+        self.weight_decay = weight_decay
+        self.final_weight_decay = weight_decay if final_weight_decay is None else final_weight_decay
+        self._ema = EMAUpdate(momentum, final_momentum, momentum_schedule)
+        self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay)
+        self.regularizer = Regularizer(regularizer, regularizer_weights)
+
+    def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
+        """Take the networks and make the target encoder, a frozen copy of the context encoder as initialised.
+
+        Args:
+            context_encoder: Returns features of width D.
+            predictor: Maps features to features.
+            dim: D.
+        """
+        self.context_encoder = context_encoder
+        self.predictor = predictor
+        self.target_encoder = copy.deepcopy(context_encoder).requires_grad_(False).eval()
+        self.target_statistics = FeatureStatistics(dim)
+        self.context_statistics = FeatureStatistics(dim)
+
+    @abstractmethod
+    def target_pairs(self, batch: Any) -> TargetPairs:
+        """Predictions and what they should have been, for one batch."""
+
+    @abstractmethod
+    def encode(self, observations: Tensor) -> Tensor:
+        """Features of the target encoder, without gradient: what probes and users take."""
+
+    def train(self, mode: bool = True) -> "JEPA":
+        """Switch to training mode, all but the target encoder: no dropout in the targets."""
+        super().train(mode)
+        self.target_encoder.eval()
+        return self
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        pairs = self.target_pairs(batch)
+        prediction = prediction_loss(pairs.predictions, pairs.targets)
+        penalty, terms = self.regularizer(self.gather(pairs.features))
+        loss = prediction + penalty
+        check_finite(loss, self.trainer.global_step)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/prediction_loss", prediction)
+        self.log_dict({f"train/regularizer_{name}": term for name, term in terms.items()})
+        return loss
+
+    def gather(self, features: Tensor) -> Tensor:
+        """Features of all processes, in rank order, with gradient: (B, T, D) -> (B * processes, T, D).
+
+        Each process then holds the statistics of the global batch. The backward pass adds up the gradients of all
+        processes' losses, DDP averages over the processes, and what remains is the gradient of a single process.
+        """
+        if self.trainer.world_size == 1:
+            return features
+        gathered = self.all_gather(features, sync_grads=True)  # (processes, B, T, D)
+        return gathered.flatten(0, 1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        pairs = self.target_pairs(batch)
+        self.log("val/loss", prediction_loss(pairs.predictions, pairs.targets), sync_dist=True, prog_bar=True)
+        self.target_statistics.update(pairs.target_features)
+        self.context_statistics.update(pairs.features)
+        return pairs
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{name}": value for name, value in self.target_statistics.compute().items()})
+        self.log_dict({f"val/context_{name}": value for name, value in self.context_statistics.compute().items()})
+        self.target_statistics.reset()
+        self.context_statistics.reset()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.trainer.global_step % self.trainer.log_every_n_steps:
+            return
+        for name, module in (("encoder", self.context_encoder), ("predictor", self.predictor)):
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = parameter_groups([self.context_encoder, self.predictor], self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        total = total_optimizer_steps(self.trainer)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": warmup_cosine_schedule(optimizer, total, self.warmup_fraction),
+        }
+
+    def configure_callbacks(self) -> list[Callback]:
+        """EMA and schedules, which no run may lack, and the alarm unless the Trainer has its own."""
+        callbacks: list[Callback] = [self._ema, self._weight_decay_schedule]
+        if not any(isinstance(callback, CollapseAlarm) for callback in self.trainer.callbacks):
+            callbacks.append(CollapseAlarm())
+        return callbacks

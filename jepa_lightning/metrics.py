@@ -1,0 +1,136 @@
+"""Measures of a representation and of a forecast.
+
+The two that are gathered over batches are `torchmetrics.Metric`s: their states are sums, so several processes give the
+figures of one. Shapes: N samples, D width, L labels, T times.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class FeatureStatistics(Metric):
+    """Standard deviations and effective ranks of features, from their mean and covariance.
+
+    Args:
+        dim: D, width of the features.
+    """
+
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor) -> None:
+        """Take in features of shape (..., D)."""
+        flat = features.detach().flatten(0, -2).to(self.total.dtype)
+        self.count += len(flat)
+        self.total += flat.sum(dim=0)
+        self.outer += flat.T @ flat
+
+    def compute(self) -> dict[str, Tensor]:
+        """Figures by name, scalars.
+
+        feature_std, feature_std_min: mean and least standard deviation of a dimension.
+        rankme: exp of the entropy of the normalised eigenvalues of the covariance, between 1 and D. (Garrido et al.
+            2023 use the singular values of the uncentred features, which the mean dominates.)
+        participation_ratio: (sum of eigenvalues)^2 / sum of their squares, between 1 and D.
+        top_share: share of the greatest eigenvalue in their sum.
+        """
+        mean = self.total / self.count
+        covariance = self.outer / self.count - torch.outer(mean, mean)
+        std = covariance.diagonal().clamp(min=0).sqrt()
+        eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
+        # A constant feature has no directions at all; count it as one.
+        share = eigenvalues / eigenvalues.sum().clamp(min=1e-30)
+        return {
+            "feature_std": std.mean(),
+            "feature_std_min": std.min(),
+            "rankme": torch.special.entr(share).sum().exp(),
+            "participation_ratio": 1 / share.square().sum().clamp(min=1 / len(share)),
+            "top_share": share.max(),
+        }
+
+
+class RidgeProbe(Metric):
+    """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
+
+    Kept are the sums that the normal equations need, not the samples. Features are standardised, so `ridge` is relative
+    to a feature's variance.
+
+    Args:
+        dim: D, width of the features.
+        num_labels: L.
+        ridge: Penalty.
+    """
+
+    full_state_update = False
+    fit_moments: Tensor
+    test_moments: Tensor
+
+    def __init__(self, dim: int, num_labels: int, ridge: float = 1e-5) -> None:
+        super().__init__()
+        self.dim, self.ridge = dim, ridge
+        size = 1 + dim + num_labels  # moments of (1, features, labels)
+        for name in ("fit_moments", "test_moments"):
+            self.add_state(name, torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, features: Tensor, labels: Tensor, fit: bool) -> None:
+        """Take in features (N, D) and labels (N, L), to fit on or to judge by."""
+        rows = torch.cat([torch.ones_like(features[:, :1]), features, labels], dim=1).to(self.fit_moments.dtype)
+        moments = self.fit_moments if fit else self.test_moments
+        moments += rows.T @ rows
+
+    def weights(self, ridge: float | None = None) -> Tensor:
+        """The fitted map from (1, features) to labels: (1 + D, L)."""
+        features, labels = slice(1, 1 + self.dim), slice(1 + self.dim, None)
+        count = self.fit_moments[0, 0]
+        mean = self.fit_moments[0] / count
+        covariance = self.fit_moments / count - torch.outer(mean, mean)
+        penalty = torch.diag(covariance.diagonal()[features]) * (self.ridge if ridge is None else ridge)
+        # A dimension that never varies would make the system singular; it gets the weight 0.
+        penalty += 1e-12 * torch.eye(self.dim, dtype=penalty.dtype, device=penalty.device)
+        slopes = torch.linalg.solve(covariance[features, features] + penalty, covariance[features, labels])
+        return torch.cat([(mean[labels] - mean[features] @ slopes)[None], slopes])
+
+    def r2(self, weights: Tensor) -> Tensor:
+        """1 - squared error / variance of each label on the judging samples: (L,)."""
+        inputs, labels = slice(0, 1 + self.dim), slice(1 + self.dim, None)
+        count, moments = self.test_moments[0, 0], self.test_moments
+        squares = moments[labels, labels].diagonal()
+        error = (
+            squares - 2 * (weights * moments[inputs, labels]).sum(0) + (weights * (moments[inputs, inputs] @ weights)).sum(0)
+        )
+        return 1 - error / (squares - moments[0, labels].square() / count)
+
+    def compute(self) -> Tensor:
+        """R2 of each label on the judging samples: (L,)."""
+        return self.r2(self.weights())
+
+
+def r2_score(predictions: Tensor, targets: Tensor) -> Tensor:
+    """1 - squared error / variance, per label: (N, L), (N, L) -> (L,). 1 is perfect, 0 is the mean, and it can be negative."""
+    predictions, targets = predictions.double(), targets.double()
+    error = (predictions - targets).square().sum(dim=0)
+    return 1 - error / (targets - targets.mean(dim=0)).square().sum(dim=0)
+
+
+def valid_prediction_time(errors: Tensor, threshold: float = 0.4) -> Tensor:
+    """How long each forecast stays valid: the first step whose error exceeds the threshold.
+
+    Args:
+        errors: (N, T), of predictions 1 ... T steps ahead, relative to the spread of the data.
+        threshold: 0.4 is usual for chaotic systems.
+
+    Returns:
+        (N,) in steps; T for forecasts that never fail.
+    """
+    failed = errors > threshold
+    first = failed.int().argmax(dim=1) + 1
+    return torch.where(failed.any(dim=1), first, errors.shape[1])

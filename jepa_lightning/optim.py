@@ -1,0 +1,37 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from callbacks.schedules import warmup_cosine
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters into "decay" (matrices and kernels) and "no_decay" (biases and norms).
+
+    Frozen parameters, the target encoder's among them, are left out. The names of the groups are what
+    `callbacks.WeightDecaySchedule` and the learning-rate monitor go by.
+    """
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    return [
+        {"name": "decay", "params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def warmup_cosine_schedule(optimizer: Optimizer, total_steps: int, warmup_fraction: float) -> dict[str, Any]:
+    """The learning rate of every optimizer step, in the form that Lightning's `configure_optimizers` returns.
+
+    Args:
+        optimizer: Holds the peak learning rates.
+        total_steps: Optimizer steps of the whole training.
+        warmup_fraction: Part of them, in [0, 1), over which the rate rises from a hundredth of its peak.
+    """
+    warmup = int(warmup_fraction * total_steps)
+    factor = partial(warmup_cosine, total=total_steps, warmup=warmup, start=0.01)
+    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}

@@ -1,0 +1,113 @@
+"""The report of a run: figures beside their controls, as JSON for programs and as a table for people."""
+
+import io
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+COLUMNS = {
+    "jepa": "JEPA",
+    "random_encoder": "random encoder",
+    "pca": "PCA",
+    "persistence": "persistence",
+    "constant_velocity": "constant velocity",
+}
+
+# (key in the JSON, name in the table, digits); a "*" stands for every key at its place.
+ROWS = (
+    (("probe", "linear_r2", "*"), "linear R2 of {}", 3),
+    (("probe", "mlp_r2", "*"), "MLP R2 of {}", 3),
+    (("rollout", "ratio_to_persistence", "*"), "feature error / persistence, {} frames ahead", 3),
+    (("vpt_frames",), "valid-prediction time, median frames (capped at 100)", 0),
+    (("vpt_frames_mean",), "valid-prediction time, mean", 1),
+    (("vpt_frames_standard_error",), "its standard error", 1),
+    (("vpt_frames_at_0.2",), "valid-prediction time at the stricter 0.2, median", 0),
+    (("decoder", "iou", "*"), "IoU of decoded picture, {} frames ahead", 3),
+    (("decoder", "mse"), "squared error of decoded picture", 5),
+    (("decoder", "mse_over_mean_image"), "the same over that of the mean picture", 3),
+    (("energy_error", "*"), "energy error, {} frames ahead (median, of energy above rest)", 3),
+    (("rankme",), "RankMe of 64 dimensions", 1),
+)
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """Write report.json and report.md, and print the table.
+
+    Args:
+        directory: The run directory.
+        report: Figures of the JEPA at the top, of the controls under "baselines".
+    """
+    command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
+    (directory / "report.json").write_text(json.dumps(report | {"command": command}, indent=2) + "\n")
+    table = markdown_table(report)
+    test_set, seconds = report["test_set"], report["seconds"]
+    trained = "" if seconds["training"] is None else f" The JEPA was trained for {seconds['training']:.0f} s."
+    lines = [
+        "# Report",
+        "",
+        f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at window "
+        f"{test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on training "
+        "trajectories. Constant velocity starts from the true state.",
+        "",
+        table,
+        "",
+        f"Made by `{command}`.",
+        "",
+    ]
+    (directory / "report.md").write_text("\n".join(lines))
+    print(f"\n{table}\n")
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".md", ".mp4", ".png"):
+            print(path)
+
+
+def markdown_table(report: dict[str, Any]) -> str:
+    """One row per figure, one column per forecaster; a dash where a figure means nothing."""
+    columns = {"jepa": report} | report["baselines"]
+    header = ["figure", *(COLUMNS[name] for name in columns)]
+    lines = ["| " + " | ".join(header) + " |", "| :-- |" + " --: |" * len(columns)]
+    for path, title, digits in ROWS:
+        found = {name: _look_up(figures, path) for name, figures in columns.items()}
+        for key in found["jepa"]:
+            values = [found[name].get(key) for name in columns]
+            cells = ["-" if value is None else f"{value:.{digits}f}" for value in values]
+            lines.append("| " + " | ".join([title.format(key), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _look_up(figures: dict[str, Any], path: tuple[str, ...]) -> dict[str, float]:
+    """The numbers at `path`, by the key that the "*" met ("" without one); empty where the path leads nowhere."""
+    value: Any = figures
+    for part in path:
+        if part == "*":
+            return dict(value)
+        if part not in value:
+            return {}
+        value = value[part]
+    return {"": value}
+
+
+def show_in_tensorboard(logger: Logger | None, tag: str, picture: Figure | np.ndarray) -> None:
+    """Add a figure, or a video (T, height, width, 3) in uint8, if the run logs to TensorBoard.
+
+    The video goes in as an animated GIF, which is what TensorBoard's own `add_video` makes, with a package we need not.
+    """
+    if not isinstance(logger, TensorBoardLogger):
+        return
+    if isinstance(picture, Figure):
+        logger.experiment.add_figure(tag, picture)
+        return
+    images = [Image.fromarray(frame) for frame in picture]
+    buffer = io.BytesIO()
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
+    height, width = picture.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]))
