@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import PendulumBatch
 from datamodules.physics import Pendulum, sample_initial_states
@@ -183,9 +184,11 @@ class DoublePendulum(LightningDataModule):
     def _held_out_loader(self, split: str) -> DataLoader[Any]:
         """Every trajectory once, in order. Processes take turns, and none sees one twice."""
         rank, num_ranks = self._rank()
-        trajectories = self.trajectories(split)
-        mine = Subset(_Rows(trajectories), range(rank, len(trajectories), num_ranks))
-        return DataLoader(mine, batch_size=self.batch_size, pin_memory=self._on_gpu())
+        rows = _Rows(self.trajectories(split))
+        # Lightning would put a sampler of its own on a loader without a distributed one, and pad the last batch with
+        # repeated samples.
+        sampler = UnrepeatedDistributedSampler(rows, num_replicas=num_ranks, rank=rank, shuffle=False)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, pin_memory=self._on_gpu())
 
     def _rank(self) -> tuple[int, int]:
         """This process's rank and the number of processes."""

@@ -11,10 +11,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentError
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
@@ -63,6 +65,11 @@ class JEPACommandLine(LightningCLI):
         check_writable(root)
         if section.trainer.get("logger") in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
+        defaults = [BestCheckpoint(), LastCheckpoint(), Stopwatch()]
+        if section.trainer.get("logger") is not False:
+            defaults.append(LearningRateMonitor("step", log_weight_decay=True))
+        given = {type(callback) for callback in self.config_init[self.config.subcommand].trainer.callbacks or []}
+        self.trainer_defaults["callbacks"] = [callback for callback in defaults if type(callback) not in given]
         plugins = section.trainer.get("plugins") or []
         kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
         return super().instantiate_trainer(**kwargs)
@@ -86,6 +93,21 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
+USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteLossError)
+
+# What jsonargparse adds to an error about a value that may be a class or nothing; the reason stands between.
+NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value", "Problem with given")
+
+
+def readable(error: BaseException) -> str:
+    """The message of what a user can mend, without the wrapping that says which types were tried."""
+    while isinstance(error.__cause__, USER_ERRORS) and not isinstance(error, ArgumentError):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE) and not line[2:].startswith(NOISE)]
+    return "\n  ".join(kept)
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line.
 
@@ -93,8 +115,8 @@ def main(args: ArgsType = None) -> None:
         args: Arguments instead of those of the process, as a list of strings.
 
     Raises:
-        SystemExit: With code 1 and one message for what a user can mend, unless the environment variable
-            JEPA_TRACEBACK asks for the traceback; with code 2 for arguments that cannot be parsed.
+        SystemExit: With one message for what a user can mend: code 2 for arguments that cannot be parsed, 1 for the rest.
+            The environment variable JEPA_TRACEBACK asks for the traceback instead.
     """
     try:
         JEPACommandLine(
@@ -105,13 +127,12 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={
-                "callbacks": [BestCheckpoint(), LastCheckpoint(), LearningRateMonitor("step", log_weight_decay=True), Stopwatch()],
-                "log_every_n_steps": 20,
-            },
+            parser_kwargs={name: {"exit_on_error": False} for name in LightningCLI.subcommands()} | {"exit_on_error": False},
+            trainer_defaults={"log_every_n_steps": 20},
             args=args,
         )
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        sys.exit(f"error: {error}\n(set {TRACEBACK_VARIABLE}=1 to see where it was raised)")
+        print(f"error: {readable(error)}\n({TRACEBACK_VARIABLE}=1 shows where it was raised)", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)

@@ -32,7 +32,7 @@ class TargetPairs(NamedTuple):
     """(..., D), from the target encoder, without gradient."""
 
     features: Tensor
-    """(B, T, D) output of the context encoder, with gradient, for the regularizer."""
+    """(B, S, D) output of the context encoder, with gradient, for the regularizer."""
 
     target_features: Tensor
     """(B, T, D) output of the target encoder."""
@@ -167,6 +167,9 @@ class JEPA(LightningModule, ABC):
             "optimizer": optimizer,
             "lr_scheduler": warmup_cosine_schedule(optimizer, total, self.warmup_fraction),
         }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
 
     def configure_callbacks(self) -> list[Callback]:
         """EMA and schedules, which no run may lack, and the alarm unless the Trainer has its own."""

@@ -53,8 +53,9 @@ def later_features(features: Tensor, horizon: int) -> Tensor:
 class PendulumJEPA(JEPA):
     """Encode two frames, predict the features of the next ones by unrolling a residual predictor.
 
-    Every window that has `horizon` successors is a start, so one encoded clip trains many roll-outs. Targets are the EMA
-    encoder's features, the regularizer acts on the context encoder's features at all times of the clip.
+    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. The context
+    encoder sees the starts alone, and the regularizer acts on its features of all of them; targets are the features that
+    the EMA encoder gives the later windows.
 
     Args:
         observation: "pixels" for a convolutional encoder, "coordinates" for an MLP.
@@ -73,7 +74,7 @@ class PendulumJEPA(JEPA):
         final_momentum: What the momentum approaches at the last step, in [momentum, 1].
         momentum_schedule: Way from the one to the other.
         regularizer: What keeps the features apart: "variance_hinge" or "vicreg".
-        regularizer_weights: Weight of each of its terms: std for the hinge; std, cov and sim for VICReg.
+        regularizer_weights: Weight of each of its terms: std for the hinge; std, cov and curvature for VICReg.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -86,10 +87,10 @@ class PendulumJEPA(JEPA):
         channels: int = 1,
         history: int = 2,
         latent_dim: int = 64,
-        encoder_widths: tuple[int, ...] = (16, 32, 64, 64),
+        encoder_widths: tuple[int, ...] = (16, 32, 64),
         predictor_width: int = 512,
         horizon: int = 8,
-        learning_rate: float = 2e-3,
+        learning_rate: float = 4e-3,
         warmup_fraction: float = 0.03,
         weight_decay: float = 1e-4,
         final_weight_decay: float | None = None,
@@ -131,7 +132,7 @@ class PendulumJEPA(JEPA):
     def build_encoder(self) -> nn.Module:
         """A freshly initialised encoder: (N, window) -> (N, D)."""
         if self.observation == "pixels":
-            return ConvEncoder(self.image_size, self.channels, self.history, self.encoder_widths, self.latent_dim)
+            return ConvEncoder(self.image_size, self.channels * self.history, self.encoder_widths, self.latent_dim)
         if self.observation == "coordinates":
             return mlp(4 * self.history, self.encoder_widths, self.latent_dim)
         raise ValueError(f"model.observation={self.observation!r}: choose 'pixels' or 'coordinates'.")
@@ -180,9 +181,9 @@ class PendulumJEPA(JEPA):
         return unroll(self.predictor, features, horizon)
 
     def target_pairs(self, batch: PendulumBatch) -> TargetPairs:
-        context = self.encode_windows(self.context_encoder, batch.observations)
-        target = self.encode(batch.observations)
-        predictions = self.forecast(context[:, : -self.horizon], self.horizon)  # (B, S, H, D)
+        context = self.encode_windows(self.context_encoder, batch.observations[:, : -self.horizon])  # (B, S, D)
+        target = self.encode(batch.observations)  # (B, T, D)
+        predictions = self.forecast(context, self.horizon)  # (B, S, H, D)
         return TargetPairs(predictions, later_features(target, self.horizon), context, target)
 
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> TargetPairs:

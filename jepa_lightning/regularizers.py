@@ -41,30 +41,33 @@ def covariance_penalty(features: Tensor) -> Tensor:
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / features.shape[1]
 
 
-def time_difference(features: Tensor) -> Tensor:
-    """Mean squared change of the features from one frame to the next. With T = 1 it is zero.
+def curvature(features: Tensor) -> Tensor:
+    """Mean squared second difference in time: how far the features are from moving along straight lines.
+
+    Among all sets of features that carry the state, it prefers those that change slowly and smoothly: sines and cosines
+    of the angles themselves rather than of their multiples, which is what makes the state linear in the features.
 
     Args:
         features: (B, T, D).
 
     Returns:
-        Scalar.
+        Scalar; zero if T < 3.
     """
-    if features.shape[1] < 2:
+    if features.shape[1] < 3:
         return features.new_zeros(())
-    return (features[:, 1:] - features[:, :-1]).square().mean()
+    return (features[:, 2:] - 2 * features[:, 1:-1] + features[:, :-2]).square().mean()
 
 
-TERMS = {"variance_hinge": ("std",), "vicreg": ("std", "cov", "sim")}
-DEFAULT_WEIGHTS = {"variance_hinge": {"std": 0.1}, "vicreg": {"std": 1.0, "cov": 0.1, "sim": 0.0}}
+TERMS = {"variance_hinge": ("std",), "vicreg": ("std", "cov", "curvature")}
+DEFAULT_WEIGHTS = {"variance_hinge": {"std": 0.1}, "vicreg": {"std": 1.0, "cov": 0.1, "curvature": 1.0}}
 
 
 class Regularizer(nn.Module):
     """A weighted sum of terms over the encoded sequence.
 
     "variance_hinge" is the recipe of the first pendulum JEPA, 0.1 * ReLU(1 - std). "vicreg" is VICReg (Bardes et al.
-    2022) over all times of the sequence, with weights per term: `std` (the hinge), `cov` (covariance, divided by D) and
-    `sim` (change from frame to frame; slow features are simple functions of the state).
+    2022) over several times of the sequence, with weights per term: `std` (the hinge), `cov` (covariance, divided by D)
+    and `curvature` (second difference in time). VICReg itself has no such third term: it compares two views instead.
 
     Args:
         name: "variance_hinge" or "vicreg".
@@ -99,6 +102,6 @@ class Regularizer(nn.Module):
             terms = {"std": variance_hinge(flat)}
             if "cov" in self.weights:
                 terms["cov"] = covariance_penalty(flat)
-                terms["sim"] = time_difference(features)
+                terms["curvature"] = curvature(features)
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, terms

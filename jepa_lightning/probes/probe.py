@@ -87,6 +87,9 @@ class PendulumProbe(LightningModule, ABC):
         parts = [data.observe(states[:, start : start + self.jepa.history]) for start in (0, last // 2, last)]
         return PendulumBatch(*(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
+
     @torch.no_grad()
     def features(self, batch: PendulumBatch) -> dict[str, Tensor]:
         """Features of every encoder at all times: name -> (B, T, D)."""
