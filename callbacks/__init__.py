@@ -6,4 +6,12 @@ from callbacks.ema import EMAUpdate
 from callbacks.stopwatch import Stopwatch
 from callbacks.weight_decay import WeightDecaySchedule
 
-__all__ = ["BestCheckpoint", "CollapseAlarm", "CollapseWarning", "EMAUpdate", "LastCheckpoint", "Stopwatch", "WeightDecaySchedule"]
+__all__ = [
+    "BestCheckpoint",
+    "CollapseAlarm",
+    "CollapseWarning",
+    "EMAUpdate",
+    "LastCheckpoint",
+    "Stopwatch",
+    "WeightDecaySchedule",
+]

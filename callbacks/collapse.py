@@ -74,7 +74,9 @@ class CollapseAlarm(Callback):
             ),
         )
         return [
-            sentence.format(metrics[name]) for name, healthy, sentence in checks if name in metrics and not healthy(metrics[name])
+            sentence.format(metrics[name])
+            for name, healthy, sentence in checks
+            if name in metrics and not healthy(metrics[name])
         ]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -128,13 +128,15 @@ class DoublePendulum(LightningDataModule):
         if observation not in ("pixels", "coordinates"):
             raise ValueError(f"data.observation={observation!r}: choose 'pixels' or 'coordinates'.")
         check_picture(image_size, channels)
-        self.pendulum = Pendulum(tuple(masses), tuple(lengths), gravity)
+        self.pendulum = Pendulum(masses, lengths, gravity)
         self.sizes = {"train": size, "val": val_size, "test": test_size}
         self.num_frames = {"train": sequence_length, "val": sequence_length, "test": test_sequence_length}
         self.clip_length, self.history, self.observation = clip_length, history, observation
         self.image_size, self.channels = image_size, channels
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._trajectories: dict[str, Tensor] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._resumed_state: dict[str, Any] = {}
 
     def trajectories(self, split: str) -> Tensor:
         """States of all trajectories of "train", "val" or "test", generated at the first call: (N, T, 4), float32.
@@ -144,7 +146,7 @@ class DoublePendulum(LightningDataModule):
         if split not in self._trajectories:
             generator = seeded_generator(self.seed, SPLITS.index(split))
             initial = sample_initial_states(self.sizes[split], generator)
-            self._trajectories[split] = self.pendulum.simulate(initial, self.num_frames[split]).float()
+            self._trajectories[split] = self.pendulum.simulate(initial, self.num_frames[split], dtype=torch.float32)
         return self._trajectories[split]
 
     def observe(self, states: Tensor) -> PendulumBatch:
@@ -160,8 +162,7 @@ class DoublePendulum(LightningDataModule):
             frames = render(states, self.image_size, self.pendulum.lengths, self.channels)  # (B, F, C, S, S)
         else:
             frames = self.pendulum.positions(states)  # (B, F, 4)
-        num_windows = states.shape[1] - self.history + 1
-        windows = torch.cat([frames[:, i : i + num_windows] for i in range(self.history)], dim=2)
+        windows = frames.unfold(1, self.history, 1).movedim(-1, 2).flatten(2, 3)  # a view: no frame is copied
         return PendulumBatch(windows, states[:, self.history - 1 :])
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
@@ -170,7 +171,22 @@ class DoublePendulum(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self._rank())
         clips = Clips(self.trajectories("train"), self.clip_length, self.seed)
-        return ResumableLoader(clips, sampler, self.num_workers, pin_memory=self._on_gpu())
+        self._train_loader = ResumableLoader(clips, sampler, self.num_workers, pin_memory=self._on_gpu())
+        if self._resumed_state:
+            self._train_loader.load_state_dict(self._resumed_state)
+            self._resumed_state = {}
+        return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, for the checkpoint.
+
+        Lightning saves and restores that of the loader too, but the latter not if anything has asked for the number of
+        training steps before (2.6.6: `estimated_stepping_batches` sets the loader up without its state).
+        """
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed_state = state_dict
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._held_out_loader("val")

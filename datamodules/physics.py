@@ -16,8 +16,8 @@ FRAME_SECONDS = 0.05
 """Time between two frames, in seconds."""
 
 SUBSTEPS = 6
-"""Runge-Kutta steps per frame. One step per frame lets the energy drift by 4 % in 30 frames (95th percentile); four
-keep it below 3e-4."""
+"""Runge-Kutta steps per frame. Over 5000 trajectories of 30 frames the worst energy drift is 1.4e-3 of the energy above
+rest with four steps and below 2e-4 with six; with one, as in earlier systems, it is 4e-2 in every twentieth trajectory."""
 
 LYAPUNOV_FRAMES = 18
 """The Lyapunov time of the default pendulum (0.9 s) in frames: neighbouring states part by a factor e in it."""
@@ -119,7 +119,12 @@ class Pendulum:
         return torch.stack([acceleration1, acceleration2], dim=-1)
 
     def simulate(
-        self, initial: Tensor, num_frames: int, torques: Tensor | None = None, substeps: int = SUBSTEPS
+        self,
+        initial: Tensor,
+        num_frames: int,
+        torques: Tensor | None = None,
+        substeps: int = SUBSTEPS,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Integrate with the classical fourth-order Runge-Kutta method.
 
@@ -129,12 +134,13 @@ class Pendulum:
             num_frames: T, the first one included.
             torques: (B, T - 1, 2) newton metres, held constant from one frame to the next, or None.
             substeps: Runge-Kutta steps per frame.
+            dtype: Of the result, if it is to be kept in less precision than it is computed in.
 
         Returns:
             (B, T, 4), angles unwrapped (they may leave [-pi, pi]).
         """
         step = FRAME_SECONDS / substeps
-        trajectory = initial.new_empty(len(initial), num_frames, 4)
+        trajectory = initial.new_empty(len(initial), num_frames, 4, dtype=dtype)
         trajectory[:, 0] = state = initial
         for frame in range(1, num_frames):
             torque = None if torques is None else torques[:, frame - 1]

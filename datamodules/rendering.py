@@ -64,6 +64,9 @@ def render_whole(angles: Tensor, image_size: int, lengths: tuple[float, float], 
 
     Args:
         angles: (F, 2) in radians.
+        image_size: S, height and width in pixels.
+        lengths: Of the two rods, in metres.
+        channels: C, 1 for grey or 3 for RGB.
 
     Returns:
         (F, C, S * S).
@@ -121,16 +124,15 @@ def _distances(corner: Tensor, size: int, start: Tensor, direction: Tensor, reac
         Two tensors (F, K, K), rows first.
     """
     centres = torch.arange(size, dtype=corner.dtype, device=corner.device) + 0.5
-    offsets = corner[..., None] + centres - start[..., None]  # (F, 2, K)
-    x, y = offsets[:, 0, None, :], offsets[:, 1, :, None]
-    u, v = direction[:, 0, None, None], direction[:, 1, None, None]
-    along = x * u + y * v
-    across = x * v - y * u
-    beyond_end = along - reach
-    across_squared = across.square_()
-    bob_distance = torch.addcmul(across_squared, beyond_end, beyond_end).sqrt_()
-    beyond = along.sub_(reach / 2).abs_().sub_(reach / 2).clamp_(min=0)
-    rod_distance = across_squared.addcmul_(beyond, beyond).sqrt_()
+    offsets = corner[..., None] + centres - start[..., None]  # (F, 2, K), from the near end
+    to_bob = (offsets - reach * direction[..., None]).square()
+    bob_distance = (to_bob[:, 0, None, :] + to_bob[:, 1, :, None]).sqrt_()
+    along_parts = offsets * direction[..., None]  # (F, 2, K)
+    across_parts = offsets * direction.flip(-1)[..., None]
+    along = along_parts[:, 0, None, :] + along_parts[:, 1, :, None]
+    across = across_parts[:, 0, None, :] - across_parts[:, 1, :, None]
+    beyond = along - along.clamp(0, reach)  # past either end of the rod
+    rod_distance = across.square_().addcmul_(beyond, beyond).sqrt_()
     return rod_distance, bob_distance
 
 

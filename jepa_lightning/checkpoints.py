@@ -48,9 +48,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise FileNotFoundError(f"No checkpoint at {path}. Train first, or give the path of an existing .ckpt file.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is truncated, damaged or foreign ({reason}).") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is truncated, damaged or foreign ({reason})."
+        ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "hyper_parameters" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this application: it has no state_dict with hyper_parameters.")
     return checkpoint

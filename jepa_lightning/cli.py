@@ -101,10 +101,12 @@ NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'None
 
 def readable(error: BaseException) -> str:
     """The message of what a user can mend, without the wrapping that says which types were tried."""
-    while isinstance(error.__cause__, USER_ERRORS) and not isinstance(error, ArgumentError):
+    while str(error).startswith(NOISE[0]) and isinstance(error.__cause__, USER_ERRORS):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines()]
-    kept = [line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE) and not line[2:].startswith(NOISE)]
+    kept = [
+        line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE) and not line[2:].startswith(NOISE)
+    ]
     return "\n  ".join(kept)
 
 

@@ -115,7 +115,7 @@ class RidgeProbe(Metric):
 
 
 def r2_score(predictions: Tensor, targets: Tensor) -> Tensor:
-    """1 - squared error / variance, per label: (N, L), (N, L) -> (L,). 1 is perfect, 0 is the mean, and it can be negative."""
+    """1 - squared error / variance per label, (N, L) twice -> (L,): 1 is perfect, 0 is the mean, and it can be negative."""
     predictions, targets = predictions.double(), targets.double()
     error = (predictions - targets).square().sum(dim=0)
     return 1 - error / (targets - targets.mean(dim=0)).square().sum(dim=0)

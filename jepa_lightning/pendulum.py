@@ -120,7 +120,9 @@ class PendulumJEPA(JEPA):
         self.encoder_widths = tuple(encoder_widths)
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
         self.probe = RidgeProbe(latent_dim, len(LABELS))
-        self.error_over_steps = nn.ModuleDict({name: MeanMetric() for name in ("first", "last", "first_still", "last_still")})
+        self.error_over_steps = nn.ModuleDict(
+            {name: MeanMetric() for name in ("first", "last", "first_still", "last_still")}
+        )
 
     @staticmethod
     def check_sizes(**sizes: int) -> None:

@@ -3,14 +3,17 @@
 Shapes: N samples, T times, C channels (1 or 3), S image size. Pictures are in [0, 1].
 """
 
+import io
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
 TITLES = {"jepa": "JEPA", "random_encoder": "random encoder", "pca": "PCA"}
@@ -98,3 +101,21 @@ def write_video(path: str | Path, video: np.ndarray, frames_per_second: int) -> 
         for image in video:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
+
+
+def show_in_tensorboard(logger: Logger | None, tag: str, picture: Figure | np.ndarray, step: int = 0) -> None:
+    """Add a figure, or a video (T, height, width, 3) in uint8, if the run logs to TensorBoard.
+
+    The video goes in as an animated GIF, which is what TensorBoard's own `add_video` makes, with a package we need not.
+    """
+    if not isinstance(logger, TensorBoardLogger):
+        return
+    if isinstance(picture, Figure):
+        logger.experiment.add_figure(tag, picture, step)
+        return
+    images = [Image.fromarray(frame) for frame in picture]
+    buffer = io.BytesIO()
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
+    height, width = picture.shape[1:3]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
+    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import small_data, small_model, trainer
 
 from callbacks import CollapseAlarm, CollapseWarning
-from conftest import small_data, small_model, trainer
 
 HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/top_share": 0.2, "val/persistence_ratio": 0.1}
 
@@ -49,7 +49,9 @@ def test_fires_on_a_constant_encoder(tmp_path: Path) -> None:
     model = small_model()
     for encoder in (model.context_encoder, model.target_encoder):
         torch.nn.init.zeros_(encoder[-1].weight)
-    run = trainer(tmp_path, max_steps=1, limit_val_batches=1.0, callbacks=[CollapseAlarm(grace_steps=0)], val_check_interval=1)
+    run = trainer(
+        tmp_path, max_steps=1, limit_val_batches=1.0, callbacks=[CollapseAlarm(grace_steps=0)], val_check_interval=1
+    )
     with pytest.warns(CollapseWarning, match="all inputs look alike"):
         run.fit(model, small_data())
 

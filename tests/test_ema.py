@@ -7,12 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from conftest import small_data, small_model, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EMAUpdate
 from callbacks.schedules import cosine
-from conftest import small_data, small_model, trainer
 
 
 class Shadow(Callback):

@@ -68,7 +68,9 @@ def test_ridge_probe_ignores_a_dead_feature_and_shrinks_with_the_penalty() -> No
 def test_r2_is_one_for_truth_zero_for_the_mean_and_negative_below() -> None:
     targets = torch.randn(50, 3)
     assert torch.equal(r2_score(targets, targets), torch.ones(3, dtype=torch.float64))
-    torch.testing.assert_close(r2_score(targets.mean(0).expand(50, 3), targets), torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        r2_score(targets.mean(0).expand(50, 3), targets), torch.zeros(3, dtype=torch.float64), atol=1e-6, rtol=0
+    )
     assert (r2_score(-targets, targets) < -1).all()
 
 

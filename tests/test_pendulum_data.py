@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import small_data
+
 from datamodules.physics import Pendulum
 from datamodules.rendering import render
 from datamodules.resumable import EpochBatches

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import small_data, small_model, trainer
+
 from datamodules import PendulumBatch
 from jepa_lightning.losses import NonFiniteLossError, prediction_loss
 from jepa_lightning.pendulum import PendulumJEPA, later_features, state_labels, unroll

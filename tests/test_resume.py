@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import ROOT
+
 from jepa_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 
 STEPS = 120  # 40 batches an epoch, three epochs; saved every 7 steps, so never at the end of an epoch but the last

@@ -20,8 +20,8 @@ class ResidualPredictor(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.change = mlp(dim, (hidden_dim, hidden_dim), dim)
-        nn.init.zeros_(self.change[-1].weight)
-        nn.init.zeros_(self.change[-1].bias)
+        for parameter in self.change[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

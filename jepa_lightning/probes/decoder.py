@@ -17,7 +17,7 @@ from datamodules.batches import PendulumBatch
 from jepa_lightning.checkpoints import load_probe
 from jepa_lightning.networks.decoder import ConvDecoder, MLPDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
-from jepa_lightning.pictures import reconstruction_figure
+from jepa_lightning.pictures import reconstruction_figure, show_in_tensorboard
 from jepa_lightning.probes.probe import PendulumProbe
 
 
@@ -68,7 +68,7 @@ class DecoderProbe(PendulumProbe):
         checkpoint: str,
         encoder: Literal["target", "context"] = "target",
         decoder: Literal["conv", "mlp"] = "conv",
-        width: int = 16,
+        width: int = 8,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
     ) -> None:
@@ -133,9 +133,7 @@ class DecoderProbe(PendulumProbe):
             return
         figure = reconstruction_figure(frames, decoded)
         figure.savefig(Path(self.trainer.default_root_dir) / "reconstruction.png")
-        writer = getattr(self.logger, "experiment", None)
-        if hasattr(writer, "add_figure"):
-            writer.add_figure("reconstruction", figure, self.global_step)
+        show_in_tensorboard(self.logger, "reconstruction", figure, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(parameter_groups([self.decoders], self.weight_decay), lr=self.learning_rate)

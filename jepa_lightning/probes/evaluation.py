@@ -24,8 +24,8 @@ from datamodules.rendering import render
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.metrics import FeatureStatistics, r2_score, valid_prediction_time
 from jepa_lightning.pendulum import LABELS, state_labels
-from jepa_lightning.pictures import forecast_figure, side_by_side, write_video
-from jepa_lightning.probes.report import show_in_tensorboard, write_report
+from jepa_lightning.pictures import forecast_figure, show_in_tensorboard, side_by_side, write_video
+from jepa_lightning.probes.report import write_report
 
 if TYPE_CHECKING:
     from jepa_lightning.probes.decoder import DecoderProbe
@@ -93,7 +93,7 @@ def evaluate(probe: StateProbe, collected: dict[str, Tensor]) -> None:
             f"Test trajectories of {states.shape[1]} windows are too short: the report forecasts {max(RATIO_STEPS)} steps "
             f"from window {START}. Set data.test_sequence_length to at least 110."
         )
-    data: Any = probe.trainer.datamodule  # type: ignore[attr-defined]
+    data: Any = probe.trainer.datamodule
     scene = Scene(data.pendulum, probe.jepa.image_size, states)
     root = Path(probe.trainer.default_root_dir)
     figures: dict[str, dict[str, Any]] = {}

@@ -81,7 +81,7 @@ class PendulumProbe(LightningModule, ABC):
 
     def fit_batch(self) -> PendulumBatch:
         """Three windows, spread over the time, of each of the first training trajectories."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule
         states = data.trajectories("train")[:CONTROL_FIT_TRAJECTORIES].to(self.device)
         last = states.shape[1] - self.jepa.history
         parts = [data.observe(states[:, start : start + self.jepa.history]) for start in (0, last // 2, last)]

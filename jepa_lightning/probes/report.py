@@ -1,17 +1,10 @@
 """The report of a run: figures beside their controls, as JSON for programs and as a table for people."""
 
-import io
 import json
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from matplotlib.figure import Figure
-from PIL import Image
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 COLUMNS = {
     "jepa": "JEPA",
@@ -53,9 +46,9 @@ def write_report(directory: Path, report: dict[str, Any]) -> None:
     lines = [
         "# Report",
         "",
-        f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at window "
-        f"{test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on training "
-        "trajectories. Constant velocity starts from the true state.",
+        f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at "
+        f"window {test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on "
+        "training trajectories. Constant velocity starts from the true state.",
         "",
         table,
         "",
@@ -93,21 +86,3 @@ def _look_up(figures: dict[str, Any], path: tuple[str, ...]) -> dict[str, float]
             return {}
         value = value[part]
     return {"": value}
-
-
-def show_in_tensorboard(logger: Logger | None, tag: str, picture: Figure | np.ndarray) -> None:
-    """Add a figure, or a video (T, height, width, 3) in uint8, if the run logs to TensorBoard.
-
-    The video goes in as an animated GIF, which is what TensorBoard's own `add_video` makes, with a package we need not.
-    """
-    if not isinstance(logger, TensorBoardLogger):
-        return
-    if isinstance(picture, Figure):
-        logger.experiment.add_figure(tag, picture)
-        return
-    images = [Image.fromarray(frame) for frame in picture]
-    buffer = io.BytesIO()
-    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
-    height, width = picture.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
-    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]))

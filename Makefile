@@ -1,0 +1,56 @@
+# Everything a person does here. `make help` lists it.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/python -m jepa_lightning
+READY := .venv/.ready
+
+.PHONY: help install demo pendulum coordinates test check format benchmark clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(READY) ## make .venv with the tested versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Choose one with make PYTHON=python3.12") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## train and judge the pendulum JEPA: 12 minutes on 2 CPU cores, into runs/demo
+	$(RUN) fit --config configs/demo.yaml
+	$(RUN) fit --config configs/demo_decoder.yaml
+	$(RUN) fit --config configs/demo_state.yaml --trainer.default_root_dir runs/demo/state
+	$(RUN) test --config configs/demo_state.yaml --ckpt_path runs/demo/state/checkpoints/last.ckpt
+
+pendulum: $(READY) ## the full run from pixels and its report, into runs/pendulum
+	$(RUN) fit --config configs/pendulum.yaml
+	$(RUN) fit --config configs/pendulum_decoder.yaml
+	$(RUN) fit --config configs/pendulum_state.yaml --trainer.default_root_dir runs/pendulum/state
+	$(RUN) test --config configs/pendulum_state.yaml --ckpt_path runs/pendulum/state/checkpoints/last.ckpt
+
+coordinates: $(READY) ## the full run from coordinates and its report, into runs/pendulum_coordinates
+	$(RUN) fit --config configs/pendulum_coordinates.yaml
+	$(RUN) fit --config configs/pendulum_coordinates_decoder.yaml
+	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
+	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
+
+test: $(READY) ## run every test
+	$(BIN)/python -m pytest -q
+
+check: $(READY) ## format, lint, types and import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: $(READY) ## speed of physics and rendering beside plain references
+	$(BIN)/python benchmarks/pendulum_data.py
+
+clean: ## remove the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,125 @@
+"""The command line: defaults, resume, and one clear message for each mistake."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from jepa_lightning.cli import main
+
+SMALL = [
+    "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"),
+    "--model.encoder_widths", "[8]", "--model.latent_dim", "4", "--model.predictor_width", "8", "--model.horizon", "4",
+    "--data.size", "32", "--data.val_size", "4", "--data.batch_size", "8",
+    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1",
+]  # fmt: skip
+
+
+def fit(root: Path, *extra: str) -> None:
+    main(["fit", *SMALL, "--trainer.default_root_dir", str(root), *extra])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["--model.horizn", "3"], "'horizn' is not accepted", 2),
+        (["--data.sise", "3"], "'sise' is not accepted", 2),
+        (["--trainr.max_steps", "3"], "--trainr.max_steps", 2),
+        (["--model.horizon", "many"], "many", 2),
+        (["--config", "nowhere.yaml"], "nowhere.yaml", 2),
+        (["--data.size", "0"], "data.size=0", 1),
+        (["--model.horizon", "40"], "model.horizon=40", 1),
+        (["--model.regularizer", "vicrag"], "vicrag", 2),
+        (["--model.regularizer_weights", '{"kov": 1}'], "'kov'", 1),
+        (["--model.observation", "pixels", "--data.observation", "pixels", "--data.image_size", "16",
+          "--model.image_size", "16", "--model.encoder_widths", "[4,4,4]"], "model.image_size=16 is too small", 1),
+        (["--ckpt_path", "nowhere.ckpt"], "No checkpoint at nowhere.ckpt", 1),
+        (["--trainer.max_epochs", "-1"], "trainer.max_epochs or trainer.max_steps", 1),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_in_one_message(
+    arguments: list[str], message: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit(tmp_path, *arguments)
+    assert stopped.value.code == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error and len(error[error.index("error:") :].splitlines()) <= 6
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="1"):
+        fit(tmp_path / "file" / "run")
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_truncated_checkpoint_is_named_before_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fit(tmp_path)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SystemExit, match="1"):
+        fit(tmp_path, "--ckpt_path", str(path))
+    assert "last.ckpt cannot be read" in capsys.readouterr().err
+
+
+def test_defaults_of_a_run(tmp_path: Path) -> None:
+    fit(tmp_path, "--trainer.log_every_n_steps", "1")
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 4 and checkpoint["class"] == "PendulumJEPA"
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"context_encoder", "target_encoder", "predictor"}
+    assert checkpoint["callbacks"]["Stopwatch"]["seconds"] > 0
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"val/rankme", "val/linear_r2_omega2", "lr-AdamW/decay", "lr-AdamW/decay-weight_decay"} <= scalars
+
+
+def test_second_run_writes_the_same_files(tmp_path: Path) -> None:
+    fit(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # which is what is tried here
+        fit(tmp_path, "--trainer.max_epochs", "2")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_overruled_model_arguments_are_said(tmp_path: Path) -> None:
+    fit(tmp_path)
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"model\.learning_rate=0\.5 is overruled by 0\.00"):
+        main(["validate", *SMALL, "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", last,
+              "--model.learning_rate", "0.5"])  # fmt: skip
+
+
+def test_a_users_callback_takes_the_place_of_the_default(tmp_path: Path) -> None:
+    fit(tmp_path, "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_train_steps=3")
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    assert sum(name.startswith("LastCheckpoint") for name in saved) == 1
+
+
+def test_overlay_changes_only_what_it_names(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model:\n  init_args:\n    horizon: 3\n")
+    fit(tmp_path, "--config", str(overlay), "--model.latent_dim", "6")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["init_args"]
+    assert saved["horizon"] == 3 and saved["latent_dim"] == 6 and saved["encoder_widths"] == [8]
+
+
+def test_help_and_module_entry_point() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "jepa_lightning", "fit", "--model.help", "PendulumJEPA"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "--model.horizon" in done.stdout and "prediction steps in the loss" in done.stdout

@@ -1,0 +1,77 @@
+"""Every YAML of configs/ is run, at the smallest sizes, through the command line."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+
+from jepa_lightning.cli import main
+
+CONFIGS = ROOT / "configs"
+JEPAS = ("demo", "pendulum", "pendulum_coordinates")
+SMALL_DATA = ["--data.size", "80", "--data.val_size", "4", "--data.test_size", "3", "--data.test_sequence_length", "45"]
+
+
+def run(root: Path, subcommand: str, config: Path | str, *extra: str) -> None:
+    arguments = [subcommand, "--config", str(config), *SMALL_DATA, "--data.batch_size", "8", "--trainer.accelerator", "cpu"]
+    arguments += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
+    main(arguments + list(extra))
+
+
+@pytest.mark.parametrize("name", JEPAS)
+def test_both_phases_of_a_run(name: str, tmp_path: Path) -> None:
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
+    run(tmp_path, "fit", CONFIGS / f"{name}.yaml", *few)
+    jepa = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(jepa, weights_only=True)["global_step"] == 2
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists() and (tmp_path / "config.yaml").exists()
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+    run(tmp_path, "validate", CONFIGS / f"{name}.yaml", "--ckpt_path", str(jepa))
+
+    run(tmp_path / "decoder", "fit", CONFIGS / f"{name}_decoder.yaml", "--model.checkpoint", str(jepa), *few)
+    decoder = tmp_path / "decoder" / "checkpoints" / "last.ckpt"
+    chosen = ["--model.checkpoint", str(jepa), "--model.decoder", str(decoder)]
+    chosen += ["--model.num_steps", "5", "--model.control_steps", "2"]
+    run(tmp_path / "state", "fit", CONFIGS / f"{name}_state.yaml", *chosen)
+    state = tmp_path / "state" / "checkpoints" / "last.ckpt"
+    run(tmp_path, "test", CONFIGS / f"{name}_state.yaml", *chosen, "--ckpt_path", str(state))
+    for file in ("report.json", "report.md", "forecast.mp4", "forecast_error.png"):
+        assert (tmp_path / file).stat().st_size > 100, file
+
+
+@pytest.mark.parametrize("overlay", sorted((CONFIGS / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_overlay(overlay: Path, tmp_path: Path) -> None:
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.check_val_every_n_epoch", "1"]
+    run(tmp_path, "fit", CONFIGS / "pendulum.yaml", "--config", str(overlay), *few)
+
+
+def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
+    names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
+    for path in CONFIGS.rglob("*.yaml"):
+        header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        text = "\n".join(header)
+        assert "Source:" in text and "Command:" in text and "Expected" in text, path
+
+
+def test_no_config_repeats_a_default() -> None:
+    import inspect
+
+    import datamodules
+    import jepa_lightning.probes
+    from jepa_lightning import PendulumJEPA
+
+    for path in CONFIGS.rglob("*.yaml"):
+        for section in ("model", "data"):
+            content = yaml.safe_load(path.read_text()).get(section, {})
+            if "class_path" not in content:
+                continue
+            name = content["class_path"]
+            cls = getattr(jepa_lightning.probes, name, None) or getattr(datamodules, name, None) or PendulumJEPA
+            defaults = inspect.signature(cls).parameters
+            for key, value in content.get("init_args", {}).items():
+                default = defaults[key].default
+                default = list(default) if isinstance(default, tuple) else default
+                assert value != default, f"{path.name}: {section}.{key}={value} is the default"
