@@ -120,6 +120,11 @@ def main(args: ArgsType = None) -> None:
         SystemExit: With one message for what a user can mend: code 2 for arguments that cannot be parsed, 1 for the rest.
             The environment variable JEPA_TRACEBACK asks for the traceback instead.
     """
+    # The target encoder and the networks under a probe are in eval mode on purpose, and StateProbe has no optimizer.
+    warnings.filterwarnings("ignore", "`LightningModule.configure_optimizers` returned `None`")
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # a report is written beside the probes it tests
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.15
     try:
         JEPACommandLine(
             LightningModule,

@@ -59,7 +59,7 @@ class PendulumJEPA(JEPA):
 
     Args:
         observation: "pixels" for a convolutional encoder, "coordinates" for an MLP.
-        image_size: Height and width of the pictures; as in the data.
+        image_size: Height and width of the pictures; as in the data. With coordinates, of those in the report.
         channels: 1 for grey, 3 for RGB; as in the data.
         history: Frames per window; as in the data.
         latent_dim: D, width of the features.
@@ -183,6 +183,11 @@ class PendulumJEPA(JEPA):
         return unroll(self.predictor, features, horizon)
 
     def target_pairs(self, batch: PendulumBatch) -> TargetPairs:
+        if batch.observations.shape[1] <= self.horizon:
+            raise ValueError(
+                f"model.horizon={self.horizon} needs clips of more than {self.horizon} windows; the batch has "
+                f"{batch.observations.shape[1]}."
+            )
         context = self.encode_windows(self.context_encoder, batch.observations[:, : -self.horizon])  # (B, S, D)
         target = self.encode(batch.observations)  # (B, T, D)
         predictions = self.forecast(context, self.horizon)  # (B, S, H, D)

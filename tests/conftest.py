@@ -14,6 +14,8 @@ from jepa_lightning import PendulumJEPA
 
 ROOT = Path(__file__).parent.parent
 
+torch.set_num_threads(1)  # threads only wait for each other at these sizes
+
 SMALL_DATA: dict[str, Any] = {
     "size": 24,
     "sequence_length": 10,

@@ -70,6 +70,19 @@ def test_second_fit_on_one_trainer_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
+def test_resumed_run_goes_on_averaging(tmp_path: Path, accumulate: int) -> None:
+    settings = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "enable_checkpointing": True}
+    save = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=3)
+    trainer(tmp_path, callbacks=[save], **settings | {"max_steps": 3}).fit(small_model(momentum=0.9), small_data())
+    model, total = small_model(momentum=0.9), 12 // accumulate
+    shadow = Shadow(total)
+    trainer(tmp_path, callbacks=[shadow, ModelCheckpoint(tmp_path, every_n_train_steps=3)], **settings).fit(
+        model, small_data(), ckpt_path=tmp_path / "cut.ckpt"
+    )
+    shadow.check(model, total)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
 def test_checkpoint_of_a_step_holds_the_target_of_that_step(tmp_path: Path, accumulate: int) -> None:
     class Record(Callback):
         targets: dict[int, dict[str, torch.Tensor]]

@@ -189,6 +189,12 @@ def test_model_and_data_that_do_not_fit_are_refused_before_training(
         trainer(tmp_path, max_steps=1).fit(small_model(**model), small_data(**data))
 
 
+def test_a_batch_shorter_than_the_horizon_is_refused() -> None:
+    model = small_model(horizon=7)
+    with pytest.raises(ValueError, match="horizon=7 needs clips of more than 7 windows; the batch has 7"):
+        model.target_pairs(batch(model))
+
+
 def test_bfloat16_trains(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         run = trainer(tmp_path, max_steps=2, precision="bf16-mixed")

@@ -53,7 +53,8 @@ class DecoderProbe(PendulumProbe):
     Args:
         checkpoint: Of a pendulum JEPA, written by `fit`.
         encoder: Whose features are decoded: the target encoder's or the context encoder's.
-        decoder: "conv" for transposed convolutions (pixels only), "mlp" for fully connected layers.
+        decoder: "conv" for transposed convolutions (pixels only), "mlp" for fully connected layers; if left out, "conv"
+            for pixels and "mlp" for coordinates.
         width: Channels of the last feature map (conv), or width of the two hidden layers (mlp).
         learning_rate: Peak of the schedule.
         weight_decay: Of matrices and kernels.
@@ -67,7 +68,7 @@ class DecoderProbe(PendulumProbe):
         self,
         checkpoint: str,
         encoder: Literal["target", "context"] = "target",
-        decoder: Literal["conv", "mlp"] = "conv",
+        decoder: Literal["conv", "mlp"] | None = None,
         width: int = 8,
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
@@ -84,15 +85,16 @@ class DecoderProbe(PendulumProbe):
         )
         self.errors = nn.ModuleDict({name: MeanMetric() for name in self.encoders})
 
-    def _build(self, decoder: str, width: int) -> nn.Module:
+    def _build(self, decoder: str | None, width: int) -> nn.Module:
         jepa = self.jepa
-        if jepa.observation == "coordinates":
-            return MLPDecoder(jepa.latent_dim, (4,), (width, width))
+        pixels = jepa.observation == "pixels"
+        decoder = decoder or ("conv" if pixels else "mlp")
         if decoder == "mlp":
-            return MLPDecoder(jepa.latent_dim, (jepa.channels, jepa.image_size, jepa.image_size), (width, width))
-        if decoder == "conv":
+            shape = (jepa.channels, jepa.image_size, jepa.image_size) if pixels else (4,)
+            return MLPDecoder(jepa.latent_dim, shape, (width, width))
+        if decoder == "conv" and pixels:
             return ConvDecoder(jepa.latent_dim, jepa.image_size, jepa.channels, width)
-        raise ValueError(f"model.decoder={decoder!r}: choose 'conv' or 'mlp'.")
+        raise ValueError(f"model.decoder={decoder!r}: choose 'mlp', or for pixels 'conv'.")
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is not None:

@@ -138,7 +138,7 @@ def evaluate(probe: StateProbe, collected: dict[str, Tensor]) -> None:
         "baselines": figures,
         "seconds": {"training": stopwatch.get("seconds"), "report": time.monotonic() - began},
         "test_set": {"trajectories": len(states), "windows": states.shape[1], "forecast_start": START},
-        "config": dict(probe.jepa.hparams),
+        "config": {key: value for key, value in probe.jepa.hparams.items() if not key.startswith("_")},
     }
     write_report(root, report)
 
