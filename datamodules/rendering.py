@@ -18,11 +18,11 @@ MARGIN = 1.1
 ROD_RADIUS, BOB_RADIUS = 1 / 64, 2 / 64
 """As fractions of the picture's width, so that pictures of all sizes show the same pendulum."""
 
-GREY = ((1.0,), (1.0,), (1.0,), (1.0,))
-RGB = ((0.2, 0.8, 0.9), (0.95, 0.85, 0.2), (0.9, 0.3, 0.8), (0.95, 0.3, 0.2))
-"""Colours of rod 1, bob 1, rod 2 and bob 2, in the order in which they are painted."""
+WHITE = (1.0,)
+RGB = (((0.2, 0.8, 0.9), (0.95, 0.85, 0.2)), ((0.9, 0.3, 0.8), (0.95, 0.3, 0.2)))
+"""Colours of rod and bob of the first arm, then of the second, in the order in which they are painted."""
 
-CPU_CHUNK = 256
+CPU_CHUNK = 320
 """Frames drawn at a time on a CPU: more would leave its cache and take twice as long."""
 
 MIN_IMAGE_SIZE = 16
@@ -87,8 +87,9 @@ def check_picture(image_size: int, channels: int) -> None:
 def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float, float], whole: bool) -> None:
     """Paint both arms into `images` (F, C, S * S), in place."""
     scale = image_size / (2 * MARGIN * sum(lengths))  # pixels per metre
-    rod, bob = ROD_RADIUS * image_size, BOB_RADIUS * image_size  # pixels
-    colours = GREY if images.shape[1] == 1 else RGB
+    # Distance at which antialiasing ends: half a pixel outside.
+    rod, bob = ROD_RADIUS * image_size + 0.5, BOB_RADIUS * image_size + 0.5
+    grey = images.shape[1] == 1
     start = images.new_full((len(angles), 2), image_size / 2)  # the pivot, (x, y) with y pointing down
     for arm, length in enumerate(lengths):
         direction = torch.stack([torch.sin(angles[:, arm]), torch.cos(angles[:, arm])], dim=-1)  # (F, 2), a unit vector
@@ -97,20 +98,24 @@ def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float
         if whole:
             size, corner = image_size, torch.zeros_like(start)
         else:
-            size = min(image_size, math.ceil(reach + 2 * (bob + 0.5)) + 1)
-            corner = (torch.minimum(start, end) - (bob + 0.5)).floor().clamp(0, image_size - size)
+            size = min(image_size, math.ceil(reach + rod + bob) + 1)
+            corner = torch.minimum(start - rod, end - bob).floor().clamp(0, image_size - size)
         rod_distance, bob_distance = _distances(corner, size, start, direction, reach)
-        rod_cover = (rod + 0.5 - rod_distance).clamp_(0, 1).flatten(1)  # (F, K * K)
-        bob_cover = (bob + 0.5 - bob_distance).clamp_(0, 1).flatten(1)
-        covers = ((rod_cover, colours[2 * arm]), (bob_cover, colours[2 * arm + 1]))
+        rod_cover, bob_cover = (rod - rod_distance).flatten(1), (bob - bob_distance).flatten(1)  # (F, K * K)
+        # White on black is the union of the shapes; in colour, each covers what was painted before.
+        layers = (
+            [(torch.maximum(rod_cover, bob_cover), WHITE)]
+            if grey
+            else list(zip((rod_cover, bob_cover), RGB[arm], strict=True))
+        )
         if whole:
-            for cover, colour in covers:
-                _blend(images, cover, colour)
+            canvas = images
         else:
             patch = _patch_indices(corner, size, image_size)[:, None].expand(-1, images.shape[1], -1)
             canvas = images.gather(-1, patch)
-            for cover, colour in covers:
-                _blend(canvas, cover, colour)
+        for cover, colour in layers:
+            _blend(canvas, cover.clamp_(0, 1), colour)
+        if not whole:
             images.scatter_(-1, patch, canvas)
         start = end
 
