@@ -33,10 +33,15 @@ class JEPACommandLine(LightningCLI):
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
-        self._asked_model = self._section().get("model")
-        checkpoint = self._section().get("ckpt_path")
-        if checkpoint and checkpoint not in ("last", "best", "hpc", "registry"):
-            read_checkpoint(checkpoint)  # for its errors, before Lightning's
+        section = self._section()
+        if section.trainer.get("default_root_dir") is None:
+            section.trainer.default_root_dir = str(Path("runs") / section.model.class_path.rsplit(".", 1)[-1])
+        self._asked_model = section.get("model")
+        last = Path(section.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        if section.get("ckpt_path") == "last" and last.is_file():
+            section.ckpt_path = str(last)  # so that its model arguments are taken over, as those of any other path
+        if section.get("ckpt_path") not in (None, "last", "best", "hpc", "registry"):
+            read_checkpoint(section.ckpt_path)  # for its errors, before Lightning's
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""
@@ -58,9 +63,6 @@ class JEPACommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         section = self._section()
-        if section.trainer.get("default_root_dir") is None:
-            kind = section.model.class_path.rsplit(".", 1)[-1]
-            section.trainer.default_root_dir = str(Path("runs") / kind)
         root = Path(section.trainer.default_root_dir)
         check_writable(root)
         if section.trainer.get("logger") in (None, True):

@@ -102,6 +102,20 @@ def test_overruled_model_arguments_are_said(tmp_path: Path) -> None:
               "--model.learning_rate", "0.5"])  # fmt: skip
 
 
+def test_last_takes_over_the_arguments_of_the_last_checkpoint(tmp_path: Path) -> None:
+    fit(tmp_path)
+    with pytest.warns(UserWarning, match=r"model\.latent_dim=6 is overruled by 4"):
+        fit(tmp_path, "--ckpt_path", "last", "--model.latent_dim", "6", "--trainer.max_epochs", "2")
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+def test_a_run_without_a_directory_goes_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [*SMALL, "--trainer.default_root_dir", "null"]
+    main(["fit", *small])
+    assert (tmp_path / "runs" / "PendulumJEPA" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_a_users_callback_takes_the_place_of_the_default(tmp_path: Path) -> None:
     fit(tmp_path, "--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_train_steps=3")
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
