@@ -228,6 +228,18 @@ def test_a_probe_on_a_wrong_checkpoint_says_what_is_wrong(kind: str, jepa_checkp
         StateProbe(str(path))
 
 
+def test_a_decoder_of_another_jepa_is_refused(jepa_checkpoint: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(DecoderProbe(jepa_checkpoint, encoder="context", width=4), pixel_data(clip_length=4))
+    run.save_checkpoint(tmp_path / "decoder.ckpt")
+    with pytest.raises(ValueError, match="decoder.ckpt decodes another encoder"):
+        StateProbe(jepa_checkpoint, str(tmp_path / "decoder.ckpt"))
+    probe = StateProbe(jepa_checkpoint, str(tmp_path / "decoder.ckpt"), encoder="context", num_steps=2, control_steps=2)
+    trainer(tmp_path, max_epochs=1, limit_val_batches=1.0).fit(probe, pixel_data(size=8))
+    assert probe.encoders["pca"].components.abs().sum() > 0
+    assert torch.equal(probe.encoders["pca"].components, probe.decoder.encoders["pca"].components)
+
+
 def test_a_probe_refuses_data_of_another_kind(jepa_checkpoint: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size=32 but data.image_size=64"):
         trainer(tmp_path, max_steps=1).fit(

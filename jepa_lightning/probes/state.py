@@ -59,12 +59,28 @@ class StateProbe(PendulumProbe):
         self.checkpoint, self.num_steps, self.control_steps = checkpoint, num_steps, control_steps
         self.learning_rate = learning_rate
         self.decoder = None if decoder is None else load_decoder(decoder).requires_grad_(False)
+        if decoder is not None:
+            self._check_decoder(decoder)
         dim = self.jepa.latent_dim
         self.linear = nn.ModuleDict({name: LinearReadout(dim, len(LABELS)) for name in self.encoders})
         self.mlp = nn.ModuleDict({name: MLPReadout(dim, len(LABELS), hidden_dim) for name in self.encoders})
         controls = [name for name in self.encoders if name != "jepa"]
         self.predictors = nn.ModuleDict({name: self.jepa.build_predictor() for name in controls})
         self._collected: dict[str, list[Tensor]] = {}
+
+    def _check_decoder(self, path: str) -> None:
+        """Raise a ValueError if the decoder reads the features of another network than this probe."""
+        assert self.decoder is not None
+        mine, theirs = self.encoders["jepa"].state_dict(), self.decoder.encoders["jepa"].state_dict()
+        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+            raise ValueError(f"model.decoder={path} decodes another encoder than that of {self.checkpoint}: fit it anew.")
+
+    def on_fit_start(self) -> None:
+        if self.decoder is None:
+            super().on_fit_start()
+            return
+        for name in ("random_encoder", "pca"):  # the very controls that the decoders were trained on
+            self.encoders[name].load_state_dict(self.decoder.encoders[name].state_dict())
 
     def configure_optimizers(self) -> None:
         return None
