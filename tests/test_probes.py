@@ -107,6 +107,15 @@ def test_readouts_find_a_linear_and_a_curved_state() -> None:
     assert error[1][0] < 0.02 and error[1][1] < 0.05
 
 
+def test_a_dead_feature_is_not_blown_up() -> None:
+    features = torch.randn(500, 3)
+    features[:, 1] = 2.0
+    readout = MLPReadout(3, 1, 16)
+    readout.fit(features, features[:, :1], num_steps=50, learning_rate=1e-2)
+    moved = features + torch.tensor([0.0, 1e-3, 0.0])  # what a predictor may do to it
+    assert (readout(moved) - readout(features)).abs().max() < 0.05
+
+
 def test_ridge_penalty_is_chosen_on_validation_samples() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(30, 25, generator=generator)  # few samples: little penalty overfits

@@ -19,6 +19,7 @@ from jepa_lightning.networks.decoder import ConvDecoder, MLPDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.pictures import reconstruction_figure, show_in_tensorboard
 from jepa_lightning.probes.probe import PendulumProbe
+from jepa_lightning.probes.readout import mean_and_scale
 
 
 class StandardizedDecoder(nn.Module):
@@ -34,10 +35,10 @@ class StandardizedDecoder(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def fit_scale(self, features: Tensor) -> None:
-        """Take mean and standard deviation from features (N, D). Dimensions that never vary stay unscaled."""
-        self.mean.copy_(features.mean(dim=0))
-        std = features.std(dim=0)
-        self.scale.copy_(torch.where(std > 1e-6, std, 1.0))
+        """Take mean and standard deviation from features (N, D)."""
+        mean, scale = mean_and_scale(features)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, C, S, S) or (N, 4)."""

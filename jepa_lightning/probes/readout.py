@@ -15,6 +15,15 @@ from jepa_lightning.networks.mlp import mlp
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
+def mean_and_scale(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each column of (N, D): two tensors (D,).
+
+    The scale of a column that never varies is 1: divided by its own, a small error of a forecast would become a huge one.
+    """
+    std = values.std(dim=0)
+    return values.mean(dim=0), torch.where(std > 1e-6, std, 1.0)
+
+
 class LinearReadout(nn.Module):
     """An affine map, fitted by ridge regression in float64 with the penalty that does best on validation samples.
 
@@ -68,8 +77,9 @@ class MLPReadout(nn.Module):
     def fit(self, features: Tensor, labels: Tensor, num_steps: int, learning_rate: float, batch_size: int = 512) -> None:
         """Fit by AdamW on random batches of (N, D) and (N, L)."""
         for name, values in (("feature", features), ("label", labels)):
-            getattr(self, f"{name}_mean").copy_(values.mean(dim=0))
-            getattr(self, f"{name}_scale").copy_(values.std(dim=0).clamp(min=1e-6))
+            mean, scale = mean_and_scale(values)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_scale").copy_(scale)
 
         def loss(generator: torch.Generator) -> Tensor:
             rows = torch.randint(len(features), (batch_size,), generator=generator).to(features.device)
