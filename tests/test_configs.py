@@ -37,7 +37,7 @@ def test_both_phases_of_a_run(name: str, tmp_path: Path) -> None:
     run(tmp_path / "state", "fit", CONFIGS / f"{name}_state.yaml", *chosen)
     state = tmp_path / "state" / "checkpoints" / "last.ckpt"
     run(tmp_path, "test", CONFIGS / f"{name}_state.yaml", *chosen, "--ckpt_path", str(state))
-    for file in ("report.json", "report.md", "forecast.mp4", "forecast_error.png"):
+    for file in ("report.json", "report.md", "forecast.mp4", "reconstruction.png", "forecast_error.png"):
         assert (tmp_path / file).stat().st_size > 100, file
 
 

@@ -164,9 +164,7 @@ def test_decoded_coordinates_are_drawn_where_they_are() -> None:
     pendulum = Pendulum()
     states = (torch.rand(20, 12, 4) - 0.5) * 6
     scene = Scene(pendulum, 32, states)
-    torch.testing.assert_close(
-        scene.draw_coordinates(pendulum.positions(states[:, 9])), scene.draw(states[:, 9]), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(scene.picture(pendulum.positions(states[:, 9])), scene.draw(states[:, 9]), rtol=0, atol=1e-4)
     assert scene.overlap(scene.draw(states[:, 9]), 1) == pytest.approx(1)
     assert scene.position_errors(states[:, 9:11]).max() == 0
 
@@ -200,7 +198,8 @@ def test_the_whole_second_phase_writes_a_report(observation: str, tmp_path: Path
     assert report["seconds"]["report"] > 0 and report["config"]["latent_dim"] == 8
     table = (tmp_path / "report.md").read_text()
     assert "| linear R2 of omega2 |" in table and "constant velocity" in table
-    assert (tmp_path / "forecast.mp4").stat().st_size > 1000
+    for file in ("forecast.mp4", "reconstruction.png", "forecast_error.png"):
+        assert (tmp_path / file).stat().st_size > 1000
     # Not refitted: a second test, from the checkpoint, gives the same figures.
     run.save_checkpoint(tmp_path / "state.ckpt")
     again = trainer(tmp_path)

@@ -24,7 +24,7 @@ from datamodules.rendering import render
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.metrics import FeatureStatistics, r2_score, valid_prediction_time
 from jepa_lightning.pendulum import LABELS, state_labels
-from jepa_lightning.pictures import forecast_figure, show_in_tensorboard, side_by_side, write_video
+from jepa_lightning.pictures import forecast_figure, reconstruction_figure, show_in_tensorboard, side_by_side, write_video
 from jepa_lightning.probes.report import write_report
 
 if TYPE_CHECKING:
@@ -129,6 +129,8 @@ def evaluate(probe: StateProbe, collected: dict[str, Tensor]) -> None:
     figure.savefig(root / "forecast_error.png")
     show_in_tensorboard(probe.logger, "forecast/position_error", figure)
     if probe.decoder is not None:
+        shown = {name: scene.picture(probe.decoder.decode(collected[name][:8, START], name)) for name in probe.encoders}
+        reconstruction_figure(scene.draw(states[:8, START]), shown).savefig(root / "reconstruction.png")
         film = forecast_film(probe, data, scene, collected["jepa"])
         write_video(root / "forecast.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
         show_in_tensorboard(probe.logger, "forecast/video", film)
@@ -160,9 +162,11 @@ class Scene:
         """(N, 4) -> (N, 1, S, S)."""
         return render(states, self.image_size, self.pendulum.lengths)
 
-    def draw_coordinates(self, coordinates: Tensor) -> Tensor:
-        """A picture of decoded coordinates x1, y1, x2, y2: (N, 4) -> (N, 1, S, S)."""
-        x1, y1, x2, y2 = coordinates.unbind(-1)
+    def picture(self, decoded: Tensor) -> Tensor:
+        """What a decoder made, as pictures: (N, C, S, S) as it is, coordinates x1, y1, x2, y2 (N, 4) drawn."""
+        if decoded.ndim == 4:
+            return decoded
+        x1, y1, x2, y2 = decoded.unbind(-1)
         return self.draw(torch.stack([torch.atan2(x1, -y1), torch.atan2(x2 - x1, y1 - y2)], dim=-1))
 
     def position_errors(self, guess: Tensor) -> Tensor:
@@ -230,7 +234,7 @@ def decoder_figures(
     overlap = {}
     for k in DECODE_STEPS:
         decoded = decoder.decode(features[:, START] if k == 0 else forecast[:, k - 1], name)
-        overlap[str(k)] = scene.overlap(decoded if decoded.ndim == 4 else scene.draw_coordinates(decoded), k)
+        overlap[str(k)] = scene.overlap(scene.picture(decoded), k)
     history = decoder.jepa.history
     # A window's newest frame, at nine times of each trajectory.
     times = torch.linspace(0, features.shape[1] - 1, 9).long()
@@ -249,9 +253,7 @@ def forecast_film(probe: StateProbe, data: Any, scene: Scene, features: Tensor) 
     for trajectory in range(min(FILM_TRAJECTORIES, len(features))):
         seen = features[trajectory, START : START + FILM_FRAMES]
         predicted = torch.cat([seen[:1], probe.forecast(seen[0], len(seen) - 1)])
-        forecast, reconstruction = (probe.decoder.decode(z) for z in (predicted, seen))
-        if forecast.ndim == 2:
-            forecast, reconstruction = scene.draw_coordinates(forecast), scene.draw_coordinates(reconstruction)
+        forecast, reconstruction = (scene.picture(probe.decoder.decode(z)) for z in (predicted, seen))
         true_states = scene.states[trajectory, START : START + FILM_FRAMES]
         truth = render(true_states, scene.image_size, scene.pendulum.lengths, probe.jepa.channels)
         panels = {"truth": truth, "forecast from frame 0": forecast, "reconstruction": reconstruction}
