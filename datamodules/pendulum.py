@@ -200,6 +200,8 @@ class DoublePendulum(LightningDataModule):
     def _held_out_loader(self, split: str) -> DataLoader[Any]:
         """Every trajectory once, in order. Processes take turns, and none sees one twice."""
         rank, num_ranks = self._rank()
+        if self.sizes[split] < num_ranks:
+            raise ValueError(f"data.{split}_size={self.sizes[split]} leaves some of {num_ranks} processes without data.")
         rows = _Rows(self.trajectories(split))
         # Lightning would put a sampler of its own on a loader without a distributed one, and pad the last batch with
         # repeated samples.

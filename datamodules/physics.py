@@ -19,11 +19,6 @@ SUBSTEPS = 6
 """Runge-Kutta steps per frame. Over 5000 trajectories of 30 frames the worst energy drift is 1.4e-3 of the energy above
 rest with four steps and below 2e-4 with six; with one, as in earlier systems, it is 4e-2 in every twentieth trajectory."""
 
-LYAPUNOV_FRAMES = 18
-"""The Lyapunov time of the default pendulum (0.9 s) in frames: neighbouring states part by a factor e in it."""
-
-STATE_NAMES = ("theta1", "theta2", "omega1", "omega2")
-
 
 @dataclass(frozen=True)
 class Pendulum:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -67,14 +67,29 @@ class JEPACommandLine(LightningCLI):
         check_writable(root)
         if section.trainer.get("logger") in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
-        defaults = [BestCheckpoint(), LastCheckpoint(), Stopwatch()]
-        if section.trainer.get("logger") is not False:
+        trainer = self.config_init[self.config.subcommand].trainer
+        defaults: list[Callback] = [Stopwatch()]
+        if trainer.enable_checkpointing is not False:
+            defaults += [BestCheckpoint(), LastCheckpoint()]
+        if trainer.logger is not False:
             defaults.append(LearningRateMonitor("step", log_weight_decay=True))
-        given = {type(callback) for callback in self.config_init[self.config.subcommand].trainer.callbacks or []}
+        given = {type(callback) for callback in as_list(trainer.callbacks)}
         self.trainer_defaults["callbacks"] = [callback for callback in defaults if type(callback) not in given]
-        plugins = section.trainer.get("plugins") or []
-        kwargs.setdefault("plugins", [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()])
+        kwargs.setdefault("plugins", [*as_list(trainer.plugins), AtomicCheckpointIO()])
         return super().instantiate_trainer(**kwargs)
+
+
+def as_list(value: Any) -> list[Any]:
+    """None, one thing or a list of things, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Keep config.yaml of the training: a later test into the same directory leaves it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 def check_writable(directory: Path) -> None:
@@ -87,7 +102,7 @@ def check_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".writable"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been first
     except OSError as error:
         raise ValueError(
             f"The run directory {directory} cannot be written to ({error.strerror}): choose another with "
@@ -135,6 +150,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={name: {"exit_on_error": False} for name in LightningCLI.subcommands()} | {"exit_on_error": False},
             trainer_defaults={"log_every_n_steps": 20},

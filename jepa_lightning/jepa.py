@@ -153,7 +153,7 @@ class JEPA(LightningModule, ABC):
         self.context_statistics.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.trainer.global_step % self.trainer.log_every_n_steps:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # when Lightning writes its logs
             return
         for name, module in (("encoder", self.context_encoder), ("predictor", self.predictor)):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]

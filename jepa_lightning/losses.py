@@ -26,8 +26,8 @@ class NonFiniteLossError(RuntimeError):
 def check_finite(loss: Tensor, step: int) -> None:
     """Stop before a NaN reaches the weights.
 
-    This waits for the device once per batch, which costs a fraction of a millisecond; in return no checkpoint ever
-    holds weights that a NaN went through.
+    This waits for the device once per batch, which costs a fraction of a millisecond; in return no checkpoint holds
+    weights that went through a NaN loss.
 
     Args:
         loss: Scalar.

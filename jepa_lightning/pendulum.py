@@ -193,6 +193,10 @@ class PendulumJEPA(JEPA):
         predictions = self.forecast(context, self.horizon)  # (B, S, H, D)
         return TargetPairs(predictions, later_features(target, self.horizon), context, target)
 
+    def predict_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
+        """Features of the target encoder: (B, T, D)."""
+        return self.encode(batch.observations)
+
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)
         # Judged from target features to target features, as every later use of the model goes. "Still": nothing moves.

@@ -122,6 +122,19 @@ def test_a_users_callback_takes_the_place_of_the_default(tmp_path: Path) -> None
     assert sum(name.startswith("LastCheckpoint") for name in saved) == 1
 
 
+def test_a_later_stage_leaves_the_training_config_alone(tmp_path: Path) -> None:
+    fit(tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    main(["validate", *SMALL, "--trainer.default_root_dir", str(tmp_path), "--data.seed", "3"])
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_checkpoints_can_be_turned_off_and_plugins_and_one_callback_given(tmp_path: Path) -> None:
+    fit(tmp_path, "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "CollapseAlarm",
+        "--trainer.plugins", "lightning.pytorch.plugins.environments.LightningEnvironment")  # fmt: skip
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_overlay_changes_only_what_it_names(tmp_path: Path) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("model:\n  init_args:\n    horizon: 3\n")

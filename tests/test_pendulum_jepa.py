@@ -195,8 +195,15 @@ def test_a_batch_shorter_than_the_horizon_is_refused() -> None:
         model.target_pairs(batch(model))
 
 
+def test_predict_gives_the_features_of_the_target_encoder(tmp_path: Path) -> None:
+    model, data = small_model(), small_data(test_sequence_length=9)
+    (features,) = trainer(tmp_path).predict(model, data)
+    expected = model.encode(data.observe(data.trajectories("test")).observations)
+    assert features.shape == (3, 8, 8) and torch.equal(features, expected)
+
+
 def test_bfloat16_trains(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        run = trainer(tmp_path, max_steps=2, precision="bf16-mixed")
+        run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0, precision="bf16-mixed")
     run.fit(small_pixels(), small_data(observation="pixels", image_size=32))
-    assert torch.isfinite(run.callback_metrics["train/loss"])
+    assert torch.isfinite(run.callback_metrics["train/loss"]) and torch.isfinite(run.callback_metrics["val/rankme"])

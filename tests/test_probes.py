@@ -211,7 +211,7 @@ def test_the_whole_second_phase_writes_a_report(observation: str, tmp_path: Path
     assert all(math.isfinite(v) for v in report["rollout"]["ratio_to_persistence"].values())
 
 
-@pytest.mark.parametrize("kind", ["missing", "truncated", "foreign", "probe", "text"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "truncated", "foreign", "probe", "text"])
 def test_a_probe_on_a_wrong_checkpoint_says_what_is_wrong(kind: str, jepa_checkpoint: str, tmp_path: Path) -> None:
     path = tmp_path / "given.ckpt"
     content = Path(jepa_checkpoint).read_bytes()
@@ -219,6 +219,8 @@ def test_a_probe_on_a_wrong_checkpoint_says_what_is_wrong(kind: str, jepa_checkp
         path.write_bytes(content[: len(content) // 2])
     elif kind == "foreign":
         torch.save({"state_dict": {"w": torch.ones(1)}}, path)
+    elif kind == "empty":
+        path.touch()
     elif kind == "text":
         path.write_text("not a checkpoint")
     elif kind == "probe":
@@ -228,6 +230,7 @@ def test_a_probe_on_a_wrong_checkpoint_says_what_is_wrong(kind: str, jepa_checkp
     error, message = {
         "missing": (FileNotFoundError, "No checkpoint at .*given.ckpt"),
         "truncated": (ValueError, "given.ckpt cannot be read"),
+        "empty": (ValueError, "given.ckpt cannot be read"),
         "foreign": (ValueError, "given.ckpt is no checkpoint of this application"),
         "text": (ValueError, "given.ckpt cannot be read"),
         "probe": (ValueError, "given.ckpt holds DecoderProbe, not a JEPA"),

@@ -139,6 +139,7 @@ def evaluate(probe: StateProbe, collected: dict[str, Tensor]) -> None:
     report = figures.pop("jepa") | {
         "baselines": figures,
         "seconds": {"training": stopwatch.get("seconds"), "report": time.monotonic() - began},
+        "control_steps": probe.control_steps,
         "test_set": {"trajectories": len(states), "windows": states.shape[1], "forecast_start": START},
         "config": {key: value for key, value in probe.jepa.hparams.items() if not key.startswith("_")},
     }

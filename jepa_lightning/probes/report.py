@@ -27,7 +27,7 @@ ROWS = (
     (("decoder", "mse"), "squared error of decoded picture", 5),
     (("decoder", "mse_over_mean_image"), "the same over that of the mean picture", 3),
     (("energy_error", "*"), "energy error, {} frames ahead (median, of energy above rest)", 3),
-    (("rankme",), "RankMe of 64 dimensions", 1),
+    (("rankme",), "RankMe, effective dimensions", 1),
 )
 
 
@@ -48,7 +48,8 @@ def write_report(directory: Path, report: dict[str, Any]) -> None:
         "",
         f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at "
         f"window {test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on "
-        "training trajectories. Constant velocity starts from the true state.",
+        "training trajectories; a control's predictor is of the JEPA's kind, trained on its frozen features for "
+        f"{report['control_steps']} steps of 256 roll-outs. Constant velocity starts from the true state.",
         "",
         table,
         "",
