@@ -118,7 +118,7 @@ def share_of_training(threads: int) -> None:
         loss.backward()
         optimizer.step()
 
-    training, preparing = best_of(step, 20), best_of(lambda: data.observe(next(clips)), 20)
+    training, preparing = best_of(step, 40), best_of(lambda: data.observe(next(clips)), 200)
     share = preparing / (training + preparing)
     print(f"one training step of configs/demo.yaml, {threads} threads, batch of {data.batch_size} clips of 10 frames")
     print(f"  data {preparing * 1e3:5.1f} ms, model {training * 1e3:5.1f} ms: the data takes {share:.1%}")

@@ -112,7 +112,7 @@ def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float
             canvas = images
         else:
             patch = _patch_indices(corner, size, image_size)[:, None].expand(-1, images.shape[1], -1)
-            canvas = images.gather(-1, patch)
+            canvas = images.gather(-1, patch) if arm else images.new_zeros(patch.shape)  # nothing is below the first arm
         for cover, colour in layers:
             _blend(canvas, cover.clamp_(0, 1), colour)
         if not whole:
