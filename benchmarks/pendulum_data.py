@@ -23,7 +23,6 @@ from datamodules import DoublePendulum
 from datamodules.physics import FRAME_SECONDS, SUBSTEPS, Pendulum, sample_initial_states
 from datamodules.rendering import MARGIN, render
 from jepa_lightning import PendulumJEPA
-from jepa_lightning.losses import prediction_loss
 
 TRAJECTORIES, FRAMES, SIZE = 10_000, 30, 64
 
@@ -79,6 +78,7 @@ def physics() -> torch.Tensor:
     """States of the whole data set against the loop."""
     initial = sample_initial_states(TRAJECTORIES, torch.Generator().manual_seed(0))
     pendulum = Pendulum()
+    pendulum.simulate(initial[:10], 2, dtype=torch.float32)  # so that the code itself is in memory
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     states = pendulum.simulate(initial, FRAMES, dtype=torch.float32)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -117,7 +117,7 @@ def share_of_training(threads: int) -> None:
         batch = data.observe(clips)
         drawn = time.perf_counter()
         pairs = model.target_pairs(batch)
-        loss = prediction_loss(pairs.predictions, pairs.targets) + model.regularizer(pairs.features)[0]
+        loss = model.prediction_loss(pairs) + model.regularizer(pairs.features)[0]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 5.0)

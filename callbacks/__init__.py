@@ -3,6 +3,7 @@
 from callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from callbacks.collapse import CollapseAlarm, CollapseWarning
 from callbacks.ema import EMAUpdate
+from callbacks.progress import ProgressLines
 from callbacks.stopwatch import Stopwatch
 from callbacks.weight_decay import WeightDecaySchedule
 
@@ -12,6 +13,7 @@ __all__ = [
     "CollapseWarning",
     "EMAUpdate",
     "LastCheckpoint",
+    "ProgressLines",
     "Stopwatch",
     "WeightDecaySchedule",
 ]

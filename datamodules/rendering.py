@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 MARGIN = 1.1
 """Half of the picture's width, as a multiple of the stretched pendulum's length."""
@@ -18,12 +19,11 @@ MARGIN = 1.1
 ROD_RADIUS, BOB_RADIUS = 1 / 64, 2 / 64
 """As fractions of the picture's width, so that pictures of all sizes show the same pendulum."""
 
-WHITE = (1.0,)
 RGB = (((0.2, 0.8, 0.9), (0.95, 0.85, 0.2)), ((0.9, 0.3, 0.8), (0.95, 0.3, 0.2)))
 """Colours of rod and bob of the first arm, then of the second, in the order in which they are painted."""
 
-CPU_CHUNK = 320
-"""Frames drawn at a time on a CPU: more would leave its cache and take twice as long."""
+CPU_CHUNK = 640 * 64**2
+"""Pixels drawn at a time on a CPU: fewer would cost more in calls, more would leave its cache."""
 
 MIN_IMAGE_SIZE = 16
 """Below this the rods are thinner than the antialiasing filter."""
@@ -51,8 +51,9 @@ def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0,
     angles = states[..., :2].reshape(-1, 2)  # (F, 2)
     if states.device.type == "cpu":
         images = angles.new_zeros(len(angles), channels, image_size * image_size)
-        for start in range(0, len(angles), CPU_CHUNK):
-            chunk = slice(start, start + CPU_CHUNK)
+        frames = max(1, CPU_CHUNK // image_size**2)
+        for start in range(0, len(angles), frames):
+            chunk = slice(start, start + frames)
             _paint(images[chunk], angles[chunk], image_size, lengths, whole=False)
     else:
         images = render_whole(angles, image_size, lengths, channels)
@@ -89,56 +90,48 @@ def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float
     scale = image_size / (2 * MARGIN * sum(lengths))  # pixels per metre
     # Distance at which antialiasing ends: half a pixel outside.
     rod, bob = ROD_RADIUS * image_size + 0.5, BOB_RADIUS * image_size + 0.5
-    grey = images.shape[1] == 1
+    channels = images.shape[1]
     start = images.new_full((len(angles), 2), image_size / 2)  # the pivot, (x, y) with y pointing down
+    directions = torch.stack([angles.sin(), angles.cos()], dim=-1)  # (F, 2 arms, 2), unit vectors
     for arm, length in enumerate(lengths):
-        direction = torch.stack([torch.sin(angles[:, arm]), torch.cos(angles[:, arm])], dim=-1)  # (F, 2), a unit vector
         reach = length * scale
-        end = start + reach * direction
+        end = start + reach * directions[:, arm]
         if whole:
             size, corner = image_size, torch.zeros_like(start)
         else:
             size = min(image_size, math.ceil(reach + rod + bob) + 1)
-            corner = torch.minimum(start - rod, end - bob).floor().clamp(0, image_size - size)
-        rod_distance, bob_distance = _distances(corner, size, start, direction, reach)
-        rod_cover, bob_cover = (rod - rod_distance).flatten(1), (bob - bob_distance).flatten(1)  # (F, K * K)
-        # White on black is the union of the shapes; in colour, each covers what was painted before.
-        layers = (
-            [(torch.maximum(rod_cover, bob_cover), WHITE)]
-            if grey
-            else list(zip((rod_cover, bob_cover), RGB[arm], strict=True))
-        )
+            corner = torch.minimum(start - rod, end - bob).floor_().clamp_(0, image_size - size)
+        to_rod, to_bob = _distances(corner, size, start, directions[:, arm], reach)  # (F, K * K)
         if whole:
-            canvas = images
+            images.copy_(_over(images, to_rod, to_bob, rod, bob, arm, channels))
         else:
-            patch = _patch_indices(corner, size, image_size)[:, None].expand(-1, images.shape[1], -1)
-            canvas = images.gather(-1, patch) if arm else images.new_zeros(patch.shape)  # nothing is below the first arm
-        for cover, colour in layers:
-            _blend(canvas, cover.clamp_(0, 1), colour)
-        if not whole:
-            images.scatter_(-1, patch, canvas)
+            patch = _patch_indices(corner, size, image_size)[:, None].expand(-1, channels, -1)
+            below = images.gather(-1, patch) if arm else None  # nothing is below the first arm
+            images.scatter_(-1, patch, _over(below, to_rod, to_bob, rod, bob, arm, channels))
         start = end
 
 
 def _distances(corner: Tensor, size: int, start: Tensor, direction: Tensor, reach: float) -> tuple[Tensor, Tensor]:
     """Distance in pixels of each pixel centre of a patch to the rod's axis and to the bob's centre.
 
-    Along and across the rod are affine in x and y, so each is the outer sum of two vectors of length K.
+    In coordinates along the rod, counted from its middle, and across it. Both are affine in x and y, so each is the outer
+    sum of two vectors of length K.
 
     Returns:
-        Two tensors (F, K, K), rows first.
+        Two tensors (F, K * K), in raster order.
     """
+    half = reach / 2
     centres = torch.arange(size, dtype=corner.dtype, device=corner.device) + 0.5
-    offsets = corner[..., None] + centres - start[..., None]  # (F, 2, K), from the near end
-    to_bob = (offsets - reach * direction[..., None]).square()
-    bob_distance = (to_bob[:, 0, None, :] + to_bob[:, 1, :, None]).sqrt_()
-    along_parts = offsets * direction[..., None]  # (F, 2, K)
+    offsets = corner[..., None] + centres - (start + half * direction)[..., None]  # (F, 2, K), from the rod's middle
+    along_parts = offsets * direction[..., None]
     across_parts = offsets * direction.flip(-1)[..., None]
-    along = along_parts[:, 0, None, :] + along_parts[:, 1, :, None]
-    across = across_parts[:, 0, None, :] - across_parts[:, 1, :, None]
-    beyond = along - along.clamp(0, reach)  # past either end of the rod
-    rod_distance = across.square_().addcmul_(beyond, beyond).sqrt_()
-    return rod_distance, bob_distance
+    along = (along_parts[:, 0, None, :] + along_parts[:, 1, :, None]).flatten(1)
+    across_squared = (across_parts[:, 0, None, :] - across_parts[:, 1, :, None]).flatten(1).square_()
+    beyond = functional.softshrink(along, half)  # past either end of the rod; 0 beside it
+    to_rod = across_squared.addcmul_(beyond, beyond).sqrt_()
+    bob_parts = (offsets - half * direction[..., None]).square_()
+    to_bob = (bob_parts[:, 0, None, :] + bob_parts[:, 1, :, None]).flatten(1).sqrt_()
+    return to_rod, to_bob
 
 
 def _patch_indices(corner: Tensor, size: int, image_size: int) -> Tensor:
@@ -149,10 +142,27 @@ def _patch_indices(corner: Tensor, size: int, image_size: int) -> Tensor:
     return (y * image_size + x)[:, None] + inside
 
 
-def _blend(canvas: Tensor, cover: Tensor, colour: tuple[float, ...]) -> None:
-    """Paint `colour` over `canvas` (F, C, P) where `cover` (F, P) says so, in place."""
-    if len(colour) == 1:
-        torch.maximum(canvas[:, 0], cover, out=canvas[:, 0])  # grey: the union of the shapes
-    else:
+def _over(below: Tensor | None, to_rod: Tensor, to_bob: Tensor, rod: float, bob: float, arm: int, channels: int) -> Tensor:
+    """Paint one arm over what is below it.
+
+    Args:
+        below: (F, C, P), or None for black.
+        to_rod: (F, P) distance to the rod's axis in pixels.
+        to_bob: (F, P) distance to the bob's centre; overwritten.
+        rod: Distance from the rod's axis at which antialiasing ends.
+        bob: Likewise from the bob's centre.
+        arm: 0 or 1, for the colours.
+        channels: C.
+
+    Returns:
+        (F, C, P).
+    """
+    if channels == 1:  # white on black: the union of the shapes, with the bob shrunk to the rod's thickness for one pass
+        cover = (rod - torch.minimum(to_rod, to_bob.sub_(bob - rod))).clamp_(0, 1)[:, None]
+        return cover if below is None else torch.maximum(below, cover, out=cover)
+    canvas = to_rod.new_zeros(len(to_rod), channels, to_rod.shape[1]) if below is None else below
+    for distance, radius, colour in ((to_rod, rod, RGB[arm][0]), (to_bob, bob, RGB[arm][1])):
+        cover = (radius - distance).clamp_(0, 1)
         for channel, value in enumerate(colour):
             canvas[:, channel].lerp_(torch.full_like(cover, value), cover)
+    return canvas

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
-from callbacks import BestCheckpoint, LastCheckpoint, Stopwatch
+from callbacks import BestCheckpoint, LastCheckpoint, ProgressLines, Stopwatch
 from jepa_lightning import probes  # noqa: F401  (short class names)
 from jepa_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from jepa_lightning.losses import NonFiniteLossError
@@ -68,7 +68,7 @@ class JEPACommandLine(LightningCLI):
         if section.trainer.get("logger") in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
         trainer = self.config_init[self.config.subcommand].trainer
-        defaults: list[Callback] = [Stopwatch()]
+        defaults: list[Callback] = [Stopwatch(), ProgressLines()]
         if trainer.enable_checkpointing is not False:
             defaults += [BestCheckpoint(), LastCheckpoint()]
         if trainer.logger is not False:

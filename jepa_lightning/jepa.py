@@ -16,7 +16,7 @@ from callbacks.collapse import CollapseAlarm
 from callbacks.ema import EMAUpdate
 from callbacks.schedules import ScheduleName, total_optimizer_steps
 from callbacks.weight_decay import WeightDecaySchedule
-from jepa_lightning.losses import check_finite, prediction_loss
+from jepa_lightning.losses import check_finite, squared_error
 from jepa_lightning.metrics import FeatureStatistics
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.regularizers import Regularizer, RegularizerName
@@ -111,6 +111,10 @@ class JEPA(LightningModule, ABC):
     def encode(self, observations: Tensor) -> Tensor:
         """Features of the target encoder, without gradient: what probes and users take."""
 
+    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
+        """How far the predictions are from the targets: a scalar, the mean squared error unless a subclass knows better."""
+        return squared_error(pairs.predictions, pairs.targets)
+
     def train(self, mode: bool = True) -> "JEPA":
         """Switch to training mode, all but the target encoder: no dropout in the targets."""
         super().train(mode)
@@ -119,7 +123,7 @@ class JEPA(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         pairs = self.target_pairs(batch)
-        prediction = prediction_loss(pairs.predictions, pairs.targets)
+        prediction = self.prediction_loss(pairs)
         penalty, terms = self.regularizer(self.gather(pairs.features))
         loss = prediction + penalty
         check_finite(loss, self.trainer.global_step)
@@ -141,7 +145,7 @@ class JEPA(LightningModule, ABC):
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
         pairs = self.target_pairs(batch)
-        self.log("val/loss", prediction_loss(pairs.predictions, pairs.targets), sync_dist=True, prog_bar=True)
+        self.log("val/loss", self.prediction_loss(pairs), sync_dist=True, prog_bar=True)
         self.target_statistics.update(pairs.target_features)
         self.context_statistics.update(pairs.features)
         return pairs

@@ -5,18 +5,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
+def squared_error(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error between predicted and target features, averaged over everything.
 
     Args:
-        predictions: (..., D).
-        targets: (..., D), without gradient.
+        predictions: (..., H, D).
+        targets: (..., H, D), without gradient.
+        weights: (H,) of the prediction steps, with a mean of 1; all alike if left out.
 
     Returns:
         Scalar.
     """
     assert not targets.requires_grad, "the targets of a JEPA carry no gradient"
-    return F.mse_loss(predictions, targets)
+    if weights is None:
+        return F.mse_loss(predictions, targets)
+    return (F.mse_loss(predictions, targets, reduction="none").mean(dim=-1) * weights).mean()
+
+
+def step_weights(horizon: int, decay: float) -> Tensor:
+    """Weights proportional to k ** -decay for the steps k = 1 ... H, with a mean of 1: (H,)."""
+    weights = torch.arange(1, horizon + 1, dtype=torch.float32) ** -decay
+    return weights / weights.mean()
 
 
 class NonFiniteLossError(RuntimeError):

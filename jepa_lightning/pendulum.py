@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from callbacks.schedules import ScheduleName
 from datamodules.batches import PendulumBatch
 from jepa_lightning.jepa import JEPA, TargetPairs
+from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe
 from jepa_lightning.networks.conv import ConvEncoder
 from jepa_lightning.networks.mlp import mlp
@@ -66,6 +67,8 @@ class PendulumJEPA(JEPA):
         encoder_widths: Channels of the convolutions (pixels) or widths of the hidden layers (coordinates).
         predictor_width: Width of the predictor's two hidden layers.
         horizon: H, prediction steps in the loss.
+        step_decay: Step k of the horizon weighs k ** -step_decay in the loss, >= 0. At 0 all weigh alike, and the error of
+            the far steps, many times that of the first, is nearly all that is learned from.
         learning_rate: Peak of the schedule, at the end of the warm-up.
         warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
         weight_decay: Of kernels and matrices; biases and norms have none.
@@ -80,6 +83,8 @@ class PendulumJEPA(JEPA):
         ValueError: A value out of its range, named together with what is allowed.
     """
 
+    step_weights: Tensor
+
     def __init__(
         self,
         observation: Literal["pixels", "coordinates"] = "pixels",
@@ -90,6 +95,7 @@ class PendulumJEPA(JEPA):
         encoder_widths: tuple[int, ...] = (16, 32, 64),
         predictor_width: int = 512,
         horizon: int = 8,
+        step_decay: float = 1.0,
         learning_rate: float = 4e-3,
         warmup_fraction: float = 0.03,
         weight_decay: float = 1e-4,
@@ -103,6 +109,8 @@ class PendulumJEPA(JEPA):
         self.check_sizes(
             latent_dim=latent_dim, predictor_width=predictor_width, horizon=horizon, history=history, channels=channels
         )
+        if not step_decay >= 0:
+            raise ValueError(f"model.step_decay={step_decay}: must be >= 0; 0 weighs all steps of the horizon alike.")
         super().__init__(
             learning_rate=learning_rate,
             warmup_fraction=warmup_fraction,
@@ -119,6 +127,7 @@ class PendulumJEPA(JEPA):
         self.latent_dim, self.horizon, self.predictor_width = latent_dim, horizon, predictor_width
         self.encoder_widths = tuple(encoder_widths)
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
+        self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
         self.probe = RidgeProbe(latent_dim, len(LABELS))
         self.error_over_steps = nn.ModuleDict(
             {name: MeanMetric() for name in ("first", "last", "first_still", "last_still")}
@@ -192,6 +201,10 @@ class PendulumJEPA(JEPA):
         target = self.encode(batch.observations)  # (B, T, D)
         predictions = self.forecast(context, self.horizon)  # (B, S, H, D)
         return TargetPairs(predictions, later_features(target, self.horizon), context, target)
+
+    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
+        """Squared error, near steps first: see `step_decay`."""
+        return squared_error(pairs.predictions, pairs.targets, self.step_weights)
 
     def predict_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
         """Features of the target encoder: (B, T, D)."""

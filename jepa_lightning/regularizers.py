@@ -59,7 +59,7 @@ def curvature(features: Tensor) -> Tensor:
 
 
 TERMS = {"variance_hinge": ("std",), "vicreg": ("std", "cov", "curvature")}
-DEFAULT_WEIGHTS = {"variance_hinge": {"std": 0.1}, "vicreg": {"std": 1.0, "cov": 0.1, "curvature": 1.0}}
+DEFAULT_WEIGHTS = {"variance_hinge": {"std": 0.1}, "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0}}
 
 
 class Regularizer(nn.Module):

@@ -8,7 +8,8 @@ import torch
 from conftest import small_data, small_model, trainer
 
 from datamodules import PendulumBatch
-from jepa_lightning.losses import NonFiniteLossError, prediction_loss
+from jepa_lightning.jepa import TargetPairs
+from jepa_lightning.losses import NonFiniteLossError, squared_error, step_weights
 from jepa_lightning.pendulum import PendulumJEPA, later_features, state_labels, unroll
 
 
@@ -22,7 +23,7 @@ def small_pixels(**changes) -> PendulumJEPA:
 
 
 def test_unroll_applies_the_predictor_to_its_own_output() -> None:
-    start = torch.randn(2, 3)
+    start = torch.arange(6.0).view(2, 3)
     steps = unroll(lambda z: 2 * z + 1, start, 3)
     assert torch.equal(steps, torch.stack([2 * start + 1, 4 * start + 3, 8 * start + 7], dim=1))
 
@@ -59,7 +60,7 @@ def test_prediction_loss_reaches_encoder_and_predictor_but_not_the_target(build)
     for parameter in model.predictor.parameters():  # its last layer starts at zero and blocks what is below it
         torch.nn.init.normal_(parameter, std=0.1)
     pairs = model.target_pairs(batch(model))
-    prediction_loss(pairs.predictions, pairs.targets).backward()
+    model.prediction_loss(pairs).backward()
     for module in (model.context_encoder, model.predictor):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     assert all(p.grad is None for p in model.target_encoder.parameters())
@@ -83,7 +84,17 @@ def test_untrained_predictor_says_that_nothing_changes() -> None:
 
 def test_targets_have_no_gradient_or_the_loss_objects() -> None:
     with pytest.raises(AssertionError):
-        prediction_loss(torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True))
+        squared_error(torch.zeros(2, 3), torch.zeros(2, 3, requires_grad=True))
+
+
+def test_near_steps_weigh_more() -> None:
+    torch.testing.assert_close(step_weights(4, 1.0), torch.tensor([1, 1 / 2, 1 / 3, 1 / 4]) * 48 / 25)
+    assert step_weights(3, 0.0).tolist() == [1, 1, 1]
+    error = torch.randn(5, 2, 4, 8)  # (B, S, H, D)
+    weighted = sum(error[:, :, k].square().mean() * w for k, w in enumerate([1, 1 / 2, 1 / 3, 1 / 4])) / 4 * 48 / 25
+    pairs = TargetPairs(error, torch.zeros_like(error), error, error)
+    torch.testing.assert_close(small_model(step_decay=1.0).prediction_loss(pairs), weighted)
+    torch.testing.assert_close(small_model(step_decay=0.0).prediction_loss(pairs), error.square().mean())
 
 
 def test_each_sample_has_a_start_of_its_own() -> None:
@@ -161,6 +172,7 @@ def test_nan_stops_the_run_before_the_weights_see_it(tmp_path: Path) -> None:
         ({"horizon": 0}, "model.horizon=0"),
         ({"latent_dim": 0}, "model.latent_dim=0"),
         ({"learning_rate": 0.0}, "model.learning_rate=0.0"),
+        ({"step_decay": -1.0}, "model.step_decay=-1.0"),
         ({"warmup_fraction": 1.0}, "model.warmup_fraction=1.0"),
         ({"observation": "sound"}, "model.observation='sound'"),
         ({"observation": "pixels", "image_size": 16, "encoder_widths": (4, 4, 4)}, "model.image_size=16 is too small"),

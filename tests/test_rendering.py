@@ -7,7 +7,7 @@ from datamodules.physics import Pendulum, sample_initial_states
 from datamodules.rendering import CPU_CHUNK, MARGIN, render, render_whole
 from datamodules.resumable import seeded_generator
 
-STATES = sample_initial_states(CPU_CHUNK + 40, seeded_generator(0)).float()
+STATES = sample_initial_states(CPU_CHUNK // 64**2 + 40, seeded_generator(0)).float()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
