@@ -90,7 +90,7 @@ class CollapseAlarm(Callback):
         self.alarms.append(message)
         if trainer.is_global_zero:
             warnings.warn(
-                message + " Raise the weight of the regularizer (std_weight first), or lower the learning rate. See "
+                message + " Raise the weight of the regularizer (its std term first), or lower the learning rate. See "
                 "'Troubleshooting' in the README.",
                 CollapseWarning,
                 stacklevel=2,

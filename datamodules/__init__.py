@@ -1,6 +1,7 @@
 """Data modules and what they are made of. Nothing here knows of the models."""
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ImageBatch, PendulumBatch
+from datamodules.image_folder import ImageFolder
 from datamodules.pendulum import DoublePendulum
 
-__all__ = ["DoublePendulum", "PendulumBatch"]
+__all__ = ["DoublePendulum", "ImageBatch", "ImageFolder", "PendulumBatch"]

@@ -1,6 +1,6 @@
 """What data modules hand to modules: the contract between the two.
 
-Shapes: B samples, T windows in time, C channels, S image size.
+Shapes: B samples, T windows in time, C channels, S image size, H W pixels.
 """
 
 from typing import NamedTuple
@@ -22,3 +22,17 @@ class PendulumBatch(NamedTuple):
     states: Tensor
     """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
     only: no JEPA sees them in training."""
+
+
+class ImageBatch(NamedTuple):
+    """A batch of pictures."""
+
+    images: Tensor
+    """(B, C, H, W), normalised to the mean and standard deviation of ImageNet."""
+
+    labels: Tensor
+    """(B,), int64 class indices; -1 where there are none. For probes and metrics only."""
+
+    key: tuple[int, ...]
+    """Names this batch among all of the run: (seed, epoch, index of its first sample). Whoever needs random numbers for it
+    seeds them with this, so that they depend neither on workers nor on resumes, and differ between processes."""

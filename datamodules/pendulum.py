@@ -7,15 +7,13 @@ per cent of a training step. So nothing is cached on disk, and nothing can go st
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import PendulumBatch
 from datamodules.physics import Pendulum, sample_initial_states
 from datamodules.rendering import check_picture, render
-from datamodules.resumable import EpochBatches, ResumableLoader, seeded_generator
+from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, seeded_generator
 
 SPLITS = ("train", "val", "test")
 CLIP_STREAM = len(SPLITS)  # the seed's fourth use: where a clip starts
@@ -52,7 +50,7 @@ class Clips(Dataset[Tensor]):
         return self.trajectories[index[:, None], frames]
 
 
-class DoublePendulum(LightningDataModule):
+class DoublePendulum(ResumableDataModule):
     """Trajectories of a double pendulum, observed as pixels or as coordinates of the two bobs.
 
     Training, validation and test trajectories come from seeds of their own. Initial angles are uniform in [-pi, pi] and
@@ -135,8 +133,6 @@ class DoublePendulum(LightningDataModule):
         self.image_size, self.channels = image_size, channels
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._trajectories: dict[str, Tensor] = {}
-        self._train_loader: ResumableLoader | None = None
-        self._resumed_state: dict[str, Any] = {}
 
     def trajectories(self, split: str) -> Tensor:
         """States of all trajectories of "train", "val" or "test", generated at the first call: (N, T, 4), float32.
@@ -168,25 +164,10 @@ class DoublePendulum(LightningDataModule):
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
         return self.observe(batch)
 
-    def train_dataloader(self) -> ResumableLoader:
-        sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self._rank())
+    def make_train_loader(self) -> ResumableLoader:
+        sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self.rank)
         clips = Clips(self.trajectories("train"), self.clip_length, self.seed)
-        self._train_loader = ResumableLoader(clips, sampler, self.num_workers, pin_memory=self._on_gpu())
-        if self._resumed_state:
-            self._train_loader.load_state_dict(self._resumed_state)
-            self._resumed_state = {}
-        return self._train_loader
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position in the epoch, for the checkpoint.
-
-        Lightning saves and restores that of the loader too, but the latter not if anything has asked for the number of
-        training steps before (2.6.6: `estimated_stepping_batches` sets the loader up without its state).
-        """
-        return {} if self._train_loader is None else self._train_loader.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed_state = state_dict
+        return ResumableLoader(clips, sampler, self.num_workers, pin_memory=self.on_gpu)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._held_out_loader("val")
@@ -198,22 +179,9 @@ class DoublePendulum(LightningDataModule):
         return self._held_out_loader("test")
 
     def _held_out_loader(self, split: str) -> DataLoader[Any]:
-        """Every trajectory once, in order. Processes take turns, and none sees one twice."""
-        rank, num_ranks = self._rank()
-        if self.sizes[split] < num_ranks:
-            raise ValueError(f"data.{split}_size={self.sizes[split]} leaves some of {num_ranks} processes without data.")
         rows = _Rows(self.trajectories(split))
-        # Lightning would put a sampler of its own on a loader without a distributed one, and pad the last batch with
-        # repeated samples.
-        sampler = UnrepeatedDistributedSampler(rows, num_replicas=num_ranks, rank=rank, shuffle=False)
-        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, pin_memory=self._on_gpu())
-
-    def _rank(self) -> tuple[int, int]:
-        """This process's rank and the number of processes."""
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _on_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        sampler = self.held_out_sampler(split, rows)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, pin_memory=self.on_gpu)
 
 
 class _Rows(Dataset[Tensor]):

@@ -1,9 +1,12 @@
 """A training loader that can stop in the middle of an epoch and go on from there, bit for bit."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from numpy.random import SeedSequence
 from torch.utils.data import DataLoader, Dataset
 
@@ -76,7 +79,7 @@ class ResumableLoader:
         self.loader = DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=_already_collated,
+            collate_fn=already_collated,
             num_workers=num_workers,
             pin_memory=pin_memory,
         )
@@ -102,5 +105,59 @@ class ResumableLoader:
         self._resume_at = state["taken"] % len(self)
 
 
-def _already_collated(batch: Any) -> Any:
+def already_collated(batch: Any) -> Any:
+    """What a data set with `__getitems__` returns is a batch already."""
     return batch
+
+
+class ResumableDataModule(LightningDataModule, ABC):
+    """A data module whose training loader goes on in the middle of an epoch, and which knows its place among processes.
+
+    Lightning saves and restores the position of a loader too, but not if anything has asked for the number of training
+    steps before (2.6.6: `estimated_stepping_batches` sets the loader up without its state). So the data module carries it.
+    """
+
+    _train_loader: ResumableLoader | None = None
+    _resumed_state: dict[str, Any] | None = None
+
+    def train_dataloader(self) -> ResumableLoader:
+        self._train_loader = self.make_train_loader()
+        if self._resumed_state:
+            self._train_loader.load_state_dict(self._resumed_state)
+            self._resumed_state = None
+        return self._train_loader
+
+    @abstractmethod
+    def make_train_loader(self) -> ResumableLoader:
+        """The loader of this process's share of the training samples."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the epoch, for the checkpoint."""
+        return {} if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed_state = state_dict
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process's rank and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches will be copied to a GPU."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def held_out_sampler(self, split: str, samples: Dataset[Any]) -> UnrepeatedDistributedSampler:
+        """Every sample once, in order. Processes take turns, and none sees one twice.
+
+        Lightning would put a sampler of its own on a loader without a distributed one, and pad the last batch with
+        repeated samples.
+
+        Raises:
+            ValueError: Fewer samples than processes.
+        """
+        rank, num_ranks = self.rank
+        if len(samples) < num_ranks:  # type: ignore[arg-type]
+            raise ValueError(f"{len(samples)} {split} samples leave some of {num_ranks} processes without data.")  # type: ignore[arg-type]
+        return UnrepeatedDistributedSampler(samples, num_replicas=num_ranks, rank=rank, shuffle=False)

@@ -53,7 +53,8 @@ class JEPA(LightningModule, ABC):
         momentum: Of the first target update, in [0, 1].
         final_momentum: What the momentum approaches at the last step, in [momentum, 1].
         momentum_schedule: Way from the one to the other.
-        regularizer: What keeps the features apart: "variance_hinge" or "vicreg".
+        regularizer: What keeps the features apart, "variance_hinge" or "vicreg"; None leaves that to the target encoder's
+            slowness alone, as I-JEPA does.
         regularizer_weights: Weight of each of its terms, see `jepa_lightning.regularizers`.
 
     Raises:
@@ -74,7 +75,7 @@ class JEPA(LightningModule, ABC):
         momentum: float,
         final_momentum: float,
         momentum_schedule: ScheduleName,
-        regularizer: RegularizerName,
+        regularizer: RegularizerName | None,
         regularizer_weights: dict[str, float] | None,
     ) -> None:
         super().__init__()
@@ -87,7 +88,9 @@ class JEPA(LightningModule, ABC):
         self.final_weight_decay = weight_decay if final_weight_decay is None else final_weight_decay
         self._ema = EMAUpdate(momentum, final_momentum, momentum_schedule)
         self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay)
-        self.regularizer = Regularizer(regularizer, regularizer_weights)
+        if regularizer is None and regularizer_weights:
+            raise ValueError(f"model.regularizer_weights={regularizer_weights} without a model.regularizer to weigh.")
+        self.regularizer = None if regularizer is None else Regularizer(regularizer, regularizer_weights)
 
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
         """Take the networks and make the target encoder, a frozen copy of the context encoder as initialised.
@@ -124,12 +127,14 @@ class JEPA(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         pairs = self.target_pairs(batch)
         prediction = self.prediction_loss(pairs)
-        penalty, terms = self.regularizer(self.gather(pairs.features))
-        loss = prediction + penalty
+        loss = prediction
+        if self.regularizer is not None:
+            penalty, terms = self.regularizer(self.gather(pairs.features))
+            loss = prediction + penalty
+            self.log_dict({f"train/regularizer_{name}": term for name, term in terms.items()})
         check_finite(loss, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/prediction_loss", prediction)
-        self.log_dict({f"train/regularizer_{name}": term for name, term in terms.items()})
         return loss
 
     def gather(self, features: Tensor) -> Tensor:
@@ -145,7 +150,8 @@ class JEPA(LightningModule, ABC):
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
         pairs = self.target_pairs(batch)
-        self.log("val/loss", self.prediction_loss(pairs), sync_dist=True, prog_bar=True)
+        size = len(pairs.predictions)  # Lightning's guess is misled by numbers that are not per sample
+        self.log("val/loss", self.prediction_loss(pairs), sync_dist=True, prog_bar=True, batch_size=size)
         self.target_statistics.update(pairs.target_features)
         self.context_statistics.update(pairs.features)
         return pairs

@@ -22,6 +22,12 @@ def squared_error(predictions: Tensor, targets: Tensor, weights: Tensor | None =
     return (F.mse_loss(predictions, targets, reduction="none").mean(dim=-1) * weights).mean()
 
 
+def smooth_l1(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean Huber loss with its corner at 1, as the released I-JEPA code has it: (..., D) twice -> scalar."""
+    assert not targets.requires_grad, "the targets of a JEPA carry no gradient"
+    return F.smooth_l1_loss(predictions, targets)
+
+
 def step_weights(horizon: int, decay: float) -> Tensor:
     """Weights proportional to k ** -decay for the steps k = 1 ... H, with a mean of 1: (H,)."""
     weights = torch.arange(1, horizon + 1, dtype=torch.float32) ** -decay

@@ -1,12 +1,14 @@
 """Measures of a representation and of a forecast.
 
-The two that are gathered over batches are `torchmetrics.Metric`s: their states are sums, so several processes give the
+Those that are gathered over batches are `torchmetrics.Metric`s: their states are sums, so several processes give the
 figures of one. Shapes: N samples, D width, L labels, T times.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 
 class FeatureStatistics(Metric):
@@ -112,6 +114,68 @@ class RidgeProbe(Metric):
     def compute(self) -> Tensor:
         """R2 of each label on the judging samples: (L,)."""
         return self.r2(self.weights())
+
+
+class NearestNeighbours(Metric):
+    """Accuracy of a vote among nearest neighbours, an online probe of classes that needs no training.
+
+    Every other sample, in the order of arrival, is a neighbour; the rest are judged. The votes of the k most similar
+    neighbours weigh exp(cosine similarity / temperature) (Wu et al. 2018).
+
+    Args:
+        num_neighbours: k; fewer where there are fewer.
+        temperature: Of the weights.
+    """
+
+    full_state_update = False
+    features: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, num_neighbours: int = 20, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.num_neighbours, self.temperature = num_neighbours, temperature
+        self.add_state("features", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Take in features (N, D) and class indices (N,)."""
+        self.features.append(features.detach().float())
+        self.labels.append(labels)
+
+    def compute(self) -> Tensor:
+        """Fraction of right votes, a scalar."""
+        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        return vote_accuracy(
+            features[0::2], labels[0::2], features[1::2], labels[1::2], self.num_neighbours, self.temperature
+        )
+
+
+def vote_accuracy(
+    bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, num_neighbours: int, temperature: float
+) -> Tensor:
+    """How often the weighted vote of the most similar features of a bank is right.
+
+    Args:
+        bank: (N, D).
+        bank_labels: (N,), class indices.
+        features: (Q, D) to be judged.
+        labels: (Q,).
+        num_neighbours: k; fewer where the bank is smaller.
+        temperature: Of the weights exp(cosine similarity / temperature).
+
+    Returns:
+        Scalar; NaN if there is nothing to judge.
+    """
+    mean = bank.mean(dim=0)  # else all cosines of average-pooled features are near 1
+    bank = functional.normalize(bank - mean, dim=1)
+    classes = functional.one_hot(bank_labels).to(bank.dtype)  # (N, classes)
+    right = []
+    for queries, answers in zip((features - mean).split(4096), labels.split(4096), strict=True):  # bounded memory
+        similar = functional.normalize(queries, dim=1) @ bank.T
+        weights, neighbours = similar.topk(min(num_neighbours, len(bank)), dim=1)
+        votes = ((weights / temperature).exp()[..., None] * classes[neighbours]).sum(dim=1)
+        right.append(votes.argmax(dim=1) == answers)
+    return torch.cat(right).float().mean()
 
 
 def r2_score(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from PIL import Image
 
-from datamodules import DoublePendulum
-from jepa_lightning import PendulumJEPA
+from datamodules import DoublePendulum, ImageFolder
+from jepa_lightning import IJEPA, PendulumJEPA
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,6 +33,15 @@ SMALL_MODEL: dict[str, Any] = {
     "predictor_width": 16,
     "horizon": 4,
 }
+SMALL_PICTURES: dict[str, Any] = {"image_size": 16, "batch_size": 4, "num_workers": 0, "val_fraction": 0.2}
+SMALL_IJEPA: dict[str, Any] = {
+    "encoder": "vit_tiny_patch16_224",
+    "encoder_depth": 1,
+    "image_size": 16,
+    "patch_size": 4,
+    "predictor_width": 24,
+    "predictor_depth": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +57,35 @@ def small_data(**changes: Any) -> DoublePendulum:
 def small_model(**changes: Any) -> PendulumJEPA:
     torch.manual_seed(0)
     return PendulumJEPA(**(SMALL_MODEL | changes))
+
+
+def write_pictures(folder: Path, count: int, size: tuple[int, int] = (20, 24), hue: int = 0) -> None:
+    """Noise over a colour, so that classes differ, as files 0000.jpg ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(hue)
+    for number in range(count):
+        picture = torch.randint(0, 100, (3, *size), generator=generator)
+        picture[hue % 3] += 100
+        pixels = picture.to(torch.uint8).permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / f"{number:04d}.jpg")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 15 pictures, of which a fifth is held out: 24 to train on, 6 for validation."""
+    root = tmp_path_factory.mktemp("pictures")
+    for hue, name in enumerate(("ant", "bee")):
+        write_pictures(root / name, 15, hue=hue)
+    return root
+
+
+def small_pictures(root: Path, **changes: Any) -> ImageFolder:
+    return ImageFolder(**({"root": str(root)} | SMALL_PICTURES | changes))
+
+
+def small_ijepa(**changes: Any) -> IJEPA:
+    torch.manual_seed(0)
+    return IJEPA(**(SMALL_IJEPA | changes))
 
 
 def trainer(root: Path, **changes: Any) -> pl.Trainer:

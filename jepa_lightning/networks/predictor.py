@@ -1,8 +1,20 @@
-"""Predictors of later features."""
+"""Predictors: of later features, and of the features of hidden patches.
 
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from jepa_lightning.networks.mlp import mlp
+from jepa_lightning.networks.vit import sincos_positions
 
 
 class ResidualPredictor(nn.Module):
@@ -26,3 +38,84 @@ class ResidualPredictor(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return features + self.change(self.norm(features))
+
+
+class MaskedPredictor(nn.Module):
+    """A narrow vision transformer that predicts the features of hidden patches from those of visible ones.
+
+    Each target block is predicted on its own: its mask tokens, one shared vector plus their positions, see the context
+    and each other but no other block.
+
+    Args:
+        grid: (H, W) patches of the picture.
+        dim: D, width of the encoder's features.
+        width: Of the predictor.
+        depth: Number of blocks.
+        num_heads: Of each block; divides `width`.
+        dropout: After the linear layers and in the attention's output.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: A width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        width: int = 384,
+        depth: int = 6,
+        num_heads: int = 6,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"predictor_width={width} is not divisible by its {num_heads} heads: change one of them.")
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.Sequential(
+            *(Block(width, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(depth))
+        )
+        self.norm = norm(width)
+        self.project = nn.Linear(width, dim)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self._initialise()
+
+    positions: Tensor
+
+    def _initialise(self) -> None:
+        """As the encoders: normal of 0.02, and the output layers of block l divided by sqrt(2 l)."""
+        trunc_normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight /= math.sqrt(2 * number)
+                block.mlp.fc2.weight /= math.sqrt(2 * number)
+
+    def forward(self, features: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Predicted features of the target blocks.
+
+        Args:
+            features: (B, K, D) of the visible patches.
+            context: (B, K), their raster indices.
+            targets: (B, M, L), raster indices of the patches to predict.
+
+        Returns:
+            (B, M, L, D).
+        """
+        num_blocks, length = targets.shape[1:]
+        visible = self.embed(features) + self.positions[context]  # (B, K, width)
+        hidden = self.mask_token + self.positions[targets.flatten(0, 1)]  # (B * M, L, width)
+        tokens = torch.cat([visible.repeat_interleave(num_blocks, dim=0), hidden], dim=1)
+        if self.gradient_checkpointing and self.training:
+            tokens = checkpoint_seq(self.blocks, tokens)
+        else:
+            tokens = self.blocks(tokens)
+        predicted = self.project(self.norm(tokens[:, -length:]))
+        return predicted.unflatten(0, (-1, num_blocks))

@@ -1,0 +1,203 @@
+"""I-JEPA: predict the features of hidden blocks of a picture from those of a visible one (Assran et al. 2023).
+
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from callbacks.schedules import ScheduleName, total_optimizer_steps
+from datamodules.batches import ImageBatch
+from datamodules.resumable import seeded_generator
+from jepa_lightning.jepa import JEPA, TargetPairs
+from jepa_lightning.losses import smooth_l1, squared_error
+from jepa_lightning.masks import MultiBlock
+from jepa_lightning.metrics import NearestNeighbours
+from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.vit import ViTEncoder, take
+from jepa_lightning.regularizers import RegularizerName
+
+LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
+
+
+class IJEPA(JEPA):
+    """A vision transformer learns to fill in features: no labels, no augmentation that says what to ignore.
+
+    The context encoder sees the visible patches alone; the target encoder sees the whole picture, and its features,
+    layer-normalised, are the targets at the hidden blocks.
+
+    Args:
+        encoder: Name of a timm vision transformer, "vit_tiny_patch16_224" ... "vit_giant_patch14_224"; the sizes in it
+            are overruled by the next two arguments.
+        image_size: Height and width in pixels, one number or two; as in the data.
+        patch_size: Height and width of a patch in pixels.
+        encoder_depth: Number of the encoder's blocks; that of its name if left out.
+        predictor_width: Width of the predictor.
+        predictor_depth: Its number of blocks. The paper takes 6 for ViT-B, 12 for L and H.
+        predictor_heads: Its heads; those of the encoder if left out.
+        predictor_dropout: In its linear layers.
+        loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
+        num_targets: M, target blocks per picture.
+        target_scale: Area of a target block, least and greatest fraction of the picture.
+        final_target_scale: The same at the end of training; `target_scale` if left out.
+        target_aspect: Height over width of a target block, least and greatest.
+        context_scale: Area of the context block before it loses the targets.
+        context_quantile: Fraction of pictures that draw their masks again because too little context is left.
+        official_compat: Masks with the flaws of the released code, for parity alone.
+        gradient_checkpointing: Less memory for a third more time.
+        compile_networks: Compile the three networks with torch.compile before training: minutes at the start, faster
+            steps after.
+        learning_rate: Peak of the schedule, at the end of the warm-up.
+        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Of kernels and matrices; biases, norms and the mask token have none.
+        final_weight_decay: Where a cosine takes the weight decay by the last step.
+        momentum: Of the first target update, in [0, 1].
+        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
+        momentum_schedule: Way from the one to the other; the paper's is linear.
+        regularizer: None as in the paper, "variance_hinge" or "vicreg" on the context encoder's output.
+        regularizer_weights: Weight of each of its terms.
+
+    Raises:
+        ValueError: A value out of its range, named together with what is allowed.
+    """
+
+    def __init__(
+        self,
+        encoder: str = "vit_small_patch16_224",
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        encoder_depth: int | None = None,
+        predictor_width: int = 384,
+        predictor_depth: int = 6,
+        predictor_heads: int | None = None,
+        predictor_dropout: float = 0.0,
+        loss: Literal["smooth_l1", "squared_error"] = "smooth_l1",
+        num_targets: int = 4,
+        target_scale: tuple[float, float] = (0.15, 0.2),
+        final_target_scale: tuple[float, float] | None = None,
+        target_aspect: tuple[float, float] = (0.75, 1.5),
+        context_scale: tuple[float, float] = (0.85, 1.0),
+        context_quantile: float = 0.1,
+        official_compat: bool = False,
+        gradient_checkpointing: bool = False,
+        compile_networks: bool = False,
+        learning_rate: float = 1e-3,
+        warmup_fraction: float = 0.05,
+        weight_decay: float = 0.04,
+        final_weight_decay: float | None = 0.4,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        momentum_schedule: ScheduleName = "cosine",
+        regularizer: RegularizerName | None = None,
+        regularizer_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(
+            learning_rate=learning_rate,
+            warmup_fraction=warmup_fraction,
+            weight_decay=weight_decay,
+            final_weight_decay=final_weight_decay,
+            momentum=momentum,
+            final_momentum=final_momentum,
+            momentum_schedule=momentum_schedule,
+            regularizer=regularizer,
+            regularizer_weights=regularizer_weights,
+        )
+        if loss not in LOSSES:
+            raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
+        self.save_hyperparameters()
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        self.loss, self.compile_networks = LOSSES[loss], compile_networks
+        context_encoder = ViTEncoder(
+            encoder, self.image_size, patch_size, encoder_depth, gradient_checkpointing=gradient_checkpointing
+        )
+        predictor = MaskedPredictor(
+            context_encoder.grid,
+            context_encoder.dim,
+            predictor_width,
+            predictor_depth,
+            predictor_heads or context_encoder.num_heads,
+            predictor_dropout,
+            gradient_checkpointing,
+        )
+        self.set_networks(context_encoder, predictor, context_encoder.dim)
+        self.masks = MultiBlock(
+            context_encoder.grid,
+            num_targets,
+            target_scale,
+            target_aspect,
+            context_scale,
+            context_quantile,
+            final_target_scale,
+            official_compat,
+        )
+        self.error, self.mean_error = MeanMetric(), MeanMetric()
+        self.neighbours = NearestNeighbours()
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module before anything runs, and compile.
+
+        Raises:
+            ValueError: Pictures of another size than the encoder was built for.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        theirs = getattr(data, "image_size", self.image_size)
+        if tuple(theirs) != self.image_size:
+            raise ValueError(
+                f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
+            )
+        if self.compile_networks and stage == "fit":
+            for network in (self.context_encoder, self.target_encoder, self.predictor):
+                network.compile(dynamic=True)  # in place: names in checkpoints stay
+
+    @torch.no_grad()
+    def encode(self, observations: Tensor) -> Tensor:
+        """Patch features of the target encoder, without gradient: normalised images (B, C, H, W) -> (B, N, D).
+
+        Average over N for the feature of the picture that the paper's probes read.
+        """
+        return self.target_encoder(observations)
+
+    def target_pairs(self, batch: ImageBatch) -> TargetPairs:
+        masks = self.masks.draw(len(batch.images), seeded_generator(*batch.key), self._progress()).to(batch.images.device)
+        target_features = self.encode(batch.images)  # (B, N, D)
+        normalised = F.layer_norm(target_features, target_features.shape[-1:])
+        targets = take(normalised, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
+        context = self.context_encoder(batch.images, masks.context)  # (B, K, D)
+        predictions = self.predictor(context, masks.context, masks.targets)  # (B, M, L, D)
+        pooled = target_features.mean(dim=1, keepdim=True)  # (B, 1, D)
+        return TargetPairs(predictions, targets, context, pooled)
+
+    def _progress(self) -> float:
+        """Part of the training that lies behind, for the curriculum of the masks; the end of it outside of training."""
+        if not self.trainer.training:
+            return 1.0
+        return self.trainer.global_step / total_optimizer_steps(self.trainer)
+
+    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
+        return self.loss(pairs.predictions, pairs.targets)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Average-pooled features of the target encoder: (B, D)."""
+        return self.encode(batch.images).mean(dim=1)
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> TargetPairs:
+        pairs = super().validation_step(batch, batch_idx)
+        self.error.update((pairs.predictions - pairs.targets).square().mean())
+        # The control: one and the same answer, the mean feature, for every patch of every picture.
+        mean = pairs.targets.flatten(0, -2).mean(dim=0)
+        self.mean_error.update((mean - pairs.targets).square().mean())
+        if bool((batch.labels >= 0).all()):
+            self.neighbours.update(pairs.target_features[:, 0], batch.labels)
+        return pairs
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log("val/error_over_mean", self.error.compute() / self.mean_error.compute(), prog_bar=True)
+        if self.neighbours.update_called and not self.trainer.sanity_checking:
+            self.log("val/knn_accuracy", self.neighbours.compute(), prog_bar=True)
+        for metric in (self.error, self.mean_error, self.neighbours):
+            metric.reset()

@@ -1,0 +1,221 @@
+"""Which patches a masked JEPA sees and which it must predict: multi-block masks (Assran et al. 2023, section 3).
+
+Everything is drawn for a whole batch at once, as pure tensor code on the CPU, from a generator that the caller seeds.
+Shapes: B batch, H W patches per column and row, N = H W patches, M target blocks, L patches of a block, K kept patches.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Range = tuple[float, float]
+
+MAX_DRAWS = 20
+"""How often a batch's unlucky pictures draw again before they fall back to targets that lie on each other."""
+
+CALIBRATION_DRAWS = 1000
+"""Pictures that are simulated to choose the number of context patches."""
+
+
+class Masks(NamedTuple):
+    """Raster indices of patches, int64, ascending within a row."""
+
+    context: Tensor
+    """(B, K), what the context encoder sees."""
+
+    targets: Tensor
+    """(B, M, L), what the predictor must predict."""
+
+    def to(self, device: torch.device) -> "Masks":
+        """The same masks on another device."""
+        return Masks(self.context.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+
+
+class MultiBlock:
+    """Draw one large context block and several target blocks per picture; the context loses what the targets cover.
+
+    The size of the target block is drawn once per batch, so that all blocks stack; places are drawn per picture, and
+    every place at which a block fits is equally likely. How many context patches are left differs from picture to
+    picture. Public implementations stack them by cutting all to the least of the batch, in raster order: the lower right
+    of the picture is then hardly ever seen, and the larger the batch, the smaller the context. Here the number kept, K,
+    depends on the size of the blocks alone: it is the `context_quantile` of the number left. Pictures with more keep a
+    uniformly random part; those with fewer draw their targets again.
+
+    Args:
+        grid: (H, W) in patches.
+        num_targets: M, target blocks per picture; they may overlap.
+        target_scale: Area of a target block, least and greatest fraction of the picture.
+        target_aspect: Height over width of a target block, least and greatest.
+        context_scale: Area of the context block, which is as square as the picture.
+        context_quantile: Fraction of pictures, in [0, 1), that may have too few patches left and draw again.
+        final_target_scale: `target_scale` at the end of training, for a curriculum that moves there linearly.
+        official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
+            come from one random number, the last row and column are never used, and contexts are cut to the batch's
+            minimum, first patches first.
+
+    Raises:
+        ValueError: A range or number that cannot be met on this grid, named together with what is allowed.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        num_targets: int = 4,
+        target_scale: Range = (0.15, 0.2),
+        target_aspect: Range = (0.75, 1.5),
+        context_scale: Range = (0.85, 1.0),
+        context_quantile: float = 0.1,
+        final_target_scale: Range | None = None,
+        official_compat: bool = False,
+    ) -> None:
+        height, width = grid
+        if height < 1 or width < 1 or height * width < 4:
+            raise ValueError(f"A grid of {height} x {width} patches is too small to hide a part: use 4 patches or more.")
+        if num_targets < 1:
+            raise ValueError(f"num_targets={num_targets}: give at least 1.")
+        if not 0 <= context_quantile < 1:
+            raise ValueError(f"context_quantile={context_quantile}: choose a fraction in [0, 1).")
+        self.target_scales = (target_scale, target_scale if final_target_scale is None else final_target_scale)
+        for name, (low, high) in (
+            ("target_scale", target_scale),
+            ("final_target_scale", self.target_scales[1]),
+            ("context_scale", context_scale),
+        ):
+            if not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"{name}=({low}, {high}): give the least and greatest fraction, 0 < least <= greatest <= 1."
+                )
+        if not 0 < target_aspect[0] <= target_aspect[1]:
+            raise ValueError(f"target_aspect={target_aspect}: give the least and greatest ratio, 0 < least <= greatest.")
+        self.grid, self.num_targets, self.target_aspect, self.context_scale = grid, num_targets, target_aspect, context_scale
+        self.context_quantile, self.official_compat = context_quantile, official_compat
+        self._kept: dict[tuple[int, int], int] = {}
+        low, high = target_aspect
+        for aspect in (low + part / 10 * (high - low) for part in range(11)):
+            size = block_size(grid, max(scale[1] for scale in self.target_scales), aspect)
+            if size == grid:
+                raise ValueError(
+                    f"A target block of scale {max(scale[1] for scale in self.target_scales)} covers all of the "
+                    f"{height} x {width} patches: lower the scale or use smaller patches."
+                )
+
+    def draw(self, batch_size: int, generator: torch.Generator, progress: float = 0.0) -> Masks:
+        """Masks of one batch.
+
+        Args:
+            batch_size: B.
+            generator: On the CPU; the masks are a function of its state.
+            progress: Part of the training that lies behind, in [0, 1], for the curriculum.
+        """
+        low, high = (a + progress * (b - a) for a, b in zip(*self.target_scales, strict=True))
+        if self.official_compat:
+            return _draw_like_the_released_code(self, batch_size, generator, (low, high))
+        u, v, w = torch.rand(3, generator=generator).tolist()
+        aspect = self.target_aspect[0] + v * (self.target_aspect[1] - self.target_aspect[0])
+        size = block_size(self.grid, low + u * (high - low), aspect)
+        least, greatest = self.context_scale
+        context_size = block_size(self.grid, least + w * (greatest - least), self.grid[0] / self.grid[1])
+        corners, free = self._place(batch_size, size, context_size, generator)
+        kept = self._context_patches(size)
+        for _ in range(MAX_DRAWS):
+            unlucky = free.sum(dim=1) < kept
+            if not unlucky.any():
+                break
+            corners[unlucky], free[unlucky] = self._place(int(unlucky.sum()), size, context_size, generator)
+        else:
+            # All blocks on the first, and all the rest as context: always enough, see `_context_patches`.
+            unlucky = free.sum(dim=1) < kept
+            corners[unlucky] = corners[unlucky][:, :1]
+            free[unlucky] = ~self._covered(corners[unlucky], size)
+        # The greatest of random numbers are a uniformly random part.
+        lots = torch.rand(free.shape, generator=generator).masked_fill_(~free, -1)
+        context = lots.topk(kept, dim=1).indices.sort(dim=1).values
+        return Masks(context, self._patches(corners, size))
+
+    def _context_patches(self, size: tuple[int, int]) -> int:
+        """K for a size of the target blocks: the same for all batches, whatever their size."""
+        if size not in self._kept:
+            generator = torch.Generator().manual_seed(0)
+            least, greatest = self.context_scale
+            counts = []
+            for part in torch.linspace(0, 1, 10).tolist():
+                context_size = block_size(self.grid, least + part * (greatest - least), self.grid[0] / self.grid[1])
+                counts.append(self._place(CALIBRATION_DRAWS // 10, size, context_size, generator)[1].sum(dim=1))
+            quantile = int(torch.cat(counts).float().quantile(self.context_quantile))
+            most = self.grid[0] * self.grid[1] - size[0] * size[1]
+            self._kept[size] = max(1, min(quantile, most))
+        return self._kept[size]
+
+    def _place(
+        self, batch_size: int, size: tuple[int, int], context_size: tuple[int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Random places: corners of the targets (B, M, 2), and which patches are left as context (B, N), bool."""
+        corners = _corners(batch_size, self.num_targets, size, self.grid, generator)
+        context = _corners(batch_size, 1, context_size, self.grid, generator)
+        return corners, self._covered(context, context_size) & ~self._covered(corners, size)
+
+    def _covered(self, corners: Tensor, size: tuple[int, int]) -> Tensor:
+        """Which patches any of the blocks covers: corners (B, M, 2) -> (B, N), bool."""
+        inside = [
+            (torch.arange(extent) >= corners[..., axis, None])
+            & (torch.arange(extent) < corners[..., axis, None] + size[axis])
+            for axis, extent in enumerate(self.grid)
+        ]  # (B, M, H) and (B, M, W)
+        # A sum over blocks of outer products: how many blocks cover each patch.
+        return torch.einsum("bmh,bmw->bhw", inside[0].float(), inside[1].float()).flatten(1) > 0
+
+    def _patches(self, corners: Tensor, size: tuple[int, int]) -> Tensor:
+        """Raster indices of the patches of blocks: corners (B, M, 2) -> (B, M, L)."""
+        rows, columns = torch.arange(size[0])[:, None], torch.arange(size[1])
+        inside = (rows * self.grid[1] + columns).flatten()  # (L,)
+        return (corners[..., 0] * self.grid[1] + corners[..., 1])[..., None] + inside
+
+
+def block_size(grid: tuple[int, int], scale: float, aspect: float) -> tuple[int, int]:
+    """Height and width in patches of a block of a given part of the picture and a given height over width.
+
+    A block too long for the grid is cut there.
+    """
+    area = scale * grid[0] * grid[1]
+    height = min(max(1, round(math.sqrt(area * aspect))), grid[0])
+    width = min(max(1, round(math.sqrt(area / aspect))), grid[1])
+    return height, width
+
+
+def _corners(batch: int, blocks: int, size: tuple[int, int], grid: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Upper left corners of blocks, uniform over all places at which they fit: (B, M, 2), int64."""
+    axes = [torch.randint(0, g - s + 1, (batch, blocks), generator=generator) for g, s in zip(grid, size, strict=True)]
+    return torch.stack(axes, dim=-1)
+
+
+def _draw_like_the_released_code(
+    masks: MultiBlock, batch_size: int, generator: torch.Generator, target_scale: Range
+) -> Masks:
+    """The distribution of facebookresearch/ijepa at 52c1ae9, for parity.
+
+    Differs from it where it would not end: a context with no patch left draws again, `MAX_DRAWS` times.
+
+    Raises:
+        RuntimeError: Some picture of the batch had no context patch left each time.
+    """
+    height, width = masks.grid
+    u, w = torch.rand(2, generator=generator).tolist()
+
+    def size(scale: Range, aspect: Range, part: float) -> tuple[int, int]:
+        area = int(height * width * (scale[0] + part * (scale[1] - scale[0])))
+        ratio = aspect[0] + part * (aspect[1] - aspect[0])
+        return min(round(math.sqrt(area * ratio)), height - 1), min(round(math.sqrt(area / ratio)), width - 1)
+
+    target, context = size(target_scale, masks.target_aspect, u), size(masks.context_scale, (1.0, 1.0), w)
+    smaller = (height - 1, width - 1)  # places at the far edges are left out
+    for _ in range(MAX_DRAWS):
+        corners = _corners(batch_size, masks.num_targets, target, smaller, generator)
+        block = _corners(batch_size, 1, context, smaller, generator)
+        free = masks._covered(block, context) & ~masks._covered(corners, target)
+        kept = int(free.sum(dim=1).min())
+        if kept:
+            first = free.int().argsort(dim=1, descending=True, stable=True)[:, :kept]  # in raster order
+            return Masks(first, masks._patches(corners, target))
+    raise RuntimeError(f"No context is left beside targets of {target} patches on a {height} x {width} grid.")

@@ -1,0 +1,113 @@
+"""timm's vision transformers, made to see a part of their patches.
+
+Shapes: B batch, C channels, H W pixels, N patches, K kept patches, D width.
+"""
+
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def take(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Tokens at some places: (B, N, D) and (B, K) -> (B, K, D)."""
+    return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed two-dimensional sine and cosine positions, laid out like those of the released I-JEPA weights: (N, D).
+
+    Args:
+        grid: Patches per column and per row.
+        dim: D, divisible by 4.
+
+    Raises:
+        ValueError: D not divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"Positions of width {dim}: sine-cosine tables need a width divisible by 4.")
+    table = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True)
+    rows, columns = table.chunk(2, dim=1)  # timm puts the other axis first
+    return torch.cat([columns, rows], dim=1)
+
+
+class ViTEncoder(nn.Module):
+    """A vision transformer of timm without class token and head, with fixed sine-cosine positions.
+
+    Args:
+        name: Of the timm model: "vit_tiny_patch16_224" ... "vit_giant_patch14_224". Sizes of picture and patch in the
+            name are overruled by those below.
+        image_size: H and W in pixels.
+        patch_size: Height and width of a patch in pixels.
+        depth: Number of blocks; that of the name if left out.
+        channels: C.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less memory, a
+            third more time.
+
+    Raises:
+        ValueError: No such model, one that is no plain vision transformer, or patches that do not tile the picture.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        image_size: tuple[int, int],
+        patch_size: int,
+        depth: int | None = None,
+        channels: int = 3,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if any(size < patch_size or size % patch_size for size in image_size):
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}: change one of them.")
+        if not timm.is_model(name) or not name.startswith("vit_"):
+            known = ", ".join(timm.list_models("vit_*_patch16_224")[:40])
+            raise ValueError(f"{name!r} is no vision transformer of timm {timm.__version__}. Some that are: {known}.")
+        options: dict[str, Any] = {} if depth is None else {"depth": depth}
+        vit = timm.create_model(
+            name,
+            img_size=image_size,
+            patch_size=patch_size,
+            in_chans=channels,
+            class_token=False,
+            reg_tokens=0,
+            global_pool="",
+            num_classes=0,
+            pos_embed="none",
+            fix_init=True,  # divides the output layers of block l by sqrt(2 l), as the released I-JEPA means to
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            **options,
+        )
+        if not isinstance(vit, VisionTransformer):
+            raise ValueError(f"{name!r} is not timm's plain VisionTransformer, whose patches can be left out.")
+        self.vit = vit
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.dim = vit.embed_dim
+        self.num_heads = int(vit.blocks[0].attn.num_heads)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.register_buffer("positions", sincos_positions(self.grid, self.dim), persistent=False)
+
+    positions: Tensor
+
+    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Features of all patches, or of those kept.
+
+        Args:
+            images: (B, C, H, W), normalised.
+            keep: (B, K), raster indices of the patches to see; the others cost nothing.
+
+        Returns:
+            (B, N, D) or (B, K, D).
+        """
+        tokens = self.vit.patch_embed(images) + self.positions  # (B, N, D)
+        tokens = self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
+        if self.gradient_checkpointing and self.training:
+            tokens = checkpoint_seq(self.vit.blocks, tokens)
+        else:
+            tokens = self.vit.blocks(tokens)
+        return self.vit.norm(tokens)

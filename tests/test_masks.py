@@ -1,0 +1,142 @@
+"""Multi-block masks: unbiased, of a size that the batch does not change, and never without an end."""
+
+import itertools
+
+import pytest
+import torch
+
+from datamodules.resumable import seeded_generator
+from jepa_lightning.masks import Masks, MultiBlock, block_size
+
+
+def frequencies(masks: MultiBlock, batch_size: int, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each patch is context, and in a target: two (H, W)."""
+    generator = seeded_generator(1)
+    counts = torch.zeros(2, masks.grid[0] * masks.grid[1])
+    for _ in range(pictures // batch_size):
+        drawn = masks.draw(batch_size, generator)
+        for row, indices in zip(counts, (drawn.context, drawn.targets), strict=True):
+            row += torch.bincount(indices.flatten(), minlength=len(row))
+    return tuple((counts / pictures).unflatten(1, masks.grid))
+
+
+def overlap(masks: Masks) -> int:
+    return int((masks.context[:, :, None] == masks.targets.flatten(1)[:, None]).sum())
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (6, 10)])
+def test_every_patch_is_reached_and_no_side_is_preferred(grid: tuple[int, int]) -> None:
+    pictures = 100_000
+    for frequency in frequencies(MultiBlock(grid), 100, pictures):
+        assert frequency.min() > 0.01
+        for axis in (0, 1):
+            difference = frequency - frequency.flip(axis)
+            # Four target blocks share a picture, so a patch's count varies by at most 4 times that of independent draws.
+            error = (2 * 4 * frequency.clamp(max=1) / pictures).sqrt()
+            assert (difference.abs() / error).max() < 4.5
+
+
+def test_the_released_code_is_biased_and_so_is_its_copy() -> None:
+    """The same test sees the flaw that it is there to see."""
+    context, target = frequencies(MultiBlock((14, 14), official_compat=True), 128, 12_800)
+    assert context[-1].max() == context[:, -1].max() == target[-1].max() == 0
+    assert context[1].mean() > 5 * context[-3].mean()
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8)])
+def test_context_size_does_not_depend_on_the_batch(grid: tuple[int, int]) -> None:
+    sizes = {
+        batch_size: [MultiBlock(grid).draw(batch_size, seeded_generator(2, step)).context.shape[1] for step in range(60)]
+        for batch_size in (1, 8, 128)
+    }
+    assert sizes[1] == sizes[8] == sizes[128]
+    assert sum(sizes[1]) / 60 > 0.28 * grid[0] * grid[1]
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_context_and_targets_are_sorted_distinct_and_never_meet(official: bool) -> None:
+    masks, generator = MultiBlock((14, 14), official_compat=official), seeded_generator(3)
+    for _ in range(50):
+        drawn = masks.draw(16, generator)
+        assert drawn.targets.shape[:2] == (16, 4)
+        assert drawn.context.dtype == drawn.targets.dtype == torch.int64
+        assert overlap(drawn) == 0
+        for indices in drawn:
+            assert (indices.diff(dim=-1) > 0).all()
+            assert 0 <= indices.min() and indices.max() < 196
+
+
+@pytest.mark.parametrize("grid", [*itertools.product(range(2, 9), repeat=2), (1, 4), (9, 1), (3, 40)])
+@pytest.mark.parametrize("num_targets", [1, 4])
+def test_every_grid_ends(grid: tuple[int, int], num_targets: int) -> None:
+    masks, generator = MultiBlock(grid, num_targets), seeded_generator(4)
+    for batch_size in (1, 33):
+        drawn = masks.draw(batch_size, generator)
+        assert drawn.context.shape[1] >= 1
+        assert overlap(drawn) == 0
+
+
+def test_context_is_there_even_if_targets_want_it_all() -> None:
+    """Eight large blocks on a small grid leave nothing in most draws: the fall-back is used."""
+    drawn = MultiBlock((4, 4), 8, target_scale=(0.5, 0.6), context_quantile=0.0).draw(64, seeded_generator(5))
+    assert overlap(drawn) == 0
+    assert drawn.context.shape[1] >= 1
+
+
+def test_a_function_of_the_generator() -> None:
+    masks = MultiBlock((14, 14))
+    first, again, other = (masks.draw(4, seeded_generator(*key)) for key in ((0, 1, 2), (0, 1, 2), (0, 1, 3)))
+    assert torch.equal(first.context, again.context) and torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.targets, other.targets)
+    fresh = MultiBlock((14, 14)).draw(4, seeded_generator(0, 1, 2))  # whatever was drawn before
+    assert torch.equal(first.context, fresh.context)
+
+
+@pytest.mark.parametrize(
+    ("grid", "scale", "aspect", "size"),
+    [
+        ((14, 14), 0.15, 1.0, (5, 5)),
+        ((14, 14), 0.2, 1.5, (8, 5)),
+        ((14, 14), 1.0, 1.0, (14, 14)),
+        ((2, 2), 0.15, 0.75, (1, 1)),
+        ((3, 40), 0.2, 1.0, (3, 5)),  # too tall for the grid
+    ],
+)
+def test_block_sizes(grid: tuple[int, int], scale: float, aspect: float, size: tuple[int, int]) -> None:
+    assert block_size(grid, scale, aspect) == size
+
+
+def test_tall_and_large_are_drawn_apart() -> None:
+    """In the released code one random number gives both, so that large blocks are always tall."""
+    masks, generator = MultiBlock((32, 32)), seeded_generator(6)
+    sizes = []
+    for _ in range(400):
+        block = masks.draw(1, generator).targets[0, 0]
+        sizes.append((len(block), len(set((block // 32).tolist()))))
+    area, height = torch.tensor(sizes, dtype=torch.float64).T
+    aspect = height / (area / height)
+    assert abs(torch.corrcoef(torch.stack([area, aspect]))[0, 1]) < 0.2
+
+
+def test_curriculum_moves_the_scale() -> None:
+    masks = MultiBlock((14, 14), target_scale=(0.05, 0.05), final_target_scale=(0.3, 0.3))
+    start, middle, end = (masks.draw(1, seeded_generator(7), progress).targets.shape[2] for progress in (0.0, 0.5, 1.0))
+    assert start < 14 < middle < 50 < end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": (1, 1)}, "grid of 1 x 1"),
+        ({"num_targets": 0}, "num_targets=0"),
+        ({"target_scale": (0.3, 0.2)}, "target_scale=\\(0.3, 0.2\\)"),
+        ({"final_target_scale": (0.0, 0.2)}, "final_target_scale=\\(0.0"),
+        ({"context_scale": (0.5, 1.5)}, "context_scale=\\(0.5, 1.5\\)"),
+        ({"target_aspect": (0.0, 1.0)}, "target_aspect=\\(0.0"),
+        ({"context_quantile": 1.0}, "context_quantile=1.0"),
+        ({"grid": (2, 2), "target_scale": (0.9, 1.0)}, "covers all of the 2 x 2 patches"),
+    ],
+)
+def test_impossible_masks_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MultiBlock(**({"grid": (14, 14)} | arguments))
