@@ -198,8 +198,10 @@ class TrainingPictures(Pictures):
                         break
                 else:
                     raise ValueError(f"None of the {len(self)} training pictures can be decoded.")
-                # torchvision's transforms draw from the global generator.
-                torch.manual_seed(seeded_generator(self.seed, CROP_STREAM, epoch, index).initial_seed())
+                # torchvision's transforms draw from the global generator. (torch.manual_seed would queue a call for
+                # CUDA, with a stack trace, for every picture: four times the cost of the crop.)
+                seed = seeded_generator(self.seed, CROP_STREAM, epoch, index).initial_seed()
+                torch.default_generator.manual_seed(seed)
                 images.append(self.augment(image))
                 indices.append(candidate)
         return self.collate(images, indices, (self.seed, *items[0]))

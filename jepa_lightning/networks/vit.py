@@ -88,7 +88,8 @@ class ViTEncoder(nn.Module):
         self.vit = vit
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.dim = vit.embed_dim
-        self.num_heads = int(vit.blocks[0].attn.num_heads)
+        attention: Any = vit.blocks[0].attn
+        self.num_heads: int = attention.num_heads
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("positions", sincos_positions(self.grid, self.dim), persistent=False)
 
