@@ -4,6 +4,7 @@ Workers decode and crop to uint8; the device turns that into normalised floats, 
 Shapes: B batch, C channels, H W pixels.
 """
 
+import itertools
 import math
 import warnings
 from pathlib import Path
@@ -192,7 +193,7 @@ class TrainingPictures(Pictures):
         images, indices = [], []
         with torch.random.fork_rng(devices=[]):
             for epoch, index in items:
-                for candidate in (*range(index, len(self)), *range(index)):
+                for candidate in itertools.chain(range(index, len(self)), range(index)):
                     image = self.decode(candidate)
                     if image is not None:
                         break
