@@ -3,5 +3,6 @@
 from datamodules.batches import ImageBatch, PendulumBatch
 from datamodules.image_folder import ImageFolder
 from datamodules.pendulum import DoublePendulum
+from datamodules.shapes import Shapes
 
-__all__ = ["DoublePendulum", "ImageBatch", "ImageFolder", "PendulumBatch"]
+__all__ = ["DoublePendulum", "ImageBatch", "ImageFolder", "PendulumBatch", "Shapes"]

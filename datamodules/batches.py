@@ -5,7 +5,10 @@ Shapes: B samples, T windows in time, C channels, S image size, H W pixels.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from datamodules.randomness import seeded_generator
 
 
 class PendulumBatch(NamedTuple):
@@ -34,5 +37,11 @@ class ImageBatch(NamedTuple):
     """(B,), int64 class indices; -1 where there are none. For probes and metrics only."""
 
     key: tuple[int, ...]
-    """Names this batch among all of the run: (seed, epoch, index of its first sample). Whoever needs random numbers for it
-    seeds them with this, so that they depend neither on workers nor on resumes, and differ between processes."""
+    """Names this batch among all of the run: (seed, epoch, index of its first sample)."""
+
+    def generator(self) -> torch.Generator:
+        """Random numbers for this batch, on the CPU.
+
+        They depend neither on workers nor on resumes, and differ between processes, whose batches start with other samples.
+        """
+        return seeded_generator(*self.key)

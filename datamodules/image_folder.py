@@ -20,7 +20,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch
-from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated, seeded_generator
+from datamodules.randomness import seeded_generator
+from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import PendulumBatch
 from datamodules.physics import Pendulum, sample_initial_states
+from datamodules.randomness import seeded_generator
 from datamodules.rendering import check_picture, render
-from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, seeded_generator
+from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader
 
 SPLITS = ("train", "val", "test")
 CLIP_STREAM = len(SPLITS)  # the seed's fourth use: where a clip starts

@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from numpy.random import SeedSequence
 from torch.utils.data import DataLoader, Dataset
 
-
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that is a function of `key` (say seed, epoch, rank) and of nothing else."""
-    # A hash of the key, so that neighbouring seeds share no stream.
-    return torch.Generator().manual_seed(int(SeedSequence(key).generate_state(1, "uint64")[0] >> 1))
+from datamodules.randomness import seeded_generator
 
 
 class EpochBatches:

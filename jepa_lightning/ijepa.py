@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,6 @@ from torchmetrics import MeanMetric
 
 from callbacks.schedules import ScheduleName, total_optimizer_steps
 from datamodules.batches import ImageBatch
-from datamodules.resumable import seeded_generator
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import MultiBlock
@@ -111,9 +111,15 @@ class IJEPA(JEPA):
         self.save_hyperparameters()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.loss, self.compile_networks = LOSSES[loss], compile_networks
-        context_encoder = ViTEncoder(
-            encoder, self.image_size, patch_size, encoder_depth, gradient_checkpointing=gradient_checkpointing
+        self.build_encoder = partial(
+            ViTEncoder,
+            encoder,
+            self.image_size,
+            patch_size,
+            encoder_depth,
+            gradient_checkpointing=gradient_checkpointing,
         )
+        context_encoder = self.build_encoder()
         predictor = MaskedPredictor(
             context_encoder.grid,
             context_encoder.dim,
@@ -162,7 +168,7 @@ class IJEPA(JEPA):
         return self.target_encoder(observations)
 
     def target_pairs(self, batch: ImageBatch) -> TargetPairs:
-        masks = self.masks.draw(len(batch.images), seeded_generator(*batch.key), self._progress()).to(batch.images.device)
+        masks = self.masks.draw(len(batch.images), batch.generator(), self._progress()).to(batch.images.device)
         target_features = self.encode(batch.images)  # (B, N, D)
         normalised = F.layer_norm(target_features, target_features.shape[-1:])
         targets = take(normalised, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)

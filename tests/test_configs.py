@@ -47,8 +47,23 @@ def test_every_overlay(overlay: Path, tmp_path: Path) -> None:
     run(tmp_path, "fit", CONFIGS / "pendulum.yaml", "--config", str(overlay), *few)
 
 
+def test_both_phases_of_ijepa(tmp_path: Path) -> None:
+    small = ["--data.root", str(tmp_path / "shapes"), "--data.size", "40", "--data.batch_size", "8"]
+    small += ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
+    small += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(["fit", "--config", str(CONFIGS / "ijepa_smoke.yaml"), *small, "--trainer.default_root_dir", str(tmp_path)])
+    jepa = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(jepa, weights_only=True)["global_step"] == 2
+    small += ["--config", str(CONFIGS / "ijepa_smoke_linear.yaml"), "--model.checkpoint", str(jepa)]
+    small += ["--trainer.default_root_dir", str(tmp_path / "linear")]
+    main(["fit", *small])
+    main(["test", *small, "--ckpt_path", str(tmp_path / "linear" / "checkpoints" / "last.ckpt")])
+    assert (tmp_path / "linear" / "report.json").exists() and (tmp_path / "linear" / "report.md").exists()
+
+
 def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
+    names |= {"ijepa_smoke", "ijepa_smoke_linear"}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
@@ -61,13 +76,16 @@ def test_no_config_repeats_a_default() -> None:
 
     import datamodules
     import jepa_lightning.probes
-    from jepa_lightning import PendulumJEPA
 
     for path in CONFIGS.rglob("*.yaml"):
         for section in ("model", "data"):
             content = yaml.safe_load(path.read_text()).get(section, {})
             name = content.get("class_path", "PendulumJEPA" if section == "model" else "DoublePendulum")
-            cls = getattr(jepa_lightning.probes, name, None) or getattr(datamodules, name, None) or PendulumJEPA
+            (cls,) = {
+                getattr(package, name)
+                for package in (jepa_lightning, jepa_lightning.probes, datamodules)
+                if hasattr(package, name)
+            }
             defaults = inspect.signature(cls).parameters
             for key, value in content.get("init_args", {}).items():
                 default = defaults[key].default

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from datamodules.resumable import seeded_generator
+from datamodules.randomness import seeded_generator
 from jepa_lightning.masks import Masks, MultiBlock, block_size
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datamodules.physics import FRAME_SECONDS, Pendulum, sample_initial_states
-from datamodules.resumable import seeded_generator
+from datamodules.randomness import seeded_generator
 
 UNEQUAL = Pendulum(masses=(1.3, 0.7), lengths=(0.8, 1.1), gravity=9.0)
 

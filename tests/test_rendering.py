@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from datamodules.physics import Pendulum, sample_initial_states
+from datamodules.randomness import seeded_generator
 from datamodules.rendering import CPU_CHUNK, MARGIN, render, render_whole
-from datamodules.resumable import seeded_generator
 
 STATES = sample_initial_states(CPU_CHUNK // 64**2 + 40, seeded_generator(0)).float()
 

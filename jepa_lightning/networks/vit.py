@@ -105,10 +105,26 @@ class ViTEncoder(nn.Module):
         Returns:
             (B, N, D) or (B, K, D).
         """
-        tokens = self.vit.patch_embed(images) + self.positions  # (B, N, D)
-        tokens = self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
+        tokens = self._embed(images, keep)
         if self.gradient_checkpointing and self.training:
             tokens = checkpoint_seq(self.vit.blocks, tokens)
         else:
             tokens = self.vit.blocks(tokens)
         return self.vit.norm(tokens)
+
+    def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens before the first block: (B, N, D), or (B, K, D) of those kept."""
+        tokens = self.vit.patch_embed(images) + self.positions
+        return self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
+
+    def last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
+        """Features after each of the last blocks, the final norm applied to all: `count` tensors (B, N, D), last one last.
+
+        (The paper does not say whether its features of earlier blocks pass the final norm.)
+        """
+        tokens, found = self._embed(images), []
+        for number, block in enumerate(self.vit.blocks):
+            tokens = block(tokens)
+            if number >= len(self.vit.blocks) - count:
+                found.append(self.vit.norm(tokens))
+        return found

@@ -1,0 +1,116 @@
+"""Pictures made by code, for trying things out where no pictures are at hand."""
+
+import shutil
+from collections.abc import Callable
+
+import torch
+from PIL import Image, ImageDraw
+
+from datamodules.image_folder import ImageFolder
+from datamodules.randomness import seeded_generator
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom of a shape in pixels."""
+
+
+def _triangle(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...]) -> None:
+    left, top, right, bottom = box
+    draw.polygon([((left + right) / 2, top), (right, bottom), (left, bottom)], fill=colour)
+
+
+def _cross(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...]) -> None:
+    left, top, right, bottom = box
+    third = (right - left) / 3
+    draw.rectangle((left + third, top, right - third, bottom), fill=colour)
+    draw.rectangle((left, top + third, right, bottom - third), fill=colour)
+
+
+def _ring(draw: ImageDraw.ImageDraw, box: Box, colour: tuple[int, ...]) -> None:
+    draw.ellipse(box, outline=colour, width=max(2, round((box[2] - box[0]) / 6)))
+
+
+SHAPES: dict[str, Callable[[ImageDraw.ImageDraw, Box, tuple[int, ...]], None]] = {
+    "cross": _cross,
+    "disc": lambda draw, box, colour: draw.ellipse(box, fill=colour),
+    "ring": _ring,
+    "square": lambda draw, box, colour: draw.rectangle(box, fill=colour),
+    "triangle": _triangle,
+}
+
+
+def draw_shape(name: str, side: int, generator: torch.Generator) -> Image.Image:
+    """One shape of random place, size and colour on a shaded background of another.
+
+    Args:
+        name: One of `SHAPES`.
+        side: Of the picture, in pixels.
+        generator: On the CPU.
+    """
+    numbers = torch.rand(9, generator=generator)
+    shade = torch.linspace(0.4, 1, side)[:, None, None] * numbers[:3] * 255  # darker at the top
+    pixels = (shade.expand(side, side, 3) + 12 * torch.randn(side, side, 3, generator=generator)).clamp(0, 255)
+    image = Image.fromarray(pixels.to(torch.uint8).numpy())
+    extent = side * (0.35 + 0.3 * numbers[3].item())
+    left, top = ((side - extent) * place for place in numbers[4:6].tolist())
+    # A colour on the other side of grey from the background, so that the shape stands out.
+    colour = tuple((255 * torch.where(numbers[:3] > 0.5, numbers[6:9] / 2, 0.5 + numbers[6:9] / 2)).int().tolist())
+    SHAPES[name](ImageDraw.Draw(image), (left, top, left + extent, top + extent), colour)
+    return image
+
+
+class Shapes(ImageFolder):
+    """Crosses, discs, rings, squares and triangles, drawn once into a folder that everything else reads like any other.
+
+    Args:
+        root: Folder to draw into; one that is there already is kept.
+        size: Number of pictures.
+        image_size: Height and width in pixels.
+        val_fraction: Part of each class that is held out, in (0, 1).
+        crop_scale: Area of a training crop, least and greatest fraction of the picture.
+        flip: Probability of a mirror image in training.
+        batch_size: Pictures per batch and process.
+        num_workers: Processes that decode.
+        seed: Of pictures, splits, orders, crops and masks.
+
+    Raises:
+        ValueError: A number out of its range, named together with what is allowed.
+    """
+
+    def __init__(
+        self,
+        root: str = "data/shapes",
+        size: int = 3_000,
+        image_size: int = 32,
+        val_fraction: float = 0.2,
+        crop_scale: tuple[float, float] = (0.3, 1.0),
+        flip: float = 0.5,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            root,
+            image_size=image_size,
+            val_fraction=val_fraction,
+            crop_scale=crop_scale,
+            flip=flip,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if size < 2 * len(SHAPES):
+            raise ValueError(f"data.size={size}: {len(SHAPES)} shapes need at least {2 * len(SHAPES)} pictures.")
+        self.size = size
+
+    def prepare_data(self) -> None:
+        """Draw the pictures beside the folder, which appears when all are there."""
+        if self.root.exists():
+            return
+        unfinished = self.root.with_name(self.root.name + ".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for number in range(self.size):
+            name = sorted(SHAPES)[number % len(SHAPES)]
+            path = unfinished / name / f"{number:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_shape(name, self.image_size[0], seeded_generator(self.seed, number)).save(path)
+        unfinished.rename(self.root)
