@@ -12,16 +12,20 @@ from callbacks.schedules import warmup_cosine
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into "decay" (matrices and kernels) and "no_decay" (biases and norms).
+    """Split trainable parameters into "decay" (matrices and kernels) and "no_decay" (biases, norms, mask tokens).
 
     Frozen parameters, the target encoder's among them, are left out. The names of the groups are what
     `callbacks.WeightDecaySchedule` and the learning-rate monitor go by.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [
-        {"name": "decay", "params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"name": "decay", "params": [], "weight_decay": weight_decay},
+        {"name": "no_decay", "params": [], "weight_decay": 0.0},
     ]
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim <= 1 or name.endswith("_token")]["params"].append(parameter)
+    return groups
 
 
 def warmup_cosine_schedule(optimizer: Optimizer, total_steps: int, warmup_fraction: float) -> dict[str, Any]:
