@@ -325,7 +325,9 @@ class ImageFolder(ResumableDataModule):
                 val = _part(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
         if self.fraction < 1:
             train = _part(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
-        self._samples = {"train": train, "val": val}
+        # In one mixed order, so that the first batches of a validation have all classes.
+        order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
+        self._samples = {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}
 
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]

@@ -176,11 +176,11 @@ class MultiBlock:
 def block_size(grid: tuple[int, int], scale: float, aspect: float) -> tuple[int, int]:
     """Height and width in patches of a block of a given part of the picture and a given height over width.
 
-    A block too long for the grid is cut there.
+    The area counts first: a block too tall for the grid is wider instead, and one too wide is cut.
     """
     area = scale * grid[0] * grid[1]
     height = min(max(1, round(math.sqrt(area * aspect))), grid[0])
-    width = min(max(1, round(math.sqrt(area / aspect))), grid[1])
+    width = min(max(1, round(area / height)), grid[1])  # from the rounded height, so that the area is kept
     return height, width
 
 

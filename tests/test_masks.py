@@ -95,11 +95,11 @@ def test_a_function_of_the_generator() -> None:
 @pytest.mark.parametrize(
     ("grid", "scale", "aspect", "size"),
     [
-        ((14, 14), 0.15, 1.0, (5, 5)),
+        ((14, 14), 0.15, 1.0, (5, 6)),
         ((14, 14), 0.2, 1.5, (8, 5)),
         ((14, 14), 1.0, 1.0, (14, 14)),
         ((2, 2), 0.15, 0.75, (1, 1)),
-        ((3, 40), 0.2, 1.0, (3, 5)),  # too tall for the grid
+        ((3, 40), 0.2, 1.0, (3, 8)),  # too tall for the grid
     ],
 )
 def test_block_sizes(grid: tuple[int, int], scale: float, aspect: float, size: tuple[int, int]) -> None:
