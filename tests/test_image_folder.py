@@ -105,6 +105,14 @@ def test_a_picture_is_cropped_anew_in_each_epoch_and_whole_if_asked(pictures: Pa
     assert torch.equal(whole.__getitems__([(0, 2)]).images[0], pil_to_tensor(whole.decode(2)))
 
 
+def test_each_picture_has_a_crop_of_its_own(tmp_path: Path) -> None:
+    gradient = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    for number in range(5):
+        gradient.save(tmp_path / f"{number}.png")
+    crops = ready(tmp_path, crop_scale=(0.3, 0.5)).train_dataloader().loader.dataset.__getitems__([(0, 0), (0, 1)])
+    assert not torch.equal(crops.images[0], crops.images[1]), "the same picture twice"
+
+
 def test_held_out_pictures_are_seen_once_in_order_and_cut_in_the_middle(tmp_path: Path) -> None:
     picture = Image.new("RGB", (100, 64))
     picture.paste((255, 255, 255), (50, 0, 100, 64))  # black left of the middle, white right of it

@@ -97,6 +97,18 @@ def test_near_steps_weigh_more() -> None:
     torch.testing.assert_close(small_model(step_decay=0.0).prediction_loss(pairs), error.square().mean())
 
 
+def test_training_minimises_the_weighted_loss(tmp_path: Path) -> None:
+    logged = []
+    for decay in (0.0, 3.0):
+        model = small_model(step_decay=decay)
+        for parameter in model.predictor.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)  # so that errors grow along the horizon
+        run = trainer(tmp_path, max_steps=1, log_every_n_steps=1)
+        run.fit(model, small_data())
+        logged.append(run.callback_metrics["train/prediction_loss"])
+    assert logged[1] < 0.9 * logged[0]
+
+
 def test_each_sample_has_a_start_of_its_own() -> None:
     """An earlier system drew one start per batch."""
     data = small_data(size=64, sequence_length=30, clip_length=8, batch_size=64)
