@@ -13,6 +13,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,10 +106,10 @@ def rendering(states: torch.Tensor) -> None:
             print(f"  PIL  {plain * 1e6:7.1f} us a frame    ratio {plain / ours:.1f}")
 
 
-def share_of_training(threads: int) -> None:
+def share_of_training(threads: int, config: str, clip_length: int, **model_arguments: Any) -> None:
     """What part of a training step the data takes: cutting the clips, drawing, stacking windows."""
     torch.set_num_threads(threads)
-    data, model = DoublePendulum(clip_length=10), PendulumJEPA(horizon=6)
+    data, model = DoublePendulum(clip_length=clip_length), PendulumJEPA(**model_arguments)
     parameters = [*model.context_encoder.parameters(), *model.predictor.parameters()]
     optimizer = torch.optim.AdamW(parameters)
     preparing, training = [], []
@@ -128,9 +129,7 @@ def share_of_training(threads: int) -> None:
     cutting = best_of(lambda: list(itertools.islice(data.train_dataloader(), 100))) / 100
     drawing, step = statistics.median(preparing), statistics.median(training)
     share = (cutting + drawing) / (cutting + drawing + step)
-    print(
-        f"one training step of configs/demo.yaml, {threads} threads, batch of {data.batch_size} clips of 10 frames, medians"
-    )
+    print(f"one training step of {config}, {threads} threads, batch of {data.batch_size} clips of {clip_length} frames")
     print(
         f"  clips {cutting * 1e3:.2f} ms, drawing {drawing * 1e3:.1f} ms, model {step * 1e3:.1f} ms: data takes {share:.1%}"
     )
@@ -141,7 +140,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rendering(physics())
-    share_of_training(threads)
+    share_of_training(threads, "configs/demo.yaml", 10, horizon=6)
+    share_of_training(threads, "configs/pendulum.yaml", 12, encoder_widths=(32, 64, 128))
 
 
 if __name__ == "__main__":
