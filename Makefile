@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train and judge the pendulum JEPA: 12 minutes on 2 CPU cores, into runs/demo
+demo: $(READY) ## train and judge the pendulum JEPA: 5 to 10 minutes on 2 CPU cores, into runs/demo
 	$(RUN) fit --config configs/demo.yaml
 	$(RUN) fit --config configs/demo_decoder.yaml
 	$(RUN) fit --config configs/demo_state.yaml --trainer.default_root_dir runs/demo/state
