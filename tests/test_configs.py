@@ -54,10 +54,10 @@ def test_both_phases_of_ijepa(tmp_path: Path) -> None:
     main(["fit", "--config", str(CONFIGS / "ijepa_smoke.yaml"), *small, "--trainer.default_root_dir", str(tmp_path)])
     jepa = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(jepa, weights_only=True)["global_step"] == 2
-    small += ["--config", str(CONFIGS / "ijepa_smoke_linear.yaml"), "--model.checkpoint", str(jepa)]
-    small += ["--trainer.default_root_dir", str(tmp_path / "linear")]
-    main(["fit", *small])
-    main(["test", *small, "--ckpt_path", str(tmp_path / "linear" / "checkpoints" / "last.ckpt")])
+    probe = ["--config", str(CONFIGS / "ijepa_smoke_linear.yaml"), *small, "--model.checkpoint", str(jepa)]
+    probe += ["--trainer.default_root_dir", str(tmp_path / "linear")]
+    main(["fit", *probe])
+    main(["test", *probe, "--ckpt_path", str(tmp_path / "linear" / "checkpoints" / "last.ckpt")])
     assert (tmp_path / "linear" / "report.json").exists() and (tmp_path / "linear" / "report.md").exists()
 
 
