@@ -8,22 +8,21 @@ import itertools
 import math
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import find_classes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch
 from datamodules.randomness import seeded_generator
 from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
+from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 CENTRE_CROP = 0.875
@@ -34,94 +33,6 @@ SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM = 0, 1, 2, 3  # uses o
 
 class UnreadableImageWarning(UserWarning):
     """A file that should be a picture cannot be decoded."""
-
-
-class Samples(NamedTuple):
-    """Files and their classes."""
-
-    paths: np.ndarray
-    """(N,) as bytes: a list of a million strings would be copied into every worker."""
-
-    labels: Tensor
-    """(N,), int64; -1 without classes."""
-
-
-def scan(folder: Path, classes: list[str] | None = None) -> tuple[Samples, list[str]]:
-    """The pictures of a folder, in sorted order: those of its sub-folders, a class each, or else its own.
-
-    Args:
-        folder: To be read.
-        classes: Those that must be there, by name; whatever is there if left out.
-
-    Returns:
-        The samples and the names of the classes, none for a flat folder.
-
-    Raises:
-        FileNotFoundError: No such folder.
-        ValueError: No picture in it or in one of its classes, or other classes than expected.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: set data.root to the folder that holds the pictures.")
-    if not any(entry.is_dir() for entry in folder.iterdir()):
-        found = _pictures(folder)
-        if not found:
-            raise ValueError(f"{folder} holds no picture: its files must end in {', '.join(EXTENSIONS)}.")
-        if classes:
-            raise ValueError(f"{folder} has no class folders, but the training pictures have: {', '.join(classes[:5])} ...")
-        return Samples(np.array(found), torch.full((len(found),), -1)), []
-    names, _ = find_classes(str(folder))
-    if classes is not None and names != classes:
-        odd = sorted(set(names) ^ set(classes))
-        raise ValueError(
-            f"{folder} has not the classes of the training folder: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''} "
-            "is in one of the two alone."
-        )
-    paths: list[bytes] = []
-    labels: list[int] = []
-    for label, name in enumerate(names):
-        found = _pictures(folder / name)
-        if not found:
-            raise ValueError(f"The class folder {folder / name} holds no picture: fill it or remove it.")
-        paths += found
-        labels += [label] * len(found)
-    return Samples(np.array(paths), torch.tensor(labels)), names
-
-
-def _pictures(folder: Path) -> list[bytes]:
-    return sorted(str(path).encode() for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-
-
-def read_list(file: Path, root: Path, classes: list[str]) -> Samples:
-    """The pictures that a text file names, one path relative to `root` a line; the first folder of a path is its class.
-
-    Raises:
-        FileNotFoundError: No such file, or one of the pictures is missing.
-        ValueError: The file names no picture, or one outside of the classes.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no list {file}: data.file_list names a text file, one picture a line.")
-    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"The list {file} is empty: write one path a line, relative to {root}.")
-    missing = [line for line in lines if not (root / line).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(lines)} pictures of {file} are not in {root}, first {missing[0]}.")
-    numbers = {name: number for number, name in enumerate(classes)}
-    foreign = [line for line in lines if classes and Path(line).parts[0] not in numbers]
-    if foreign:
-        raise ValueError(f"{file} names {foreign[0]}, which lies in none of the classes {', '.join(classes[:5])} ...")
-    labels = [numbers[Path(line).parts[0]] if classes else -1 for line in lines]
-    return Samples(np.array([str(root / line).encode() for line in lines]), torch.tensor(labels))
-
-
-def draw_per_class(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """A random part of each class, at least one picture of each: a mask (N,), bool."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        count = max(1, round(fraction * len(members)))
-        chosen[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return chosen
 
 
 class Pictures(Dataset[ImageBatch]):
@@ -318,13 +229,13 @@ class ImageFolder(ResumableDataModule):
             held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM))
             if held_out.all():
                 raise ValueError(f"{folder} has too few pictures to hold out {self.val_fraction:.0%} of each class.")
-            val, train = _part(train, held_out), _part(train, ~held_out)
+            val, train = part_of(train, held_out), part_of(train, ~held_out)
         if self.file_list is not None:
             train = read_list(Path(self.file_list), folder, self.classes)
             if not split:
-                val = _part(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
+                val = part_of(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
         if self.fraction < 1:
-            train = _part(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
+            train = part_of(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
         # In one mixed order, so that the first batches of a validation have all classes.
         order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
         self._samples = {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}
@@ -360,8 +271,3 @@ class ImageFolder(ResumableDataModule):
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of ImageNet's mean 0 and standard deviation 1."""
     return vision.normalize(vision.to_dtype(images, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
-
-
-def _part(samples: Samples, chosen: Tensor) -> Samples:
-    """Those samples at which a mask (N,) is true."""
-    return Samples(samples.paths[chosen.numpy()], samples.labels[chosen])
