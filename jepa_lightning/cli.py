@@ -22,8 +22,9 @@ import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
 from callbacks import BestCheckpoint, LastCheckpoint, ProgressLines, Stopwatch
 from jepa_lightning import probes  # noqa: F401  (short class names)
-from jepa_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
+from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.losses import NonFiniteLossError
+from jepa_lightning.storage import AtomicCheckpointIO
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 

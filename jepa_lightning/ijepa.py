@@ -65,6 +65,10 @@ class IJEPA(JEPA):
         ValueError: A value out of its range, named together with what is allowed.
     """
 
+    context_encoder: ViTEncoder
+    target_encoder: ViTEncoder
+    predictor: MaskedPredictor
+
     def __init__(
         self,
         encoder: str = "vit_small_patch16_224",

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from jepa_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
+from jepa_lightning.checkpoints import read_checkpoint
+from jepa_lightning.storage import AtomicCheckpointIO
 
 STEPS = 120  # 40 batches an epoch, three epochs; saved every 7 steps, so never at the end of an epoch but the last
 
@@ -96,7 +97,7 @@ def test_a_write_that_is_killed_leaves_the_old_checkpoint(tmp_path: Path) -> Non
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {}}, path)
     script = f"""
 import os, signal, torch
-from jepa_lightning.checkpoints import AtomicCheckpointIO
+from jepa_lightning.storage import AtomicCheckpointIO
 def killed(_, file):
     file.write(b"half of a checkpoint")
     file.flush()

@@ -117,7 +117,7 @@ class LinearProbe(LightningModule):
             network.requires_grad_(False).eval()
         self.grid = list(itertools.product(learning_rates, weight_decays))
         dim = self.untrained.dim
-        depth = min(4, len(jepa.context_encoder.vit.blocks))  # type: ignore[arg-type]
+        depth = min(4, len(jepa.context_encoder.vit.blocks))
         pixels = 3 * min(PIXEL_GRID, self.image_size[0]) * min(PIXEL_GRID, self.image_size[1])
         widths = dict(zip(NAMES, (dim, depth * dim) * 2 + (pixels,), strict=True))
         self.norms = nn.ModuleDict({name: nn.BatchNorm1d(width, affine=False) for name, width in widths.items()})

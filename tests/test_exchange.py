@@ -1,0 +1,207 @@
+"""Weights that come in from elsewhere and go out: nothing lost, nothing silently left out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from jepa_lightning import IJEPA, layouts
+from jepa_lightning.checkpoints import load_encoder, load_jepa, load_official, main
+from tests.conftest import small_ijepa
+
+# What the released code at 52c1ae9 calls the weights of an encoder and a predictor of one block.
+BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
+RELEASED_ENCODER = {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"} | {
+    f"blocks.0.{part}.{kind}" for part in BLOCK for kind in ("weight", "bias")
+}
+RELEASED_PREDICTOR = {"mask_token", "predictor_pos_embed"} | {
+    f"{part}.{kind}"
+    for part in ["predictor_embed", "predictor_norm", "predictor_proj", *(f"predictor_blocks.0.{part}" for part in BLOCK)]
+    for kind in ("weight", "bias")
+}
+
+
+@pytest.fixture
+def jepa() -> IJEPA:
+    """A model whose two encoders differ and whose weights are those of no initialisation."""
+    jepa = small_ijepa(predictor_heads=3).eval()
+    with torch.no_grad():
+        for parameter in jepa.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return jepa
+
+
+@pytest.fixture
+def checkpoint(jepa: IJEPA, tmp_path: Path) -> Path:
+    from tests.conftest import trainer
+
+    path = tmp_path / "ours.ckpt"
+    runner = trainer(tmp_path)
+    runner.strategy.connect(jepa)
+    runner.save_checkpoint(path)
+    return path
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def features(jepa: IJEPA) -> torch.Tensor:
+    return jepa.encode(images())
+
+
+def test_official_has_the_released_names_and_comes_back_the_same(jepa: IJEPA, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.pth.tar"
+    main(["export", str(checkpoint), str(path), "--layout", "official"])
+    found = torch.load(path, weights_only=True)
+    for part in ("encoder", "target_encoder"):
+        assert set(found[part]) == {f"module.{name}" for name in RELEASED_ENCODER}
+    assert set(found["predictor"]) == {f"module.{name}" for name in RELEASED_PREDICTOR}
+    assert found["encoder"]["module.pos_embed"].shape == (1, 16, 192)
+    again = load_official(path)
+    assert again.image_size == (16, 16)
+    torch.testing.assert_close(again.state_dict(), jepa.state_dict(), rtol=0, atol=0)
+
+
+def test_import_makes_a_checkpoint_that_probes_can_read(jepa: IJEPA, checkpoint: Path, tmp_path: Path) -> None:
+    main(["export", str(checkpoint), str(tmp_path / "out.pth.tar"), "--layout", "official"])
+    main(["import", str(tmp_path / "out.pth.tar"), str(tmp_path / "back" / "in.ckpt")])
+    again = load_jepa(tmp_path / "back" / "in.ckpt")
+    torch.testing.assert_close(features(again), features(jepa), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("which", ["target", "context"])
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pth"])
+def test_timm_loads_the_export_and_gives_the_same_features(
+    jepa: IJEPA, checkpoint: Path, tmp_path: Path, which: str, name: str
+) -> None:
+    layout = "safetensors" if name.endswith("safetensors") else "timm"
+    main(["export", str(checkpoint), str(tmp_path / name), "--layout", layout, "--encoder", which])
+    path = tmp_path / name
+    state = load_file(path) if layout == "safetensors" else torch.load(path, weights_only=True)
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "depth": 1}
+    vit = timm.create_model(
+        *("vit_tiny_patch16_224",), **sizes, class_token=False, num_classes=0, global_pool="avg", fc_norm=False
+    ).eval()
+    vit.load_state_dict(state)
+    encoder = jepa.target_encoder if which == "target" else jepa.context_encoder
+    with torch.no_grad():
+        torch.testing.assert_close(vit(images()), encoder(images()).mean(dim=1), rtol=1e-5, atol=1e-5)
+    again = load_encoder(path)
+    torch.testing.assert_close(again.target_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(again.context_encoder.state_dict(), encoder.state_dict(), rtol=0, atol=0)
+
+
+def test_safetensors_says_what_it_holds(checkpoint: Path, tmp_path: Path) -> None:
+    main(["export", str(checkpoint), str(tmp_path / "out.safetensors")])
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata() | {"depth": "1", "patch_size": "4", "image_size": "16,16"} == file.metadata()
+
+
+def in_memory_layout(files: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What transformers 5.23 calls the same weights."""
+    names = {
+        "encoder.layer.": "layers.",
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+        "intermediate.dense": "mlp.fc1",
+        ".output.dense": ".mlp.fc2",
+    }
+    found = {}
+    for name, value in files.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        found[f"ijepa.{name}"] = value
+    return found
+
+
+@pytest.mark.parametrize("layout", ["files", "memory"])
+def test_both_layouts_of_hugging_face_come_back_the_same(jepa: IJEPA, checkpoint: Path, tmp_path: Path, layout: str) -> None:
+    folder = tmp_path / "hf"
+    main(["export", str(checkpoint), str(folder), "--layout", "huggingface"])
+    assert {file.name for file in folder.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    if layout == "memory":
+        state = in_memory_layout(load_file(folder / "model.safetensors"))
+        assert "ijepa.layers.0.attention.q_proj.weight" in state and "ijepa.layers.0.mlp.fc2.bias" in state
+        save_file(state | {"classifier.weight": torch.zeros(10, 192)}, folder / "model.safetensors")
+    torch.testing.assert_close(features(load_encoder(folder)), features(jepa), rtol=0, atol=0)
+
+
+def test_transformers_gives_the_same_features(jepa: IJEPA, checkpoint: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    main(["export", str(checkpoint), str(tmp_path / "hf"), "--layout", "huggingface"])
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        theirs = model(images()).last_hidden_state
+    torch.testing.assert_close(theirs, features(jepa), rtol=1e-5, atol=1e-5)
+
+
+def broken(change: str, state: dict[str, Any]) -> None:
+    encoder = state["target_encoder"]
+    match change:
+        case "missing":
+            del encoder["module.blocks.0.mlp.fc1.bias"]
+        case "unknown":
+            encoder["module.blocks.0.gamma"] = torch.ones(1)
+        case "misshapen":
+            encoder["module.blocks.0.norm1.weight"] = torch.ones(7)
+        case "positions":
+            encoder["module.pos_embed"] = encoder["module.pos_embed"].flip(2)
+        case "predictor":
+            state["predictor"]["module.mask_token"] = torch.zeros(1, 1, 9)
+        case "no target encoder":
+            del state["target_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", r"target_encoder: blocks.0.mlp.fc1.bias is missing"),
+        ("unknown", r"target_encoder: blocks.0.gamma is not known"),
+        ("misshapen", r"blocks.0.norm1.weight has shape \(7,\), not \(192,\)"),
+        ("positions", r"pos_embed is not I-JEPA's table of sines and cosines"),
+        ("predictor", r"predictor: mask_token has shape \(1, 1, 9\), not \(1, 1, 24\)"),
+        ("no target encoder", r"it has no target_encoder"),
+    ],
+)
+def test_weights_that_do_not_match_are_fatal_and_listed(checkpoint: Path, tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "out.pth.tar"
+    main(["export", str(checkpoint), str(path), "--layout", "official"])
+    state = torch.load(path, weights_only=True)
+    broken(change, state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=message):
+        load_official(path)
+
+
+def test_weights_of_something_else_are_one_message(tmp_path: Path) -> None:
+    save_file({"fc.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+    with pytest.raises(SystemExit, match=r"not the weights of an I-JEPA's vision transformer"):
+        main(["import", str(tmp_path / "other.safetensors"), str(tmp_path / "in.ckpt")])
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(SystemExit, match=r"cannot be read as a checkpoint"):
+        main(["import", str(tmp_path / "cut.pth"), str(tmp_path / "in.ckpt")])
+    with pytest.raises(SystemExit, match=r"No weights at"):
+        main(["import", str(tmp_path / "nothing.pth"), str(tmp_path / "in.ckpt")])
+
+
+def test_pictures_that_are_not_square_need_their_size(tmp_path: Path) -> None:
+    jepa = small_ijepa(image_size=(16, 24))
+    state = {"pos_embed": jepa.target_encoder.positions[None].clone(), **jepa.target_encoder.vit.state_dict()}
+    save_file(state, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match="24 patches, which make no square: give image_size"):
+        load_encoder(tmp_path / "wide.safetensors")
+    assert load_encoder(tmp_path / "wide.safetensors", (16, 24)).image_size == (16, 24)
+    with pytest.raises(ValueError, match="not I-JEPA's table"):
+        load_encoder(tmp_path / "wide.safetensors", (24, 16))
+
+
+def test_hugging_face_round_trip_keeps_every_weight(jepa: IJEPA) -> None:
+    state = {"pos_embed": jepa.target_encoder.positions[None], **jepa.target_encoder.vit.state_dict()}
+    torch.testing.assert_close(layouts.from_hugging_face(layouts.to_hugging_face(state)), state, rtol=0, atol=0)
