@@ -16,15 +16,16 @@ class WeightDecaySchedule(Callback):
     Args:
         start: At the first optimizer step, >= 0.
         end: At the last, >= 0.
+        offset: The first optimizer step takes the value of this one; the released I-JEPA counts from 1.
 
     Raises:
         ValueError: A negative weight decay.
     """
 
-    def __init__(self, start: float, end: float) -> None:
+    def __init__(self, start: float, end: float, offset: int = 0) -> None:
         if start < 0 or end < 0:
             raise ValueError(f"weight decay from {start} to {end}: both must be >= 0.")
-        self.start, self.end = start, end
+        self.start, self.end, self.offset = start, end, offset
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = total_optimizer_steps(trainer)
@@ -35,7 +36,7 @@ class WeightDecaySchedule(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        value = cosine(trainer.global_step, self._total, self.start, self.end)
+        value = cosine(trainer.global_step + self.offset, self._total, self.start, self.end)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if group.get("name") == "decay":

@@ -18,7 +18,7 @@ from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.metrics import NearestNeighbours
 from jepa_lightning.networks.predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, take
+from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
 from jepa_lightning.regularizers import RegularizerName
 
 LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
@@ -47,11 +47,14 @@ class IJEPA(JEPA):
         target_aspect: Height over width of a target block, least and greatest.
         context_scale: Area of the context block before it loses the targets.
         context_quantile: Fraction of pictures that draw their masks again because too little context is left.
-        official_compat: Masks with the flaws of the released code, for parity alone.
+        official_compat: Masks with the flaws of the released code, and its count of optimizer steps from 1 in the
+            schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training: minutes at the start, faster
             steps after.
         learning_rate: Peak of the schedule, at the end of the warm-up.
+        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
+        final_learning_rate: Where the cosine after it ends.
         warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
         weight_decay: Of kernels and matrices; biases, norms and the mask token have none.
         final_weight_decay: Where a cosine takes the weight decay by the last step.
@@ -90,6 +93,8 @@ class IJEPA(JEPA):
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
+        start_learning_rate: float | None = None,
+        final_learning_rate: float = 0.0,
         warmup_fraction: float = 0.05,
         weight_decay: float = 0.04,
         final_weight_decay: float | None = 0.4,
@@ -101,6 +106,9 @@ class IJEPA(JEPA):
     ) -> None:
         super().__init__(
             learning_rate=learning_rate,
+            start_learning_rate=start_learning_rate,
+            final_learning_rate=final_learning_rate,
+            schedule_offset=int(official_compat),
             warmup_fraction=warmup_fraction,
             weight_decay=weight_decay,
             final_weight_decay=final_weight_decay,
@@ -108,7 +116,10 @@ class IJEPA(JEPA):
             final_momentum=final_momentum,
             momentum_schedule=momentum_schedule,
             regularizer=regularizer,
-            regularizer_weights=regularizer_weights,
+            # Patches have no order in which they could move along straight lines.
+            regularizer_weights={"curvature": 0.0, **(regularizer_weights or {})}
+            if regularizer == "vicreg"
+            else regularizer_weights,
         )
         if loss not in LOSSES:
             raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
@@ -148,7 +159,7 @@ class IJEPA(JEPA):
         self.neighbours = NearestNeighbours()
 
     def setup(self, stage: str) -> None:
-        """Compare with the data module before anything runs, and compile.
+        """Compare with the data module before anything runs; choose the attention, and compile.
 
         Raises:
             ValueError: Pictures of another size than the encoder was built for.
@@ -159,8 +170,12 @@ class IJEPA(JEPA):
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
             )
+        networks = (self.context_encoder, self.target_encoder, self.predictor)
+        if self.trainer.strategy.root_device.type == "cpu":
+            for network in networks:
+                attend_plainly(network)
         if self.compile_networks and stage == "fit":
-            for network in (self.context_encoder, self.target_encoder, self.predictor):
+            for network in networks:
                 network.compile(dynamic=True)  # in place: names in checkpoints stay
 
     @torch.no_grad()

@@ -56,6 +56,9 @@ class JEPA(LightningModule, ABC):
         regularizer: What keeps the features apart, "variance_hinge" or "vicreg"; None leaves that to the target encoder's
             slowness alone, as I-JEPA does.
         regularizer_weights: Weight of each of its terms, see `jepa_lightning.regularizers`.
+        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
+        final_learning_rate: Where the cosine ends.
+        schedule_offset: 1 where learning rate and weight decay count optimizer steps from 1, as the released I-JEPA does.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -77,17 +80,26 @@ class JEPA(LightningModule, ABC):
         momentum_schedule: ScheduleName,
         regularizer: RegularizerName | None,
         regularizer_weights: dict[str, float] | None,
+        start_learning_rate: float | None = None,
+        final_learning_rate: float = 0.0,
+        schedule_offset: int = 0,
     ) -> None:
         super().__init__()
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
+        start = 0.01 * learning_rate if start_learning_rate is None else start_learning_rate
+        for name, value in (("start_learning_rate", start), ("final_learning_rate", final_learning_rate)):
+            if not 0 <= value <= learning_rate:
+                raise ValueError(f"model.{name}={value}: choose a value from 0 to learning_rate={learning_rate}.")
         if not 0 <= warmup_fraction < 1:
             raise ValueError(f"model.warmup_fraction={warmup_fraction}: choose a part of the training in [0, 1).")
         self.learning_rate, self.warmup_fraction = learning_rate, warmup_fraction
+        self._schedule = {"start": start / learning_rate, "end": final_learning_rate / learning_rate}
+        self._schedule_offset = schedule_offset
         self.weight_decay = weight_decay
         self.final_weight_decay = weight_decay if final_weight_decay is None else final_weight_decay
         self._ema = EMAUpdate(momentum, final_momentum, momentum_schedule)
-        self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay)
+        self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay, schedule_offset)
         if regularizer is None and regularizer_weights:
             raise ValueError(f"model.regularizer_weights={regularizer_weights} without a model.regularizer to weigh.")
         self.regularizer = None if regularizer is None else Regularizer(regularizer, regularizer_weights)
@@ -173,10 +185,10 @@ class JEPA(LightningModule, ABC):
         groups = parameter_groups([self.context_encoder, self.predictor], self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         total = total_optimizer_steps(self.trainer)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": warmup_cosine_schedule(optimizer, total, self.warmup_fraction),
-        }
+        schedule = warmup_cosine_schedule(
+            optimizer, total, self.warmup_fraction, **self._schedule, offset=self._schedule_offset
+        )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by

@@ -1,7 +1,6 @@
 """Parameter groups and the learning-rate schedule."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -28,14 +27,27 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
     return groups
 
 
-def warmup_cosine_schedule(optimizer: Optimizer, total_steps: int, warmup_fraction: float) -> dict[str, Any]:
+def warmup_cosine_schedule(
+    optimizer: Optimizer,
+    total_steps: int,
+    warmup_fraction: float,
+    start: float = 0.01,
+    end: float = 0.0,
+    offset: int = 0,
+) -> dict[str, Any]:
     """The learning rate of every optimizer step, in the form that Lightning's `configure_optimizers` returns.
 
     Args:
         optimizer: Holds the peak learning rates.
         total_steps: Optimizer steps of the whole training.
-        warmup_fraction: Part of them, in [0, 1), over which the rate rises from a hundredth of its peak.
+        warmup_fraction: Part of them, in [0, 1), over which the rate rises.
+        start: From where it rises, as a fraction of the peak.
+        end: Where the cosine ends, as a fraction of the peak.
+        offset: The first optimizer step takes the value of this one; the released I-JEPA counts from 1.
     """
     warmup = int(warmup_fraction * total_steps)
-    factor = partial(warmup_cosine, total=total_steps, warmup=warmup, start=0.01)
+
+    def factor(step: int) -> float:
+        return warmup_cosine(step + offset, total_steps, warmup, start, end)
+
     return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from conftest import small_ijepa, trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from jepa_lightning import IJEPA, layouts
 from jepa_lightning.checkpoints import load_encoder, load_jepa, load_official, main
-from tests.conftest import small_ijepa
 
 # What the released code at 52c1ae9 calls the weights of an encoder and a predictor of one block.
 BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
@@ -37,8 +37,6 @@ def jepa() -> IJEPA:
 
 @pytest.fixture
 def checkpoint(jepa: IJEPA, tmp_path: Path) -> Path:
-    from tests.conftest import trainer
-
     path = tmp_path / "ours.ckpt"
     runner = trainer(tmp_path)
     runner.strategy.connect(jepa)

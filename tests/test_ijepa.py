@@ -17,7 +17,7 @@ from callbacks import CollapseAlarm, CollapseWarning
 from datamodules import ImageBatch
 from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.metrics import NearestNeighbours
-from jepa_lightning.networks.vit import ViTEncoder, sincos_positions, take
+from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, sincos_positions, take
 
 
 def batch(count: int = 3, size: int | tuple[int, int] = 16) -> ImageBatch:
@@ -95,6 +95,15 @@ def test_a_target_block_sees_no_other() -> None:
     torch.testing.assert_close(jepa.predictor(features, context, targets[:, 1:]), both[:, 1:])
     moved = jepa.predictor(features, context, torch.tensor([[[10, 11], [12, 13]]]))
     assert not torch.allclose(moved[:, 1], both[:, 1]), "a prediction depends on where it is"
+
+
+def test_plain_attention_is_the_same_attention() -> None:
+    jepa = small_ijepa().eval()
+    images = torch.randn(2, 3, 16, 16)
+    fused = jepa.context_encoder(images)
+    attend_plainly(jepa.context_encoder)
+    assert not any(block.attn.fused_attn for block in jepa.context_encoder.vit.blocks)
+    torch.testing.assert_close(jepa.context_encoder(images), fused)
 
 
 def test_masks_are_a_function_of_the_batch_key() -> None:

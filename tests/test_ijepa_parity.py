@@ -2,13 +2,16 @@
 
 The numbers were recorded by running facebookresearch/ijepa at 52c1ae9 in float32 on a CPU: its encoder (24-pixel pictures,
 4-pixel patches, width 192, depth 2, 3 heads), its predictor (width 48, depth 2), its loss, one step of AdamW (1e-3, weight
-decay 0.04 but for biases and vectors) and its momentum update at 0.996. Weights and pictures are the formulas below.
+decay 0.04 but for biases and vectors), its momentum update at 0.996, and its schedules. Weights and pictures are the
+formulas below.
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import small_ijepa
 from torch import nn
 from torch.nn import functional as F
 
@@ -53,6 +56,19 @@ STEPPED_PROJECTION = [
     0.004024, -0.048024,
 ]
 RECORDED_AVERAGE = [-0.017436, -0.025027, -0.031922, -0.045757, -0.04849, -0.049844, -0.04634, -0.042538, -0.037546]
+# Optimizer step -> learning rate, weight decay, momentum: 1500 steps, 200 of them warm-up from 2e-4 to 1e-3, final 1e-6,
+# weight decay 0.04 to 0.4, momentum from 0.996.
+RECORDED_SCHEDULES = {
+    0: (0.000204, 0.04000039478403167, 0.996),
+    1: (0.000208, 0.040001579134395227, 0.9960026666666667),
+    99: (0.0006, 0.04393343186791493, 0.996264),
+    198: (0.000996, 0.055408842287612003, 0.996528),
+    199: (0.001, 0.05556181762433182, 0.9965306666666667),
+    200: (0.0009999985414600595, 0.05571551426736948, 0.9965333333333334),
+    849: (0.0005005, 0.25742410434719665, 0.998264),
+    1498: (1.0014585399405601e-06, 0.3999996052159683, 0.9999946666666667),
+    1499: (1e-06, 0.4, 0.9999973333333333),
+}
 # fmt: on
 
 
@@ -112,6 +128,31 @@ def test_one_step_of_training_gives_the_same_weights_and_average(jepa: IJEPA) ->
     agree(jepa.predictor.project.weight[::60, ::20], STEPPED_PROJECTION)
     update_average(jepa.target_encoder, jepa.context_encoder, 0.996)
     agree(jepa.target_encoder.vit.blocks[1].mlp.fc1.weight[::300, ::90], RECORDED_AVERAGE)
+
+
+def test_schedules_agree_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    jepa = small_ijepa(
+        **{"start_learning_rate": 2e-4, "learning_rate": 1e-3, "final_learning_rate": 1e-6, "warmup_fraction": 200 / 1500},
+        **{"weight_decay": 0.04, "final_weight_decay": 0.4, "momentum": 0.996, "momentum_schedule": "linear"},
+        official_compat=True,
+        image_size=32,
+    )
+    run = SimpleNamespace(estimated_stepping_batches=1500, global_step=0)
+    jepa._trainer = run
+    configured = jepa.configure_optimizers()
+    optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+    run.optimizers = [optimizer]
+    jepa._weight_decay_schedule.on_train_start(run, jepa)
+    for step in range(1500):
+        run.global_step = step
+        jepa._weight_decay_schedule.on_train_batch_start(run, jepa, None, step)
+        if step in RECORDED_SCHEDULES:
+            decay, no_decay = optimizer.param_groups
+            found = (decay["lr"], decay["weight_decay"], jepa._ema.momentum(step, 1500))
+            assert found == pytest.approx(RECORDED_SCHEDULES[step], rel=1e-9)
+            assert no_decay["weight_decay"] == 0 and no_decay["lr"] == decay["lr"]
+        optimizer.step()
+        schedule.step()
 
 
 class Recorded:

@@ -8,7 +8,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers import Attention, build_sincos2d_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     table = build_sincos2d_pos_embed(list(grid), dim, interleave_sin_cos=True)
     rows, columns = table.chunk(2, dim=1)  # timm puts the other axis first
     return torch.cat([columns, rows], dim=1)
+
+
+def attend_plainly(network: nn.Module) -> None:
+    """Make timm's attention multiply matrices itself: on a CPU, torch's fused kernel is slower.
+
+    Its backward pass in bfloat16 takes some ten times as long (torch 2.13, AVX-512; benchmarks/ijepa.py).
+    """
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = False  # type: ignore[misc]  # "final" for TorchScript alone
 
 
 class ViTEncoder(nn.Module):
