@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch
+from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.randomness import seeded_generator
 from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
 from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
@@ -86,15 +87,21 @@ class TrainingPictures(Pictures):
         seed: Of crops and flips.
         crop_scale: Area of a crop, least and greatest fraction of the picture.
         flip: Probability of a mirror image.
+        rand_augment: Two random distortions per picture.
     """
 
     def __init__(
-        self, samples: Samples, image_size: tuple[int, int], seed: int, crop_scale: tuple[float, float], flip: float
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        crop_scale: tuple[float, float],
+        flip: float,
+        rand_augment: bool = False,
     ) -> None:
         super().__init__(samples, image_size, seed)
-        self.augment = v2.Compose(
-            [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip), v2.PILToTensor()]
-        )
+        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
+        self.augment = v2.Compose([*steps, *([v2.RandAugment()] if rand_augment else []), v2.PILToTensor()])
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
         """The batch named by (epoch, index) pairs. The next readable picture stands in for an unreadable one.
@@ -160,10 +167,13 @@ class ImageFolder(ResumableDataModule):
         val_fraction: Part of each class that is held out, in (0, 1), where there is no folder val.
         fraction: Part of each class that is trained on, in (0, 1], at least one picture of each: 0.01 and 0.1 are usual.
             Drawn once per seed.
+        download: Name of a public data set that is downloaded into `root` if there is no such folder: "cifar10", "stl10" or
+            "imagenette".
         file_list: Text file that names the training pictures, one path relative to the training folder a line.
         crop_scale: Area of a training crop, least and greatest fraction of the picture; (1, 1) with a square picture is
             the whole.
         flip: Probability of a mirror image in training. The released I-JEPA has none.
+        rand_augment: Two random distortions per training picture (RandAugment), for fine-tuning.
         batch_size: Pictures per batch and process.
         num_workers: Processes that decode; 0 decodes in the training process.
         seed: Of splits, subsets, orders, crops and masks.
@@ -181,6 +191,8 @@ class ImageFolder(ResumableDataModule):
         file_list: str | None = None,
         crop_scale: tuple[float, float] = (0.3, 1.0),
         flip: float = 0.0,
+        rand_augment: bool = False,
+        download: DatasetName | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
         seed: int = 0,
@@ -201,7 +213,10 @@ class ImageFolder(ResumableDataModule):
         if seed < 0 or num_workers < 0:
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
         self.val_fraction, self.fraction, self.file_list = val_fraction, fraction, file_list
-        self.crop_scale, self.flip = crop_scale, flip
+        self.crop_scale, self.flip, self.rand_augment = crop_scale, flip, rand_augment
+        if download is not None and download not in SOURCES:
+            raise ValueError(f"data.download={download!r}: choose one of {', '.join(SOURCES)}.")
+        self.download = download
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.classes: list[str] = []
         self._samples: dict[str, Samples] = {}
@@ -210,6 +225,11 @@ class ImageFolder(ResumableDataModule):
     def num_classes(self) -> int:
         """Number of classes; 0 for a folder without."""
         return len(self.classes)
+
+    def prepare_data(self) -> None:
+        """Download the pictures, if they are asked for by name and not there."""
+        if self.download is not None:
+            download(self.download, self.root)
 
     def setup(self, stage: str) -> None:
         """Find the pictures.
@@ -243,8 +263,13 @@ class ImageFolder(ResumableDataModule):
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]
         sampler = EpochBatches(len(train.labels), self.batch_size, self.seed, *self.rank)
-        pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip)
+        pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment)
         return ResumableLoader(pictures, sampler, self.num_workers, pin_memory=self.on_gpu)
+
+    def plain_train_dataloader(self) -> DataLoader[Any]:
+        """The training pictures as validation would see them, uncropped, in order, all of them in every process."""
+        pictures = HeldOutPictures(self._samples["train"], self.image_size, self.seed)
+        return DataLoader(pictures, batch_size=self.batch_size, collate_fn=already_collated, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
         pictures = HeldOutPictures(self._samples["val"], self.image_size, self.seed)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -16,10 +17,21 @@ from datamodules.batches import ImageBatch
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import MultiBlock
-from jepa_lightning.metrics import NearestNeighbours
+from jepa_lightning.metrics import OnlineClassifiers
 from jepa_lightning.networks.predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
+from jepa_lightning.pictures import (
+    feature_colours,
+    mark_blocks,
+    nearest_pictures,
+    rows_figure,
+    show_in_tensorboard,
+    to_colours,
+)
 from jepa_lightning.regularizers import RegularizerName
+
+SHOWN = 8
+"""Pictures in a figure."""
 
 LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
 
@@ -156,7 +168,7 @@ class IJEPA(JEPA):
             official_compat,
         )
         self.error, self.mean_error = MeanMetric(), MeanMetric()
-        self.neighbours = NearestNeighbours()
+        self.classifiers = OnlineClassifiers()
 
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs; choose the attention, and compile.
@@ -216,13 +228,37 @@ class IJEPA(JEPA):
         mean = pairs.targets.flatten(0, -2).mean(dim=0)
         self.mean_error.update((mean - pairs.targets).square().mean())
         if bool((batch.labels >= 0).all()):
-            self.neighbours.update(pairs.target_features[:, 0], batch.labels)
+            self.classifiers.update(pairs.target_features[:, 0], batch.labels)
+        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self._show(batch, pairs)
         return pairs
+
+    def _show(self, batch: ImageBatch, pairs: TargetPairs) -> None:
+        """Pictures for TensorBoard: masks, what the features look like, and which pictures they hold for alike."""
+        if not isinstance(self.logger, TensorBoardLogger):
+            return
+        grid = self.target_encoder.grid
+        pictures = to_colours(batch.images)
+        masks = self.masks.draw(len(pictures), batch.generator(), self._progress())  # those of `target_pairs`
+        visible = torch.zeros(len(pictures), grid[0] * grid[1], dtype=torch.bool)
+        marked = [
+            visible.scatter(1, indices, True)[:SHOWN].to(self.device)
+            for indices in (masks.context, masks.targets.flatten(1))
+        ]
+        colours = feature_colours(self.encode(batch.images[:SHOWN]), grid, self.image_size)
+        shown = {
+            "picture": pictures[:SHOWN],
+            "masks": mark_blocks(pictures[:SHOWN], marked[0], marked[1], grid),
+            "features": colours,
+        }
+        show_in_tensorboard(self.logger, "masks and features", rows_figure(shown), self.global_step)
+        alike = rows_figure(nearest_pictures(pictures, pairs.target_features[:, 0], SHOWN))
+        show_in_tensorboard(self.logger, "nearest pictures", alike, self.global_step)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         self.log("val/error_over_mean", self.error.compute() / self.mean_error.compute(), prog_bar=True)
-        if self.neighbours.update_called and not self.trainer.sanity_checking:
-            self.log("val/knn_accuracy", self.neighbours.compute(), prog_bar=True)
-        for metric in (self.error, self.mean_error, self.neighbours):
+        if self.classifiers.update_called and not self.trainer.sanity_checking:
+            self.log_dict({f"val/{name}": value for name, value in self.classifiers.compute().items()}, prog_bar=True)
+        for metric in (self.error, self.mean_error, self.classifiers):
             metric.reset()

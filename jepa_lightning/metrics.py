@@ -116,11 +116,12 @@ class RidgeProbe(Metric):
         return self.r2(self.weights())
 
 
-class NearestNeighbours(Metric):
-    """Accuracy of a vote among nearest neighbours, an online probe of classes that needs no training.
+class OnlineClassifiers(Metric):
+    """What features know of classes, while they are learned: a vote of nearest neighbours, and a linear classifier.
 
-    Every other sample, in the order of arrival, is a neighbour; the rest are judged. The votes of the k most similar
-    neighbours weigh exp(cosine similarity / temperature) (Wu et al. 2018).
+    Neither needs training: the votes of the k most similar neighbours weigh exp(cosine similarity / temperature) (Wu et
+    al. 2018), and the linear classifier is a ridge regression in closed form. Every other sample, in the order of arrival,
+    is what they learn from; the rest are judged.
 
     Args:
         num_neighbours: k; fewer where there are fewer.
@@ -142,12 +143,14 @@ class NearestNeighbours(Metric):
         self.features.append(features.detach().float())
         self.labels.append(labels)
 
-    def compute(self) -> Tensor:
-        """Fraction of right votes, a scalar."""
+    def compute(self) -> dict[str, Tensor]:
+        """Fractions that are right, scalars: "knn_accuracy" and "linear_accuracy"."""
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
-        return vote_accuracy(
-            features[0::2], labels[0::2], features[1::2], labels[1::2], self.num_neighbours, self.temperature
-        )
+        halves = (features[0::2], labels[0::2], features[1::2], labels[1::2])
+        return {
+            "knn_accuracy": vote_accuracy(*halves, self.num_neighbours, self.temperature),
+            "linear_accuracy": ridge_accuracy(*halves),
+        }
 
 
 def vote_accuracy(
@@ -176,6 +179,28 @@ def vote_accuracy(
         votes = ((weights / temperature).exp()[..., None] * classes[neighbours]).sum(dim=1)
         right.append(votes.argmax(dim=1) == answers)
     return torch.cat(right).float().mean()
+
+
+def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 0.01) -> Tensor:
+    """How often a ridge regression of the classes on standardised features, fitted on a bank, is right.
+
+    Args:
+        bank: (N, D).
+        bank_labels: (N,), class indices.
+        features: (Q, D) to be judged.
+        labels: (Q,).
+        penalty: On the squared weights, in units of N.
+
+    Returns:
+        Scalar; NaN if there is nothing to judge.
+    """
+    mean, std = bank.mean(dim=0), bank.std(dim=0).clamp(min=1e-6)
+    inputs = ((bank - mean) / std).double()
+    classes = functional.one_hot(bank_labels).double()
+    ridge = penalty * len(bank) * torch.eye(bank.shape[1], dtype=inputs.dtype, device=inputs.device)
+    slopes = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (classes - classes.mean(dim=0)))
+    scores = ((features - mean) / std).double() @ slopes + classes.mean(dim=0)
+    return (scores.argmax(dim=1) == labels).float().mean()
 
 
 def r2_score(predictions: Tensor, targets: Tensor) -> Tensor:

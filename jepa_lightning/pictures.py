@@ -1,6 +1,6 @@
-"""Figures and videos of what was reconstructed and forecast.
+"""Figures and videos: what was reconstructed and forecast, what was hidden, what features look like.
 
-Shapes: N samples, T times, C channels (1 or 3), S image size. Pictures are in [0, 1].
+Shapes: N samples, T times, C channels (1 or 3), S image size, H W pixels, P patches, D width. Pictures are in [0, 1].
 """
 
 import io
@@ -14,7 +14,9 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.nn import functional
 
 TITLES = {"jepa": "JEPA", "random_encoder": "random encoder", "pca": "PCA"}
 
@@ -33,15 +35,89 @@ def reconstruction_figure(frames: Tensor, decoded: dict[str, Tensor]) -> Figure:
         frames: (N, C, S, S).
         decoded: Name of the encoder -> (N, C, S, S).
     """
-    rows = {"truth": frames} | {TITLES.get(name, name): images for name, images in decoded.items()}
-    figure = Figure(figsize=(1.3 * len(frames) + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(rows), len(frames), squeeze=False)
+    return rows_figure({"truth": frames} | {TITLES.get(name, name): images for name, images in decoded.items()})
+
+
+def rows_figure(rows: dict[str, Tensor]) -> Figure:
+    """Rows of pictures: title -> (N, C, H, W), as many in each."""
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(1.3 * columns + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (title, images) in zip(axes, rows.items(), strict=True):
         for axis, image in zip(row, to_uint8(images), strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(title)
     return figure
+
+
+def to_colours(images: Tensor) -> Tensor:
+    """Pictures normalised with ImageNet's mean and deviation, (N, 3, H, W), back to [0, 1]."""
+    images = images.detach().float()
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images * std + mean).clamp(0, 1)
+
+
+def spread(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """One value or colour per patch as a picture: (N, P) or (N, P, C) -> (N, C, H, W)."""
+    channels = values[..., None] if values.ndim == 2 else values
+    small = channels.float().transpose(1, 2).unflatten(2, grid)  # (N, C, rows, columns)
+    return functional.interpolate(small, size=size, mode="nearest")
+
+
+def hide_patches(pictures: Tensor, hidden: Tensor, grid: tuple[int, int], grey: float = 0.6) -> Tensor:
+    """Pictures (N, 3, H, W) with some patches in grey: `hidden` (N, P), bool."""
+    mask = spread(hidden, grid, (pictures.shape[-2], pictures.shape[-1]))
+    return pictures * (1 - mask) + grey * mask
+
+
+def mark_blocks(pictures: Tensor, visible: Tensor, targets: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a masked JEPA is asked: visible patches as they are, target patches orange, all else dark.
+
+    Args:
+        pictures: (N, 3, H, W).
+        visible: (N, P), bool.
+        targets: (N, P), bool.
+        grid: Patches per column and per row.
+    """
+    size = (pictures.shape[-2], pictures.shape[-1])
+    seen, asked = spread(visible, grid, size), spread(targets, grid, size)
+    orange = pictures.new_tensor([1.0, 0.55, 0.1])[:, None, None]
+    return pictures * (seen + 0.4 * asked + 0.15 * (1 - seen - asked).clamp(min=0)) + 0.6 * orange * asked
+
+
+def feature_colours(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Three principal components of patch features as red, green and blue: (N, P, D) -> (N, 3, H, W).
+
+    One projection for all pictures, so that like parts of different pictures have like colours.
+    """
+    flat = features.detach().float().flatten(0, 1)
+    centred = flat - flat.mean(dim=0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # (D, 3), greatest first
+    scores = centred @ directions
+    low, high = (scores.quantile(q, dim=0) for q in (0.02, 0.98))
+    colours = ((scores - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return spread(colours.unflatten(0, features.shape[:2]), grid, size)
+
+
+def heat(pictures: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pictures (N, 3, H, W), each patch as bright as its weight (N, P) relative to the greatest of its picture."""
+    relative = weights / weights.amax(dim=1, keepdim=True).clamp(min=1e-12)
+    return pictures * (0.15 + 0.85 * spread(relative, grid, (pictures.shape[-2], pictures.shape[-1])))
+
+
+def nearest_pictures(pictures: Tensor, features: Tensor, count: int) -> dict[str, Tensor]:
+    """The most similar pictures of the same batch, as rows for `rows_figure`.
+
+    Args:
+        pictures: (N, 3, H, W); the first `count` are the queries.
+        features: (N, D), pooled.
+        count: Number of queries, and of neighbours plus one.
+    """
+    unit = functional.normalize(features.float() - features.float().mean(dim=0), dim=1)
+    similar = unit[:count] @ unit.T
+    order = similar.argsort(dim=1, descending=True)[:, : min(count, len(pictures))]  # itself first
+    return {"query" if rank == 0 else f"nearest {rank}": pictures[order[:, rank]] for rank in range(order.shape[1])}
 
 
 def forecast_figure(errors: dict[str, Tensor], frame_seconds: float, threshold: float) -> Figure:

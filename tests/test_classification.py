@@ -8,7 +8,7 @@ import torch
 from conftest import small_data, small_ijepa, small_model, small_pictures, trainer
 
 from jepa_lightning.probes import LinearProbe
-from jepa_lightning.probes.classification import NAMES, HalvesAccuracy
+from jepa_lightning.probes.classification import HalvesAccuracy
 
 
 @pytest.fixture
@@ -30,9 +30,9 @@ def test_fit_and_test_write_a_report_with_controls(tmp_path: Path, pictures: Pat
     assert run.callback_metrics["val/accuracy_last"] == 1, "the two classes differ in colour"
     run.test(probe, data, verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["linear"]) | set(report["baselines"]) == set(NAMES)
-    assert report["linear"]["last_four"]["accuracy"] == 1 and report["judged_pictures"] == 6
-    assert report["baselines"]["pixels"]["learning_rate"] in (0.01, 0.1)
+    assert set(report["accuracy"]) == set(LinearProbe.names)
+    assert report["accuracy"]["last_four"]["accuracy"] == 1 and report["judged"].startswith("on 6 held-out pictures")
+    assert report["accuracy"]["pixels"]["learning_rate"] in (0.01, 0.1)
     assert "| pixels | 1.000 |" in (tmp_path / "report.md").read_text()
 
 

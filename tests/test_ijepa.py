@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from callbacks import CollapseAlarm, CollapseWarning
 from datamodules import ImageBatch
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.metrics import NearestNeighbours
+from jepa_lightning.metrics import OnlineClassifiers
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, sincos_positions, take
 
 
@@ -248,12 +248,12 @@ def test_nearest_neighbours_know_clusters_and_guess_at_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (400,), generator=generator)
     clusters, noise = torch.randn(5, 8, generator=generator) * 5, torch.randn(400, 8, generator=generator)
-    metric = NearestNeighbours()
+    metric = OnlineClassifiers()
     metric.update(clusters[labels] + noise, labels)
-    assert metric.compute() == 1
+    assert metric.compute() == {"knn_accuracy": 1, "linear_accuracy": 1}
     metric.reset()
     metric.update(noise, labels)
-    assert 0.1 < metric.compute() < 0.3
+    assert all(0.1 < accuracy < 0.3 for accuracy in metric.compute().values())
 
 
 def test_saved_and_loaded(tmp_path: Path, pictures: Path) -> None:

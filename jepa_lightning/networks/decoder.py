@@ -1,4 +1,4 @@
-"""Decoders from a feature to what was observed.
+"""Decoders from features to what was observed.
 
 Their outputs are not squashed into [0, 1]. Almost every pixel of the pendulum's pictures is black, and under a squared
 error a sigmoid is driven so far towards zero in the first steps that its gradient never brings the pendulum back.
@@ -7,9 +7,11 @@ error a sigmoid is driven so far towards zero in the first steps that its gradie
 import math
 
 import torch
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from jepa_lightning.networks.mlp import mlp
+from jepa_lightning.networks.vit import sincos_positions
 
 
 class ConvDecoder(nn.Module):
@@ -58,3 +60,41 @@ class MLPDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, *output_shape)."""
         return self.layers(features)
+
+
+class PatchDecoder(nn.Module):
+    """A small vision transformer that paints a picture from the features of its patches.
+
+    Args:
+        grid: (H, W) patches of the picture.
+        dim: D, width of the features.
+        patch_size: Height and width of a patch in pixels.
+        width: Of the transformer.
+        depth: Number of blocks.
+        channels: C of the picture.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int, patch_size: int, width: int, depth: int, channels: int = 3) -> None:
+        super().__init__()
+        self.grid, self.patch_size, self.channels = grid, patch_size, channels
+        self.embed = nn.Linear(dim, width)
+        heads = max(1, width // 64)
+        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.paint = nn.Linear(width, channels * patch_size**2)
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+
+    positions: Tensor
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, N, D) -> (B, C, H, W)."""
+        tokens = self.norm(self.blocks(self.embed(features) + self.positions))
+        height, width = self.grid
+        pixels = self.paint(tokens).view(-1, height, width, self.channels, self.patch_size, self.patch_size)
+        return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Pictures cut into patches, channels first: (B, C, H, W) -> (B, N, C * patch pixels)."""
+        size = self.patch_size
+        cut = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
+        return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -97,7 +97,7 @@ class ViTEncoder(nn.Module):
             raise ValueError(f"{name!r} is not timm's plain VisionTransformer, whose patches can be left out.")
         self.vit = vit
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
-        self.dim = vit.embed_dim
+        self.dim, self.patch_size = vit.embed_dim, patch_size
         attention: Any = vit.blocks[0].attn
         self.num_heads: int = attention.num_heads
         self.gradient_checkpointing = gradient_checkpointing

@@ -1,7 +1,19 @@
 """The second phase: freeze what was learned and ask what is in it."""
 
+from jepa_lightning.probes.attention import AttentiveProbe
 from jepa_lightning.probes.classification import LinearProbe
+from jepa_lightning.probes.completion import CompletionProbe
 from jepa_lightning.probes.decoder import DecoderProbe
+from jepa_lightning.probes.finetuning import FineTuning
+from jepa_lightning.probes.neighbours import NeighbourProbe
 from jepa_lightning.probes.state import StateProbe
 
-__all__ = ["DecoderProbe", "LinearProbe", "StateProbe"]
+__all__ = [
+    "AttentiveProbe",
+    "CompletionProbe",
+    "DecoderProbe",
+    "FineTuning",
+    "LinearProbe",
+    "NeighbourProbe",
+    "StateProbe",
+]

@@ -1,17 +1,14 @@
-"""Phase two, pictures: a linear classifier on frozen features, beside those on what it must beat.
+"""Phase two, pictures: classifiers on frozen features, beside those on what they must beat.
 
-Shapes: B batch, H W pixels, D width, G heads of the grid.
+Shapes: B batch, H W pixels, N patches, D width, G heads of the grid.
 """
 
 import itertools
-import json
-import shlex
-import sys
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,21 +16,18 @@ from torchmetrics import Metric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch
-from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.optim import warmup_cosine_schedule
+from jepa_lightning.probes.frozen import PictureProbe
+from jepa_lightning.probes.report import save_accuracies
 
-CONTROL_SEED = 12345
 PIXEL_GRID = 32
 """Pictures larger than this are shrunk to it for the control that sees pixels alone."""
 
-NAMES = {
-    "last": "average of the last block",
-    "last_four": "averages of the last four blocks",
-    "untrained_last": "untrained encoder, last block",
-    "untrained_last_four": "untrained encoder, last four blocks",
-    "pixels": "pixels",
-}
+
+def shrunk_pixels(images: Tensor) -> Tensor:
+    """Pictures as vectors, large ones shrunk to `PIXEL_GRID`: (B, 3, H, W) -> (B, 3 h w)."""
+    height, width = (min(PIXEL_GRID, side) for side in images.shape[-2:])
+    return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
 
 
 class HalvesAccuracy(Metric):
@@ -64,111 +58,52 @@ class HalvesAccuracy(Metric):
         return self.right / self.seen[:, None].clamp(min=1)
 
 
-class LinearProbe(LightningModule):
-    """Linear classifiers on frozen, average-pooled features: how good is a representation?
+class ClassificationProbe(PictureProbe):
+    """Classifiers on several kinds of features, each once per pair of learning rate and weight decay.
 
-    Trained side by side in one pass, on the same pictures: classifiers on the last block and on the last four blocks
-    (the paper reports the better), on the same network untrained, and on pixels; each of them, behind a batch
-    normalisation, once per pair of learning rate and weight decay. The best pair is chosen on every other validation
-    picture, and the accuracy reported is that on the rest. `test` writes report.json and report.md.
-
-    Differs from the paper: momentum SGD with a cosine instead of LARS with steps, which was made for batches of 16,384.
-
-    Args:
-        checkpoint: Of an I-JEPA, written by `fit`.
-        num_classes: Classes of the data.
-        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
-        learning_rates: Peaks of the grid.
-        weight_decays: Of the grid.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+    All are trained side by side in one pass, on the same pictures. The best pair is chosen on every other validation
+    picture, and the accuracy reported is that on the rest. A subclass names its features and builds the heads on them.
     """
+
+    names: dict[str, str]
+    """Kind of features -> its title in the report; the first ones are the I-JEPA's, the others controls."""
 
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
-        encoder: Literal["target", "context"] = "target",
-        learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1),
-        weight_decays: tuple[float, ...] = (0.0, 5e-4),
+        num_classes: int,
+        encoder: Literal["target", "context"],
+        learning_rates: tuple[float, ...],
+        weight_decays: tuple[float, ...],
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        if num_classes < 2:
-            raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2 classes.")
+        super().__init__(checkpoint, encoder, num_classes)
         if not learning_rates or min(learning_rates) <= 0 or not weight_decays or min(weight_decays) < 0:
             raise ValueError(
                 f"model.learning_rates={learning_rates}, model.weight_decays={weight_decays}: give at least one positive "
                 "rate and one weight decay >= 0."
             )
-        jepa = load_jepa(checkpoint)
-        if not isinstance(jepa, IJEPA):
-            raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA.")
-        if encoder not in ("target", "context"):
-            raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")
-        self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
-        self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(CONTROL_SEED)
-            self.untrained = jepa.build_encoder()
-        for network in (self.encoder, self.untrained):
-            network.requires_grad_(False).eval()
         self.grid = list(itertools.product(learning_rates, weight_decays))
-        dim = self.untrained.dim
-        depth = min(4, len(jepa.context_encoder.vit.blocks))
-        pixels = 3 * min(PIXEL_GRID, self.image_size[0]) * min(PIXEL_GRID, self.image_size[1])
-        widths = dict(zip(NAMES, (dim, depth * dim) * 2 + (pixels,), strict=True))
-        self.norms = nn.ModuleDict({name: nn.BatchNorm1d(width, affine=False) for name, width in widths.items()})
         self.heads = nn.ModuleDict(
-            {
-                f"{name}_{place}": nn.Linear(width, num_classes)
-                for name, width in widths.items()
-                for place in range(len(self.grid))
-            }
+            {f"{name}_{place}": self.make_head(name, num_classes) for name in self.names for place in range(len(self.grid))}
         )
-        for name, parameter in self.heads.named_parameters():
-            nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=0.01)
-        self.accuracy = HalvesAccuracy(len(widths) * len(self.grid))
+        self.accuracy = HalvesAccuracy(len(self.names) * len(self.grid))
 
-    def train(self, mode: bool = True) -> "LinearProbe":
-        """Switch to training mode, all but the frozen networks."""
-        super().train(mode)
-        self.encoder.eval()
-        self.untrained.eval()
-        return self
+    @abstractmethod
+    def make_head(self, name: str, num_classes: int) -> nn.Module:
+        """A classifier of one kind of features."""
 
-    def setup(self, stage: str) -> None:
-        """Compare with the data module.
+    @abstractmethod
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        """What the classifiers take, by kind of features, from normalised images (B, 3, H, W)."""
 
-        Raises:
-            ValueError: Other classes or pictures of another size than the probe was built for, or no classes at all.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        classes = getattr(data, "num_classes", self.num_classes)
-        if classes != self.num_classes:
-            raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
-        theirs = getattr(data, "image_size", self.image_size)
-        if tuple(theirs) != self.image_size:
-            raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> dict[str, Tensor]:
-        """What the classifiers read, by name: normalised images (B, 3, H, W) -> (B, width) each."""
-        found: dict[str, Tensor] = {}
-        for prefix, network in (("", self.encoder), ("untrained_", self.untrained)):
-            pooled = [tokens.mean(dim=1) for tokens in network.last_blocks(images, 4)]
-            found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
-        size = [min(PIXEL_GRID, side) for side in self.image_size]
-        found["pixels"] = F.adaptive_avg_pool2d(images, (size[0], size[1])).flatten(1)
-        return found
+    @abstractmethod
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Of all heads: a group per pair of the grid, with its own "lr" and "weight_decay"."""
 
     def logits(self, images: Tensor) -> Tensor:
-        """Of every classifier, in the order of `NAMES` and the grid: (B, 5 G, classes)."""
-        features = self.features(images)
-        normalised = {name: self.norms[name](features[name].float()) for name in NAMES}
-        scores = [self.heads[f"{name}_{place}"](normalised[name]) for name in NAMES for place in range(len(self.grid))]
+        """Of every classifier, in the order of `names` and the grid: (B, names * G, classes)."""
+        inputs = self.inputs(images)
+        scores = [self.heads[f"{name}_{place}"](inputs[name]) for name in self.names for place in range(len(self.grid))]
         return torch.stack(scores, dim=1)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
@@ -190,11 +125,11 @@ class LinearProbe(LightningModule):
         self.validation_step(batch, batch_idx)
 
     def chosen(self) -> dict[str, dict[str, float]]:
-        """Accuracy, its standard error and the chosen pair of the grid, by name of the features."""
-        choose, report = self.accuracy.compute().unflatten(1, (len(NAMES), len(self.grid)))  # (5, G) each
+        """Accuracy, its standard error and the chosen pair of the grid, by kind of features."""
+        choose, report = self.accuracy.compute().unflatten(1, (len(self.names), len(self.grid)))  # (names, G) each
         count = max(1, int(self.accuracy.seen[1]))
         found = {}
-        for row, name in enumerate(NAMES):
+        for row, name in enumerate(self.names):
             best = int(choose[row].argmax())
             accuracy = float(report[row, best])
             rate, decay = self.grid[best]
@@ -208,62 +143,101 @@ class LinearProbe(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
+            first = next(iter(self.names))
             for name, figures in self.chosen().items():
-                self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=name == "last")
+                self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=name == first)
         self.accuracy.reset()
 
     def on_test_epoch_end(self) -> None:
-        write_report(Path(self.trainer.default_root_dir), self.chosen(), self.checkpoint, int(self.accuracy.seen[1]))
+        save_accuracies(
+            Path(self.trainer.default_root_dir),
+            type(self).__name__,
+            self.names,
+            self.chosen(),
+            self.checkpoint,
+            f"on {int(self.accuracy.seen[1])} held-out pictures; learning rate and weight decay were chosen on others",
+        )
         self.accuracy.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = [
             {
-                "params": [p for name in NAMES for p in self.heads[f"{name}_{place}"].parameters()],
+                "params": [p for name in self.names for p in self.heads[f"{name}_{place}"].parameters()],
                 "lr": rate,
                 "weight_decay": decay,
                 "name": f"{rate:g}_{decay:g}",
             }
             for place, (rate, decay) in enumerate(self.grid)
         ]
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        optimizer = self.make_optimizer(groups)
         schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.0)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class"] = type(self).__name__
 
+class LinearProbe(ClassificationProbe):
+    """Linear classifiers on frozen, average-pooled features: how good is a representation?
 
-def write_report(directory: Path, figures: dict[str, dict[str, float]], checkpoint: str, judged: int) -> None:
-    """Write report.json and report.md, and print the table.
+    On the last block and on the last four blocks (the paper reports the better), on the same network untrained, and on
+    pixels, each behind a batch normalisation. `test` writes report.json and report.md.
+
+    Differs from the paper: momentum SGD with a cosine instead of LARS with steps, which was made for batches of 16,384.
 
     Args:
-        directory: The run directory.
-        figures: Of `LinearProbe.chosen`.
-        checkpoint: Of the JEPA.
-        judged: Pictures that the accuracies were taken on.
+        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        num_classes: Classes of the data.
+        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
+        learning_rates: Peaks of the grid.
+        weight_decays: Of the grid.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
     """
-    command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
-    report = {
-        "linear": {name: figures[name] for name in ("last", "last_four")},
-        "baselines": {name: figures[name] for name in NAMES if name not in ("last", "last_four")},
-        "judged_pictures": judged,
-        "checkpoint": checkpoint,
-        "command": command,
+
+    names = {  # noqa: RUF012
+        "last": "average of the last block",
+        "last_four": "averages of the last four blocks",
+        "untrained_last": "untrained encoder, last block",
+        "untrained_last_four": "untrained encoder, last four blocks",
+        "pixels": "pixels",
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    rows = [
-        f"| {title} | {figures[name]['accuracy']:.3f} | {figures[name]['standard_error']:.3f} | "
-        f"{figures[name]['learning_rate']:g}, {figures[name]['weight_decay']:g} |"
-        for name, title in NAMES.items()
-    ]
-    table = "\n".join(
-        ["| features | accuracy | standard error | learning rate, weight decay |", "| :-- | --: | --: | --: |", *rows]
-    )
-    text = (
-        f"# Linear probe\n\nOf `{checkpoint}`, on {judged} held-out pictures; learning rate and weight decay were chosen on "
-        f"others.\n\n{table}\n\nMade by `{command}`.\n"
-    )
-    (directory / "report.md").write_text(text)
-    print(f"\n{table}\n\n{directory / 'report.md'}")
+
+    def __init__(
+        self,
+        checkpoint: str,
+        num_classes: int = 10,
+        encoder: Literal["target", "context"] = "target",
+        learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1),
+        weight_decays: tuple[float, ...] = (0.0, 5e-4),
+    ) -> None:
+        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays)
+        self.save_hyperparameters()
+        self.norms = nn.ModuleDict({name: nn.BatchNorm1d(self._width(name), affine=False) for name in self.names})
+
+    def _width(self, name: str) -> int:
+        if name == "pixels":
+            return 3 * min(PIXEL_GRID, self.image_size[0]) * min(PIXEL_GRID, self.image_size[1])
+        depth = min(4, len(self.encoder.vit.blocks)) if name.endswith("four") else 1
+        return depth * self.encoder.dim
+
+    def make_head(self, name: str, num_classes: int) -> nn.Module:
+        head = nn.Linear(self._width(name), num_classes)
+        nn.init.normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        return head
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Pooled features and pixels, by name: normalised images (B, 3, H, W) -> (B, width) each."""
+        found: dict[str, Tensor] = {}
+        for prefix, network in (("", self.encoder), ("untrained_", self.untrained)):
+            pooled = [tokens.mean(dim=1) for tokens in network.last_blocks(images, 4)]
+            found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
+        found["pixels"] = shrunk_pixels(images)
+        return found
+
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        return {name: self.norms[name](value.float()) for name, value in self.features(images).items()}
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9)

@@ -31,36 +31,73 @@ ROWS = (
 )
 
 
+def save_report(directory: Path, report: dict[str, Any], title: str, notes: str, table: str) -> None:
+    """Write report.json and report.md with the command that made them, and print the table and what lies there.
+
+    Args:
+        directory: The run directory.
+        report: Figures for report.json.
+        title: Of report.md.
+        notes: A paragraph above the table.
+        table: In Markdown.
+    """
+    command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.json").write_text(json.dumps(report | {"command": command}, indent=2) + "\n")
+    (directory / "report.md").write_text(f"# {title}\n\n{notes}\n\n{table}\n\nMade by `{command}`.\n")
+    print(f"\n{table}\n")
+    for path in sorted(directory.iterdir()):
+        if path.suffix in (".json", ".md", ".mp4", ".png"):
+            print(path)
+
+
+def save_accuracies(
+    directory: Path,
+    probe: str,
+    names: dict[str, str],
+    figures: dict[str, dict[str, float]],
+    checkpoint: str,
+    judged: str,
+) -> None:
+    """The report of a classifier: accuracies of the I-JEPA's features and of controls.
+
+    Args:
+        directory: The run directory.
+        probe: Name of the probe.
+        names: Kind of features -> title of its row.
+        figures: Kind of features -> "accuracy", "standard_error", and what was chosen.
+        checkpoint: Of the JEPA.
+        judged: What the accuracies were taken on.
+    """
+    settings = [key for key in next(iter(figures.values())) if key not in ("accuracy", "standard_error")]
+    header = ["features", "accuracy", "standard error", *(setting.replace("_", " ") for setting in settings)]
+    rows = [
+        [title, *(f"{figures[name][key]:.3f}" for key in ("accuracy", "standard_error"))]
+        + [f"{figures[name][key]:g}" for key in settings]
+        for name, title in names.items()
+    ]
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    report = {"probe": probe, "accuracy": figures, "judged": judged, "checkpoint": checkpoint}
+    save_report(directory, report, probe, f"Of `{checkpoint}`, {judged}.", table)
+
+
 def write_report(directory: Path, report: dict[str, Any]) -> None:
-    """Write report.json and report.md, and print the table.
+    """Write the report of a pendulum JEPA, and print its table.
 
     Args:
         directory: The run directory.
         report: Figures of the JEPA at the top, of the controls under "baselines".
     """
-    command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
-    (directory / "report.json").write_text(json.dumps(report | {"command": command}, indent=2) + "\n")
-    table = markdown_table(report)
     test_set, seconds = report["test_set"], report["seconds"]
     trained = "" if seconds["training"] is None else f" The JEPA was trained for {seconds['training']:.0f} s."
-    lines = [
-        "# Report",
-        "",
+    notes = (
         f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at "
         f"window {test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on "
         "training trajectories; a control's predictor is of the JEPA's kind, trained on its frozen features for "
-        f"{report['control_steps']} steps of 256 roll-outs. Constant velocity starts from the true state.",
-        "",
-        table,
-        "",
-        f"Made by `{command}`.",
-        "",
-    ]
-    (directory / "report.md").write_text("\n".join(lines))
-    print(f"\n{table}\n")
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".md", ".mp4", ".png"):
-            print(path)
+        f"{report['control_steps']} steps of 256 roll-outs. Constant velocity starts from the true state."
+    )
+    save_report(directory, report, "Report", notes, markdown_table(report))
 
 
 def markdown_table(report: dict[str, Any]) -> str:

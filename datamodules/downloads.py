@@ -1,0 +1,59 @@
+"""Public data sets by name, as folders of pictures."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from torchvision import datasets
+
+DatasetName = Literal["cifar10", "stl10", "imagenette"]
+
+# Name -> the data set's training part and its held-out part, downloaded into a folder.
+SOURCES: dict[str, Callable[[str, bool], Any]] = {
+    "cifar10": lambda root, train: datasets.CIFAR10(root, train=train, download=True),
+    "stl10": lambda root, train: datasets.STL10(root, split="train" if train else "test", download=True),
+    "imagenette": lambda root, train: datasets.Imagenette(root, split="train" if train else "val", download=True),
+}
+
+
+def download(name: DatasetName, root: Path) -> None:
+    """Let torchvision download a data set, and write it as root/train/CLASS/* and root/val/CLASS/*.
+
+    The folder appears when all is there; one that is there already is kept. Pictures are written without loss (PNG),
+    photographs that come as files are moved as they are. STL-10's unlabelled pictures are left out.
+
+    Args:
+        name: "cifar10" (60,000 pictures of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394 photographs).
+        root: Folder to make.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"data.download={name!r}: choose one of {', '.join(SOURCES)}.")
+    if root.exists():
+        return
+    archive, unfinished = root.with_name(root.name + ".download"), root.with_name(root.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for split, train in (("train", True), ("val", False)):
+        print(f"Downloading {name}, {split} pictures, into {root} ...", flush=True)
+        dataset = SOURCES[name](str(archive), train)
+        classes = [name if isinstance(name, str) else name[0] for name in dataset.classes]
+        for class_name in classes:
+            (unfinished / split / class_name).mkdir(parents=True, exist_ok=True)
+        for number in range(len(dataset)):
+            _write(dataset, number, unfinished / split, classes)
+    unfinished.rename(root)
+    shutil.rmtree(archive)
+
+
+def _write(dataset: Any, number: int, folder: Path, classes: list[str]) -> None:
+    """One picture: its own file where it has one, else pixels as PNG."""
+    files = getattr(dataset, "_samples", None)  # Imagenette: (path, class)
+    if files is not None:
+        path, label = Path(files[number][0]), files[number][1]
+        path.rename(folder / classes[label] / path.name)
+        return
+    image, label = dataset[number]
+    image.save(folder / classes[label] / f"{number:06d}.png")

@@ -1,0 +1,101 @@
+"""Phase two, pictures: a classifier that chooses where to look.
+
+Shapes: B batch, N patches, D width.
+"""
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import AttentionPoolLatent
+from torch import Tensor, nn
+
+from datamodules.batches import ImageBatch
+from jepa_lightning.pictures import heat, rows_figure, show_in_tensorboard, to_colours
+from jepa_lightning.probes.classification import ClassificationProbe
+
+SHOWN = 8
+"""Pictures in the figure."""
+
+
+class AttentivePool(nn.Module):
+    """A learned query attends to all patches: the average becomes a choice of where to look.
+
+    Args:
+        dim: D.
+        num_heads: Of the attention.
+        num_classes: Of the linear layer behind it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.pool = AttentionPoolLatent(dim, num_heads=num_heads, norm_layer=nn.LayerNorm)
+        self.classify = nn.Linear(dim, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, classes)."""
+        return self.classify(self.pool(self.norm(tokens)))
+
+    @torch.no_grad()
+    def attention(self, tokens: Tensor) -> Tensor:
+        """How much the query looks at each patch, averaged over heads: (B, N, D) -> (B, N), sums of 1."""
+        pool, tokens = self.pool, self.norm(tokens)
+        query = pool.q(pool.latent).view(-1, pool.num_heads, pool.head_dim)  # (1, heads, D / heads)
+        keys = pool.kv(tokens)[..., : pool.num_heads * pool.head_dim].unflatten(-1, (pool.num_heads, pool.head_dim))
+        scores = torch.einsum("qhd,bnhd->bhn", pool.q_norm(query), pool.k_norm(keys)) * pool.scale
+        return scores.softmax(dim=-1).mean(dim=1)
+
+
+class AttentiveProbe(ClassificationProbe):
+    """Classifiers that attend to the patches of frozen encoders, the I-JEPA's and the same network untrained.
+
+    One learned query, one cross-attention with an MLP behind it, one linear layer: what average pooling hides. `test`
+    writes report.json and report.md.
+
+    Args:
+        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        num_classes: Classes of the data.
+        encoder: Whose features are read: the target encoder's or the context encoder's.
+        learning_rates: Peaks of the grid, for AdamW.
+        weight_decays: Of the grid.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+    """
+
+    names = {"attentive": "attention over the patches", "untrained": "untrained encoder, the same"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        checkpoint: str,
+        num_classes: int = 10,
+        encoder: Literal["target", "context"] = "target",
+        learning_rates: tuple[float, ...] = (3e-4, 1e-3),
+        weight_decays: tuple[float, ...] = (0.05,),
+    ) -> None:
+        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays)
+        self.save_hyperparameters()
+
+    def make_head(self, name: str, num_classes: int) -> nn.Module:
+        return AttentivePool(self.encoder.dim, self.encoder.num_heads, num_classes)
+
+    @torch.no_grad()
+    def inputs(self, images: Tensor) -> dict[str, Tensor]:
+        return {"attentive": self.encoder(images), "untrained": self.untrained(images)}
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self._show(batch.images[:SHOWN])
+
+    def _show(self, images: Tensor) -> None:
+        """Where the first classifier looks, to TensorBoard."""
+        head: Any = self.heads["attentive_0"]
+        pictures = to_colours(images)
+        weights = head.attention(self.encoder(images).float())
+        figure = rows_figure({"picture": pictures, "attention": heat(pictures, weights, self.encoder.grid)})
+        show_in_tensorboard(self.logger, "attention", figure, self.global_step)
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups)

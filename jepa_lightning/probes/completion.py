@@ -1,0 +1,207 @@
+"""Phase two, pictures: decode patch features to pixels, and with that show what the predictor expects where nothing is seen.
+
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, H W pixels, D width.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from callbacks.schedules import total_optimizer_steps
+from datamodules.batches import ImageBatch
+from jepa_lightning.checkpoints import load_jepa
+from jepa_lightning.ijepa import IJEPA
+from jepa_lightning.networks.decoder import PatchDecoder
+from jepa_lightning.networks.vit import take
+from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.pictures import hide_patches, rows_figure, show_in_tensorboard, to_colours
+from jepa_lightning.probes.frozen import PictureProbe
+from jepa_lightning.probes.report import save_report
+
+SHOWN = 8
+"""Pictures in the figure."""
+
+
+class Completion(NamedTuple):
+    """Pictures, what was visible of them, and what was made of that; normalised pixels (B, 3, H, W)."""
+
+    visible: Tensor
+    """(B, N), bool: patches that the context encoder saw."""
+
+    judged: Tensor
+    """(B, N), bool: patches of the target blocks."""
+
+    completed: Tensor
+    """Decoded from the context's features and, where nothing was visible, from predicted ones."""
+
+    reconstructed: Tensor
+    """Decoded from the target encoder's features of the whole picture."""
+
+
+class CompletionProbe(PictureProbe):
+    """Decode pixels from frozen patch features, and complete pictures of which a part is hidden.
+
+    A small transformer learns to paint the picture from the layer-normalised features of the target encoder, the space in
+    which I-JEPA predicts; another one learns the same from the untrained encoder. Neither ever sees a prediction. Then
+    the visible patches are encoded, the hidden ones predicted, and all of them painted. Validation writes completion.png:
+    picture, what was visible, the completion, and the painting of the true features. `test` adds report.json and
+    report.md, with the squared errors (normalised pixels) on the target blocks beside those of the mean visible colour.
+
+    A deterministic prediction in feature space is painted as an average of what may be there: blurred, not invented.
+
+    Args:
+        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        width: Of the decoder.
+        depth: Its number of blocks.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of matrices.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+    """
+
+    titles = {  # noqa: RUF012
+        "reconstruction": "painted from the true features",
+        "completion": "painted from predicted features",
+        "untrained_reconstruction": "painted from true features of the untrained encoder",
+        "mean_colour": "mean colour of the visible patches",
+    }
+
+    def __init__(
+        self,
+        checkpoint: str,
+        width: int = 192,
+        depth: int = 4,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+    ) -> None:
+        super().__init__(checkpoint, "target", None)
+        self.save_hyperparameters()
+        if width < 4 or width % 4 or depth < 1:
+            raise ValueError(f"model.width={width}, model.depth={depth}: give a multiple of 4 and at least one block.")
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        jepa: Any = load_jepa(checkpoint)
+        assert isinstance(jepa, IJEPA)
+        self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
+        for network in (self.context_encoder, self.predictor):
+            network.requires_grad_(False).eval()
+        sizes = (self.encoder.grid, self.encoder.dim, self.encoder.patch_size, width, depth)
+        self.decoders = nn.ModuleDict({"jepa": PatchDecoder(*sizes), "untrained": PatchDecoder(*sizes)})
+        self.errors = nn.ModuleDict({name: MeanMetric() for name in self.titles})
+
+    def train(self, mode: bool = True) -> "CompletionProbe":
+        """Switch to training mode, all but the frozen networks."""
+        super().train(mode)
+        self.context_encoder.eval()
+        self.predictor.eval()
+        return self
+
+    @torch.no_grad()
+    def features(self, images: Tensor, which: Literal["jepa", "untrained"] = "jepa") -> Tensor:
+        """Layer-normalised patch features: (B, 3, H, W) -> (B, N, D)."""
+        features = (self.encoder if which == "jepa" else self.untrained)(images)
+        return F.layer_norm(features, features.shape[-1:])
+
+    @torch.no_grad()
+    def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
+        """Hide a part of pictures, predict its features, and paint.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            generator: On the CPU, of the masks.
+        """
+        masks = self.masks.draw(len(images), generator, 1.0).to(images.device)
+        count = self.encoder.grid[0] * self.encoder.grid[1]
+        visible = torch.zeros(len(images), count, dtype=torch.bool, device=images.device).scatter_(1, masks.context, True)
+        judged = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
+        context = self.context_encoder(images, masks.context)  # (B, K, D)
+        # Those neither seen nor in a block are predicted all at once, then each block on its own, as in training.
+        rest = (~visible).nonzero()[:, 1].view(len(images), -1)  # (B, N - K)
+        features = images.new_zeros(len(images), count, self.encoder.dim)
+        normalised = F.layer_norm(context, context.shape[-1:])
+        for places, values in (
+            (masks.context, normalised),
+            (rest, self.predictor(context, masks.context, rest[:, None])[:, 0]),
+            (masks.targets.flatten(1), self.predictor(context, masks.context, masks.targets).flatten(1, 2)),
+        ):
+            features.scatter_(1, places[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
+        paint = self.decoders["jepa"]
+        return Completion(visible, judged, paint(features), paint(self.features(images)))
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        losses = {}
+        for name, decoder in self.decoders.items():
+            losses[name] = F.mse_loss(decoder(self.features(batch.images, name)), batch.images)  # type: ignore[arg-type]
+        self.log_dict({f"train/mse_{name}": loss for name, loss in losses.items()}, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        images = batch.images
+        found = self.complete(images, batch.generator())
+        truth = self.decoders["jepa"].patches(images)  # (B, N, pixels)
+        mean = take(truth, found.visible.nonzero()[:, 1].view(len(images), -1)).unflatten(2, (3, -1)).mean(dim=(1, 3))
+        painted = {
+            "reconstruction": found.reconstructed,
+            "completion": found.completed,
+            "untrained_reconstruction": self.decoders["untrained"](self.features(images, "untrained")),
+            "mean_colour": mean[..., None, None].expand_as(images),
+        }
+        for name, pixels in painted.items():
+            error = (self.decoders["jepa"].patches(pixels) - truth).square().mean(dim=2)  # (B, N)
+            self.errors[name].update(error[found.judged].mean(), len(images))
+        if batch_idx == 0:
+            self._show(images[:SHOWN], Completion(*(part[:SHOWN] for part in found)))
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def _figures(self) -> dict[str, float]:
+        figures = {}
+        for name, metric in self.errors.items():
+            figures[name] = float(metric.compute())
+            metric.reset()
+        return figures
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self._figures()
+        self.log_dict({f"val/hidden_mse_{name}": value for name, value in figures.items()})
+        self.log("val/loss", figures["reconstruction"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        figures = self._figures()
+        rows = [f"| {title} | {figures[name]:.4f} |" for name, title in self.titles.items()]
+        table = "\n".join(["| hidden blocks | squared error, normalised pixels |", "| :-- | --: |", *rows])
+        report = {"hidden_mse": figures, "checkpoint": self.checkpoint}
+        notes = f"Of `{self.checkpoint}`, on the target blocks of held-out pictures. Pictures: completion.png."
+        save_report(Path(self.trainer.default_root_dir), report, "Completion", notes, table)
+
+    def _show(self, images: Tensor, found: Completion) -> None:
+        """Write completion.png and the same figure to TensorBoard."""
+        if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
+            return
+        pictures = to_colours(images)
+        seen = hide_patches(pictures, ~found.visible, self.encoder.grid)
+        figure = rows_figure(
+            {
+                "picture": pictures,
+                "visible": seen,
+                "completed": to_colours(found.completed),
+                "true features": to_colours(found.reconstructed),
+            }
+        )
+        figure.savefig(Path(self.trainer.default_root_dir) / "completion.png")
+        show_in_tensorboard(self.logger, "completion", figure, self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = parameter_groups([self.decoders], self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,0 +1,72 @@
+"""What the probes of pictures share: a frozen I-JEPA, and the same network untrained.
+
+Shapes: B batch, N patches, H W pixels, D width.
+"""
+
+from abc import ABC
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+
+from jepa_lightning.checkpoints import load_jepa
+from jepa_lightning.ijepa import IJEPA
+from jepa_lightning.networks.vit import attend_plainly
+from jepa_lightning.probes.probe import CONTROL_SEED
+
+
+class PictureProbe(LightningModule, ABC):
+    """Freeze an I-JEPA and learn to read its patch features, beside those of the same network untrained.
+
+    Args:
+        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
+        num_classes: Classes of the data; None for a probe that needs no labels.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+    """
+
+    def __init__(self, checkpoint: str, encoder: Literal["target", "context"], num_classes: int | None) -> None:
+        super().__init__()
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2 classes.")
+        if encoder not in ("target", "context"):
+            raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")
+        jepa = load_jepa(checkpoint)
+        if not isinstance(jepa, IJEPA):
+            raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA.")
+        self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
+        self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(CONTROL_SEED)
+            self.untrained = jepa.build_encoder()
+        for network in (self.encoder, self.untrained):
+            network.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PictureProbe":
+        """Switch to training mode, all but the frozen networks."""
+        super().train(mode)
+        self.encoder.eval()
+        self.untrained.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module, and choose the attention.
+
+        Raises:
+            ValueError: Other classes or pictures of another size than the probe was built for, or no classes at all.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        classes = getattr(data, "num_classes", self.num_classes)
+        if self.num_classes is not None and classes != self.num_classes:
+            raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
+        theirs = getattr(data, "image_size", self.image_size)
+        if tuple(theirs) != self.image_size:
+            raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")
+        if self.trainer.strategy.root_device.type == "cpu":
+            attend_plainly(self)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by

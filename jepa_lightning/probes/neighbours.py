@@ -1,0 +1,95 @@
+"""Phase two, pictures: the vote of the nearest training pictures, which needs no training of its own."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from datamodules.batches import ImageBatch
+from jepa_lightning.metrics import vote_accuracy
+from jepa_lightning.probes.classification import shrunk_pixels
+from jepa_lightning.probes.frozen import PictureProbe
+from jepa_lightning.probes.report import save_accuracies
+
+
+class NeighbourProbe(PictureProbe):
+    """k-NN on frozen, average-pooled features: which training pictures look alike, and what are they?
+
+    There is nothing to fit: `test` alone encodes the training pictures without crops, lets the k most similar vote on each
+    held-out one, each vote weighted by exp(cosine similarity / temperature) (Wu et al. 2018), and writes report.json and
+    report.md. The same on features of the untrained network and on pixels stands beside it.
+
+    Args:
+        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        num_classes: Classes of the data.
+        encoder: Whose features are read: the target encoder's or the context encoder's.
+        num_neighbours: k.
+        temperature: Of the weights.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+    """
+
+    names = {"features": "average of the last block", "untrained": "untrained encoder", "pixels": "pixels"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        checkpoint: str,
+        num_classes: int = 10,
+        encoder: Literal["target", "context"] = "target",
+        num_neighbours: int = 20,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__(checkpoint, encoder, num_classes)
+        self.save_hyperparameters()
+        if num_neighbours < 1 or not temperature > 0:
+            raise ValueError(
+                f"model.num_neighbours={num_neighbours}, model.temperature={temperature}: give at least one neighbour and "
+                "a positive temperature."
+            )
+        self.num_neighbours, self.temperature = num_neighbours, temperature
+        self.accuracies = nn.ModuleDict({name: MeanMetric() for name in self.names})
+        self._bank: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """By kind: normalised images (B, 3, H, W) -> (B, width)."""
+        return {
+            "features": self.encoder(images).mean(dim=1).float(),
+            "untrained": self.untrained(images).mean(dim=1).float(),
+            "pixels": shrunk_pixels(images),
+        }
+
+    def on_test_start(self) -> None:
+        """Encode the training pictures: every process all of them."""
+        data: Any = self.trainer.datamodule
+        found: dict[str, list[Tensor]] = {name: [] for name in (*self.names, "labels")}
+        for batch in data.plain_train_dataloader():
+            batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, self.device, 0), 0)
+            with self.trainer.precision_plugin.test_step_context():
+                features = self.features(batch.images)
+            for name, value in (features | {"labels": batch.labels}).items():
+                found[name].append(value)
+        self._bank = {name: torch.cat(parts) for name, parts in found.items()}
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        for name, features in self.features(batch.images).items():
+            accuracy = vote_accuracy(
+                *(self._bank[name], self._bank["labels"], features, batch.labels, self.num_neighbours, self.temperature)
+            )
+            self.accuracies[name].update(accuracy, len(features))
+
+    def on_test_epoch_end(self) -> None:
+        figures = {}
+        for name, metric in self.accuracies.items():
+            accuracy, count = float(metric.compute()), float(metric.weight)  # type: ignore[arg-type]
+            error = (accuracy * (1 - accuracy) / count) ** 0.5
+            figures[name] = {"accuracy": accuracy, "standard_error": error, "num_neighbours": self.num_neighbours}
+            metric.reset()
+        judged = f"on {count:.0f} held-out pictures, against {len(self._bank['labels'])} training pictures"
+        save_accuracies(
+            Path(self.trainer.default_root_dir), type(self).__name__, self.names, figures, self.checkpoint, judged
+        )

@@ -1,0 +1,177 @@
+"""Probes of pictures: attention, neighbours, fine-tuning, completion."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_ijepa, small_pictures, trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from jepa_lightning.networks.decoder import PatchDecoder
+from jepa_lightning.probes import AttentiveProbe, CompletionProbe, FineTuning, NeighbourProbe
+from jepa_lightning.probes.attention import AttentivePool
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, pictures: Path) -> str:
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    run.fit(small_ijepa(), small_pictures(pictures))
+    run.save_checkpoint(tmp_path / "ijepa.ckpt")
+    return str(tmp_path / "ijepa.ckpt")
+
+
+def pictures_in_tensorboard(folder: Path) -> set[str]:
+    events = EventAccumulator(str(folder)).Reload()
+    return set(events.Tags()["images"])
+
+
+def fit_and_test(probe, tmp_path: Path, pictures: Path, epochs: int) -> dict:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, max_epochs=epochs, limit_val_batches=1.0, logger=logger, check_val_every_n_epoch=epochs)
+    data = small_pictures(pictures, val_fraction=0.4)
+    run.fit(probe, data)
+    run.test(probe, data, verbose=False)
+    return json.loads((tmp_path / "report.json").read_text())
+
+
+def test_attentive_probe(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    probe = AttentiveProbe(checkpoint, num_classes=2)
+    before = {name: value.clone() for name, value in probe.encoder.state_dict().items()}
+    report = fit_and_test(probe, tmp_path, pictures, 8)
+    assert report["accuracy"]["attentive"]["accuracy"] == 1, "the two classes differ in colour"
+    assert set(report["accuracy"]) == {"attentive", "untrained"}
+    for name, value in probe.encoder.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} is not frozen"
+    assert "attention" in pictures_in_tensorboard(tmp_path)
+
+
+def test_the_attention_shown_is_the_attention_used() -> None:
+    torch.manual_seed(0)
+    pool = AttentivePool(24, 3, 2).eval()
+    torch.nn.init.normal_(pool.pool.latent)
+    tokens = torch.randn(2, 5, 24)
+    weights = pool.attention(tokens)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
+    # With one head, values that are the tokens' places make the pooled value the mean place under the weights.
+    single = AttentivePool(4, 1, 2).eval()
+    torch.nn.init.normal_(single.pool.latent)
+    found = {}
+    single.pool.proj.register_forward_hook(lambda module, inputs, output: found.update(pooled=inputs[0]))
+    tokens = torch.randn(2, 5, 4)
+    single(tokens)
+    values = single.pool.kv(single.norm(tokens))[..., 4:]
+    expected = torch.einsum("bn,bnd->bd", single.attention(tokens), values)
+    torch.testing.assert_close(found["pooled"].flatten(1), expected)
+
+
+def test_neighbours_need_no_fit(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    run = trainer(tmp_path)
+    run.test(NeighbourProbe(checkpoint, num_classes=2), small_pictures(pictures), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {name: figures["accuracy"] for name, figures in report["accuracy"].items()} == {
+        "features": 1,
+        "untrained": 1,
+        "pixels": 1,
+    }
+    assert report["judged"] == "on 6 held-out pictures, against 24 training pictures"
+
+
+def test_the_bank_is_not_what_is_judged(tmp_path: Path, pictures: Path) -> None:
+    data = small_pictures(pictures)
+    data.setup("test")
+    bank = torch.cat([batch.images for batch in data.plain_train_dataloader()])
+    judged = torch.cat([batch.images for batch in data.test_dataloader()])
+    assert len(bank) == 24 and len(judged) == 6
+    assert not (bank[:, None] == judged[None]).flatten(2).all(dim=2).any()
+
+
+def test_fine_tuning_trains_the_encoder_and_its_control(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    probe = FineTuning(checkpoint, num_classes=2, layer_decay=0.5)
+    before = {name: value.clone() for name, value in probe.networks.named_parameters()}
+    report = fit_and_test(probe, tmp_path, pictures, 10)
+    assert set(report["accuracy"]) == {"finetuned", "scratch"}
+    assert report["accuracy"]["finetuned"]["accuracy"] == 1
+    assert all(not torch.equal(value, before[name]) for name, value in probe.networks.named_parameters())
+
+
+def test_layers_decay_towards_the_pixels(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = FineTuning(checkpoint, num_classes=2, layer_decay=0.5, learning_rate=1.0, warmup_fraction=0.0)
+    probe._trainer = object()
+    monkeypatch.setattr("jepa_lightning.probes.finetuning.total_optimizer_steps", lambda _: 10)
+    optimizer = probe.configure_optimizers()["optimizer"]
+    rate = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    finetuned, scratch = probe.networks["finetuned"], probe.networks["scratch"]
+    vit = finetuned.encoder.vit
+    assert rate[id(finetuned.head.weight)] == 1.0
+    assert rate[id(vit.patch_embed.proj.weight)] == 0.5 * rate[id(vit.blocks[0].attn.qkv.weight)]
+    assert rate[id(vit.blocks[0].attn.qkv.weight)] == rate[id(vit.norm.weight)] == 1.0
+    assert {rate[id(p)] for p in scratch.parameters()} == {1.0}
+    assert len(rate) == len(list(probe.networks.parameters())), "every parameter is in one group"
+
+
+def test_patches_and_painting_are_inverse() -> None:
+    decoder = PatchDecoder((2, 3), 8, 4, 8, 1)
+    images = torch.randn(2, 3, 8, 12)
+    cut = decoder.patches(images)
+    assert cut.shape == (2, 6, 48)
+    torch.testing.assert_close(cut[:, 4].view(2, 3, 4, 4), images[:, :, 4:, 4:8])
+    # A decoder whose transformer hands its input through would paint what it is given.
+    decoder = PatchDecoder((2, 3), 48, 4, 48, 0)
+    decoder.positions.zero_()
+    decoder.norm = torch.nn.Identity()
+    for layer in (decoder.embed, decoder.paint):
+        torch.nn.init.eye_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    torch.testing.assert_close(decoder(cut), images)
+
+
+def test_completion(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    probe = CompletionProbe(checkpoint, width=24, depth=1)
+    frozen = {
+        name: value.clone()
+        for part in (probe.encoder, probe.context_encoder, probe.predictor, probe.untrained)
+        for name, value in part.state_dict().items()
+    }
+    report = fit_and_test(probe, tmp_path, pictures, 2)
+    assert set(report["hidden_mse"]) == set(CompletionProbe.titles)
+    assert all(0 < value < 10 for value in report["hidden_mse"].values())
+    with Image.open(tmp_path / "completion.png") as figure:
+        assert min(figure.size) > 300
+    assert "completion" in pictures_in_tensorboard(tmp_path)
+    for part in (probe.encoder, probe.context_encoder, probe.predictor):
+        assert not any(p.requires_grad for p in part.parameters()) and not part.training
+    assert any(torch.equal(value, frozen[name]) for name, value in probe.predictor.state_dict().items())
+
+
+def test_a_completion_never_sees_the_hidden_pixels(checkpoint: str) -> None:
+    probe = CompletionProbe(checkpoint, width=24, depth=1).eval()
+    images = torch.randn(2, 3, 16, 16)
+    first = probe.complete(images, torch.Generator().manual_seed(0))
+    assert not (first.visible & first.judged).any() and first.judged.any(dim=1).all()
+    hidden = (~first.visible).float().view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    changed = images * (1 - hidden) + 9 * hidden
+    second = probe.complete(changed, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(second.completed, first.completed)
+    assert not torch.allclose(second.reconstructed, first.reconstructed)
+
+
+def test_impossible_values_are_refused(checkpoint: str) -> None:
+    with pytest.raises(ValueError, match="model.num_neighbours=0"):
+        NeighbourProbe(checkpoint, num_neighbours=0)
+    with pytest.raises(ValueError, match="model.layer_decay=0"):
+        FineTuning(checkpoint, layer_decay=0)
+    with pytest.raises(ValueError, match="model.width=6"):
+        CompletionProbe(checkpoint, width=6)
+    with pytest.raises(ValueError, match="model.encoder='both'"):
+        AttentiveProbe(checkpoint, encoder="both")
+
+
+def test_ijepa_shows_pictures_in_tensorboard(tmp_path: Path, pictures: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0, logger=logger)
+    run.fit(small_ijepa(), small_pictures(pictures))
+    assert pictures_in_tensorboard(tmp_path) == {"masks and features", "nearest pictures"}
+    assert "val/linear_accuracy" in run.callback_metrics and "val/knn_accuracy" in run.callback_metrics
