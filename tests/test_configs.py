@@ -61,9 +61,65 @@ def test_both_phases_of_ijepa(tmp_path: Path) -> None:
     assert (tmp_path / "linear" / "report.json").exists() and (tmp_path / "linear" / "report.md").exists()
 
 
+SMALL_IJEPAS = {
+    "ijepa_cifar10_cpu": ["--model.encoder_depth", "1"],
+    "ijepa_cifar10": ["--model.encoder_depth", "1", "--model.compile_networks", "false"],
+    "ijepa_imagenet_vitb16": ["--model.encoder", "vit_tiny_patch16_224", "--model.encoder_depth", "1"],
+    "ijepa_imagenet_vith14": ["--model.encoder", "vit_tiny_patch16_224", "--model.encoder_depth", "1"],
+}
+IMAGENET_SIZE = ["--model.image_size", "56", "--model.predictor_depth", "1", "--data.image_size", "56"]
+CIFAR_PROBES = ("linear", "lowshot_1", "lowshot_10", "attentive", "finetuning", "completion", "knn")
+
+
+def few_pictures(pictures: Path, root: Path) -> list[str]:
+    """Two steps on a handful of pictures, on one CPU."""
+    arguments = ["--data.root", str(pictures), "--data.batch_size", "2", "--data.num_workers", "0"]
+    arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
+    arguments += ["--trainer.default_root_dir", str(root)]
+    return arguments
+
+
+FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
+
+
+@pytest.mark.parametrize("name", SMALL_IJEPAS)
+def test_every_ijepa_on_pictures(name: str, tmp_path: Path, pictures: Path) -> None:
+    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *SMALL_IJEPAS[name]]
+    if "imagenet" in name:
+        small += [*IMAGENET_SIZE, "--trainer.num_nodes", "1"]
+        small += ["--model.patch_size", "14"] if name.endswith("14") else ["--model.patch_size", "8"]
+    main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *small])
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path: Path, pictures: Path) -> Path:
+    root = tmp_path / "ijepa"
+    few = [*few_pictures(pictures, root), *FEW_STEPS, *SMALL_IJEPAS["ijepa_cifar10_cpu"]]
+    main(["fit", "--config", str(CONFIGS / "ijepa_cifar10_cpu.yaml"), *few])
+    return root / "checkpoints" / "last.ckpt"
+
+
+@pytest.mark.parametrize("name", CIFAR_PROBES)
+def test_every_probe_of_ijepa(name: str, tmp_path: Path, pictures: Path, small_checkpoint: Path) -> None:
+    arguments = ["--config", str(CONFIGS / f"ijepa_cifar10_{name}.yaml"), *few_pictures(pictures, tmp_path)]
+    arguments += ["--model.checkpoint", str(small_checkpoint)]
+    if name != "completion":
+        arguments += ["--model.num_classes", "2"]
+    if "lowshot" in name:
+        arguments += ["--data.fraction", "0.3"]
+    if name != "knn":
+        main(["fit", *arguments, *FEW_STEPS])
+        arguments += ["--ckpt_path", str(tmp_path / "checkpoints" / "last.ckpt")]
+    main(["test", *arguments])
+    report = (tmp_path / "report.md").read_text()
+    assert "| " in report and "Made by `python -m jepa_lightning" in report
+    assert (tmp_path / "report.json").exists()
+
+
 def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
-    names |= {"ijepa_smoke", "ijepa_smoke_linear"}
+    names |= {"ijepa_smoke", "ijepa_smoke_linear", *SMALL_IJEPAS, *(f"ijepa_cifar10_{name}" for name in CIFAR_PROBES)}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]

@@ -1,0 +1,79 @@
+"""Data sets by name, with torchvision's downloads replaced by ones that need no network."""
+
+from pathlib import Path
+
+import pytest
+from conftest import small_pictures, write_pictures
+from PIL import Image
+
+from datamodules import downloads
+
+
+class Pixels:
+    """As CIFAR-10 and STL-10: pictures in memory."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, root: str, train: bool) -> None:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        self.count = 6 if train else 4
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (16, 16), (number, 0, 0)), number % 2
+
+
+class Files:
+    """As Imagenette: files in an archive, and several names per class."""
+
+    classes = (("church", "temple"), ("truck",))
+
+    def __init__(self, root: str, train: bool) -> None:
+        folder = Path(root) / ("train" if train else "val")
+        write_pictures(folder, 4)
+        self._samples = [(str(path), number % 2) for number, path in enumerate(sorted(folder.iterdir()))]
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "classes"), [("cifar10", Pixels, ["cat", "dog"]), ("imagenette", Files, ["church", "truck"])]
+)
+def test_a_name_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name, source, classes) -> None:
+    monkeypatch.setitem(downloads.SOURCES, name, source)
+    root = tmp_path / "pictures"
+    data = small_pictures(root, download=name, batch_size=2)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == classes
+    train, val = len(data._samples["train"].labels), len(data._samples["val"].labels)
+    assert (train, val) == ((6, 4) if source is Pixels else (4, 4))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"], "nothing is left lying about"
+
+
+def test_a_folder_that_is_there_is_kept(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(downloads.SOURCES, "cifar10", None)
+    small_pictures(pictures, download="cifar10").prepare_data()
+
+
+def test_a_download_that_breaks_off_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(root: str, train: bool) -> Pixels:
+        if not train:
+            raise OSError("the line is dead")
+        return Pixels(root, train)
+
+    monkeypatch.setitem(downloads.SOURCES, "cifar10", broken)
+    with pytest.raises(OSError, match="the line is dead"):
+        downloads.download("cifar10", tmp_path / "pictures")
+    assert not (tmp_path / "pictures").exists()
+    monkeypatch.setitem(downloads.SOURCES, "cifar10", Pixels)
+    downloads.download("cifar10", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "val" / "dog").is_dir()
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data.download='mnist': choose one of cifar10, stl10, imagenette"):
+        small_pictures(tmp_path, download="mnist")
