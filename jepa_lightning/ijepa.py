@@ -14,9 +14,10 @@ from torchmetrics import MeanMetric
 
 from callbacks.schedules import ScheduleName, total_optimizer_steps
 from datamodules.batches import ImageBatch
+from datamodules.randomness import seeded_generator
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
-from jepa_lightning.masks import MultiBlock
+from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.metrics import OnlineClassifiers
 from jepa_lightning.networks.predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
@@ -32,6 +33,9 @@ from jepa_lightning.regularizers import RegularizerName
 
 SHOWN = 8
 """Pictures in a figure."""
+
+SIZE_STREAM = 4
+"""Use of the data's seed for the sizes of blocks; `datamodules.image_folder` has the smaller ones."""
 
 LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
 
@@ -174,13 +178,19 @@ class IJEPA(JEPA):
         """Compare with the data module before anything runs; choose the attention, and compile.
 
         Raises:
-            ValueError: Pictures of another size than the encoder was built for.
+            ValueError: Pictures of another size than the encoder was built for, or masks that differ in shape between
+                processes whose features are to be gathered.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
+            )
+        if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
+            raise ValueError(
+                "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "
+                "of all processes: leave one of the two out, or train on one device."
             )
         networks = (self.context_encoder, self.target_encoder, self.predictor)
         if self.trainer.strategy.root_device.type == "cpu":
@@ -199,7 +209,7 @@ class IJEPA(JEPA):
         return self.target_encoder(observations)
 
     def target_pairs(self, batch: ImageBatch) -> TargetPairs:
-        masks = self.masks.draw(len(batch.images), batch.generator(), self._progress()).to(batch.images.device)
+        masks = self.draw_masks(batch)
         target_features = self.encode(batch.images)  # (B, N, D)
         normalised = F.layer_norm(target_features, target_features.shape[-1:])
         targets = take(normalised, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
@@ -208,11 +218,18 @@ class IJEPA(JEPA):
         pooled = target_features.mean(dim=1, keepdim=True)  # (B, 1, D)
         return TargetPairs(predictions, targets, context, pooled)
 
-    def _progress(self) -> float:
-        """Part of the training that lies behind, for the curriculum of the masks; the end of it outside of training."""
-        if not self.trainer.training:
-            return 1.0
-        return self.trainer.global_step / total_optimizer_steps(self.trainer)
+    def draw_masks(self, batch: ImageBatch) -> Masks:
+        """Masks of a batch, on its device: a function of the batch and, in training, of the optimizer step.
+
+        In training the sizes of the blocks are drawn by step, so that all processes have masks of one shape, and follow
+        the curriculum; elsewhere they are those of its end.
+        """
+        trainer = getattr(self, "_trainer", None)
+        progress, sizes = 1.0, None
+        if trainer is not None and trainer.training:
+            progress = trainer.global_step / total_optimizer_steps(trainer)
+            sizes = seeded_generator(batch.key[0], SIZE_STREAM, trainer.global_step)
+        return self.masks.draw(len(batch.images), batch.generator(), progress, sizes).to(batch.images.device)
 
     def prediction_loss(self, pairs: TargetPairs) -> Tensor:
         return self.loss(pairs.predictions, pairs.targets)
@@ -239,12 +256,9 @@ class IJEPA(JEPA):
             return
         grid = self.target_encoder.grid
         pictures = to_colours(batch.images)
-        masks = self.masks.draw(len(pictures), batch.generator(), self._progress())  # those of `target_pairs`
-        visible = torch.zeros(len(pictures), grid[0] * grid[1], dtype=torch.bool)
-        marked = [
-            visible.scatter(1, indices, True)[:SHOWN].to(self.device)
-            for indices in (masks.context, masks.targets.flatten(1))
-        ]
+        masks = self.draw_masks(batch)  # those of `target_pairs`
+        visible = torch.zeros(len(pictures), grid[0] * grid[1], dtype=torch.bool, device=self.device)
+        marked = [visible.scatter(1, indices, True)[:SHOWN] for indices in (masks.context, masks.targets.flatten(1))]
         colours = feature_colours(self.encode(batch.images[:SHOWN]), grid, self.image_size)
         shown = {
             "picture": pictures[:SHOWN],

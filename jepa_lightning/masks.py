@@ -101,18 +101,27 @@ class MultiBlock:
                     f"{height} x {width} patches: lower the scale or use smaller patches."
                 )
 
-    def draw(self, batch_size: int, generator: torch.Generator, progress: float = 0.0) -> Masks:
+    def draw(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        progress: float = 0.0,
+        size_generator: torch.Generator | None = None,
+    ) -> Masks:
         """Masks of one batch.
 
         Args:
             batch_size: B.
             generator: On the CPU; the masks are a function of its state.
             progress: Part of the training that lies behind, in [0, 1], for the curriculum.
+            size_generator: Draws the sizes of the blocks, hence K and L, instead of `generator`: processes that share its
+                state get masks of one shape, as many tokens to work on, and features that can be gathered.
         """
+        size_generator = size_generator or generator
         low, high = (a + progress * (b - a) for a, b in zip(*self.target_scales, strict=True))
         if self.official_compat:
-            return _draw_like_the_released_code(self, batch_size, generator, (low, high))
-        u, v, w = torch.rand(3, generator=generator).tolist()
+            return _draw_like_the_released_code(self, batch_size, generator, (low, high), size_generator)
+        u, v, w = torch.rand(3, generator=size_generator).tolist()
         aspect = self.target_aspect[0] + v * (self.target_aspect[1] - self.target_aspect[0])
         size = block_size(self.grid, low + u * (high - low), aspect)
         least, greatest = self.context_scale
@@ -191,7 +200,7 @@ def _corners(batch: int, blocks: int, size: tuple[int, int], grid: tuple[int, in
 
 
 def _draw_like_the_released_code(
-    masks: MultiBlock, batch_size: int, generator: torch.Generator, target_scale: Range
+    masks: MultiBlock, batch_size: int, generator: torch.Generator, target_scale: Range, size_generator: torch.Generator
 ) -> Masks:
     """The distribution of facebookresearch/ijepa at 52c1ae9, for parity.
 
@@ -201,7 +210,7 @@ def _draw_like_the_released_code(
         RuntimeError: Some picture of the batch had no context patch left each time.
     """
     height, width = masks.grid
-    u, w = torch.rand(2, generator=generator).tolist()
+    u, w = torch.rand(2, generator=size_generator).tolist()
 
     def size(scale: Range, aspect: Range, part: float) -> tuple[int, int]:
         area = int(height * width * (scale[0] + part * (scale[1] - scale[0])))

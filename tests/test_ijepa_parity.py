@@ -114,7 +114,6 @@ def test_features_predictions_targets_and_loss(jepa: IJEPA) -> None:
 def test_one_step_of_training_gives_the_same_weights_and_average(jepa: IJEPA) -> None:
     # The pairs as the module itself makes them, on the recorded masks.
     jepa.masks.draw = lambda *_: Recorded()
-    jepa._progress = lambda: 0.0
     pairs = jepa.target_pairs(Batch())
     optimizer = torch.optim.AdamW(parameter_groups([jepa.context_encoder, jepa.predictor], 0.04), lr=1e-3)
     jepa.prediction_loss(pairs).backward()
