@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m jepa_lightning
 READY := .venv/.ready
+# For `make ijepa`, pictures that are there already: make ijepa DATA="--data.root DIR"
+DATA ?=
 
-.PHONY: help install demo pendulum coordinates test check format benchmark clean
+.PHONY: help install demo pendulum coordinates ijepa test check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +38,14 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
 	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
 
+ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: about 80 minutes on 2 CPU cores, into runs/ijepa_cifar10_cpu
+	$(RUN) fit --config configs/ijepa_cifar10_cpu.yaml $(DATA)
+	$(RUN) fit --config configs/ijepa_cifar10_linear.yaml $(DATA)
+	$(RUN) test --config configs/ijepa_cifar10_linear.yaml --ckpt_path runs/ijepa_cifar10_cpu/linear/checkpoints/last.ckpt $(DATA)
+	$(RUN) test --config configs/ijepa_cifar10_knn.yaml $(DATA)
+	$(RUN) fit --config configs/ijepa_cifar10_completion.yaml $(DATA)
+	$(RUN) test --config configs/ijepa_cifar10_completion.yaml --ckpt_path runs/ijepa_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
+
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest -q
 
@@ -49,8 +59,9 @@ format: $(READY) ## put the code into shape
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(READY) ## speed of physics and rendering beside plain references
+benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/pendulum_data.py
+	$(BIN)/python benchmarks/ijepa.py
 
 clean: ## remove the environment and all runs
 	rm -rf .venv runs

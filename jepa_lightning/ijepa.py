@@ -57,6 +57,7 @@ class IJEPA(JEPA):
         predictor_heads: Its heads; those of the encoder if left out.
         predictor_dropout: In its linear layers.
         loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
+        normalize_targets: Layer-normalise the target features, as the released code does.
         num_targets: M, target blocks per picture.
         target_scale: Area of a target block, least and greatest fraction of the picture.
         final_target_scale: The same at the end of training; `target_scale` if left out.
@@ -99,6 +100,7 @@ class IJEPA(JEPA):
         predictor_heads: int | None = None,
         predictor_dropout: float = 0.0,
         loss: Literal["smooth_l1", "squared_error"] = "smooth_l1",
+        normalize_targets: bool = True,
         num_targets: int = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
         final_target_scale: tuple[float, float] | None = None,
@@ -142,6 +144,7 @@ class IJEPA(JEPA):
         self.save_hyperparameters()
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.loss, self.compile_networks = LOSSES[loss], compile_networks
+        self.normalize_targets = normalize_targets
         self.build_encoder = partial(
             ViTEncoder,
             encoder,
@@ -211,11 +214,14 @@ class IJEPA(JEPA):
     def target_pairs(self, batch: ImageBatch) -> TargetPairs:
         masks = self.draw_masks(batch)
         target_features = self.encode(batch.images)  # (B, N, D)
-        normalised = F.layer_norm(target_features, target_features.shape[-1:])
-        targets = take(normalised, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
+        features = target_features
+        if self.normalize_targets:
+            features = F.layer_norm(features, features.shape[-1:])
+        targets = take(features, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
         context = self.context_encoder(batch.images, masks.context)  # (B, K, D)
         predictions = self.predictor(context, masks.context, masks.targets)  # (B, M, L, D)
-        pooled = target_features.mean(dim=1, keepdim=True)  # (B, 1, D)
+        # In float32: what tells pictures apart is often smaller than the rounding of bfloat16.
+        pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)
         return TargetPairs(predictions, targets, context, pooled)
 
     def draw_masks(self, batch: ImageBatch) -> Masks:
@@ -236,7 +242,7 @@ class IJEPA(JEPA):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Average-pooled features of the target encoder: (B, D)."""
-        return self.encode(batch.images).mean(dim=1)
+        return self.encode(batch.images).float().mean(dim=1)
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)

@@ -181,7 +181,7 @@ def vote_accuracy(
     return torch.cat(right).float().mean()
 
 
-def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 0.01) -> Tensor:
+def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor:
     """How often a ridge regression of the classes on standardised features, fitted on a bank, is right.
 
     Args:

@@ -72,6 +72,14 @@ def test_targets_are_normalised_features_of_the_hidden_patches() -> None:
     assert pairs.target_features.shape == (3, 1, 192)
 
 
+def test_targets_may_stay_as_they_are() -> None:
+    with_norm, without = (small_ijepa(normalize_targets=value) for value in (True, False))
+    for jepa in (with_norm, without):
+        torch.nn.init.constant_(jepa.target_encoder.vit.norm.weight, 3.0)
+    assert without.target_pairs(batch()).targets.std() == pytest.approx(3.0, rel=0.02)
+    assert with_norm.target_pairs(batch()).targets.std() == pytest.approx(1.0, rel=0.02)
+
+
 def test_gradients_reach_encoder_and_predictor_but_not_the_target() -> None:
     jepa = small_ijepa()
     jepa.prediction_loss(jepa.target_pairs(batch())).backward()
@@ -138,6 +146,7 @@ def test_masks_are_a_function_of_the_batch_key() -> None:
     [
         {"image_size": (16, 32)},
         {"loss": "squared_error"},
+        {"normalize_targets": False},
         {"gradient_checkpointing": True},
         {"regularizer": "vicreg"},
         {"official_compat": True, "image_size": 32},

@@ -231,7 +231,7 @@ class LinearProbe(ClassificationProbe):
         """Pooled features and pixels, by name: normalised images (B, 3, H, W) -> (B, width) each."""
         found: dict[str, Tensor] = {}
         for prefix, network in (("", self.encoder), ("untrained_", self.untrained)):
-            pooled = [tokens.mean(dim=1) for tokens in network.last_blocks(images, 4)]
+            pooled = [tokens.float().mean(dim=1) for tokens in network.last_blocks(images, 4)]
             found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
         found["pixels"] = shrunk_pixels(images)
         return found

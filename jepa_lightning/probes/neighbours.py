@@ -58,8 +58,8 @@ class NeighbourProbe(PictureProbe):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """By kind: normalised images (B, 3, H, W) -> (B, width)."""
         return {
-            "features": self.encoder(images).mean(dim=1).float(),
-            "untrained": self.untrained(images).mean(dim=1).float(),
+            "features": self.encoder(images).float().mean(dim=1),
+            "untrained": self.untrained(images).float().mean(dim=1),
             "pixels": shrunk_pixels(images),
         }
 
