@@ -60,7 +60,8 @@ class IJEPA(JEPA):
         normalize_targets: Layer-normalise the target features, as the released code does.
         num_targets: M, target blocks per picture.
         target_scale: Area of a target block, least and greatest fraction of the picture.
-        final_target_scale: The same at the end of training; `target_scale` if left out.
+        more_target_scales: Further ranges; each batch takes its blocks from one of them or from `target_scale`.
+        final_target_scale: `target_scale` at the end of training, for a curriculum; the same if left out.
         target_aspect: Height over width of a target block, least and greatest.
         context_scale: Area of the context block before it loses the targets.
         context_quantile: Fraction of pictures that draw their masks again because too little context is left.
@@ -104,6 +105,7 @@ class IJEPA(JEPA):
         num_targets: int = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
         final_target_scale: tuple[float, float] | None = None,
+        more_target_scales: tuple[tuple[float, float], ...] = (),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
         context_quantile: float = 0.1,
@@ -172,6 +174,7 @@ class IJEPA(JEPA):
             context_scale,
             context_quantile,
             final_target_scale,
+            more_target_scales,
             official_compat,
         )
         self.error, self.mean_error = MeanMetric(), MeanMetric()

@@ -5,6 +5,7 @@ Shapes: B batch, H W patches per column and row, N = H W patches, M target block
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class MultiBlock:
         target_aspect: Height over width of a target block, least and greatest.
         context_scale: Area of the context block, which is as square as the picture.
         context_quantile: Fraction of pictures, in [0, 1), that may have too few patches left and draw again.
+        more_target_scales: Further ranges: each batch takes its blocks from one of all the ranges, each as likely.
         final_target_scale: `target_scale` at the end of training, for a curriculum that moves there linearly.
         official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
             come from one random number, the last row and column are never used, and contexts are cut to the batch's
@@ -68,6 +70,7 @@ class MultiBlock:
         context_scale: Range = (0.85, 1.0),
         context_quantile: float = 0.1,
         final_target_scale: Range | None = None,
+        more_target_scales: Sequence[Range] = (),
         official_compat: bool = False,
     ) -> None:
         height, width = grid
@@ -78,9 +81,12 @@ class MultiBlock:
         if not 0 <= context_quantile < 1:
             raise ValueError(f"context_quantile={context_quantile}: choose a fraction in [0, 1).")
         self.target_scales = (target_scale, target_scale if final_target_scale is None else final_target_scale)
+        self.more_target_scales = [(low, high) for low, high in more_target_scales]
+        greatest = max(scale[1] for scale in (*self.target_scales, *self.more_target_scales))
         for name, (low, high) in (
             ("target_scale", target_scale),
             ("final_target_scale", self.target_scales[1]),
+            *(("more_target_scales", scale) for scale in self.more_target_scales),
             ("context_scale", context_scale),
         ):
             if not 0 < low <= high <= 1:
@@ -94,11 +100,11 @@ class MultiBlock:
         self._kept: dict[tuple[int, int], int] = {}
         low, high = target_aspect
         for aspect in (low + part / 10 * (high - low) for part in range(11)):
-            size = block_size(grid, max(scale[1] for scale in self.target_scales), aspect)
+            size = block_size(grid, greatest, aspect)
             if size == grid:
                 raise ValueError(
-                    f"A target block of scale {max(scale[1] for scale in self.target_scales)} covers all of the "
-                    f"{height} x {width} patches: lower the scale or use smaller patches."
+                    f"A target block of scale {greatest} covers all of the {height} x {width} patches: lower the scale or "
+                    "use smaller patches."
                 )
 
     def draw(
@@ -119,6 +125,9 @@ class MultiBlock:
         """
         size_generator = size_generator or generator
         low, high = (a + progress * (b - a) for a, b in zip(*self.target_scales, strict=True))
+        if self.more_target_scales:
+            ranges = [(low, high), *self.more_target_scales]
+            low, high = ranges[int(torch.randint(len(ranges), (), generator=size_generator))]
         if self.official_compat:
             return _draw_like_the_released_code(self, batch_size, generator, (low, high), size_generator)
         u, v, w = torch.rand(3, generator=size_generator).tolist()

@@ -118,6 +118,13 @@ def test_tall_and_large_are_drawn_apart() -> None:
     assert abs(torch.corrcoef(torch.stack([area, aspect]))[0, 1]) < 0.2
 
 
+def test_several_scales_take_turns() -> None:
+    masks = MultiBlock((14, 14), target_scale=(0.05, 0.06), more_target_scales=[(0.15, 0.2), (0.3, 0.35)])
+    lengths = [masks.draw(1, seeded_generator(step)).targets.shape[2] for step in range(300)]
+    shares = [sum(low < length < high for length in lengths) / 300 for low, high in ((5, 20), (20, 50), (50, 80))]
+    assert sum(shares) == 1 and all(0.25 < share < 0.42 for share in shares)
+
+
 def test_curriculum_moves_the_scale() -> None:
     masks = MultiBlock((14, 14), target_scale=(0.05, 0.05), final_target_scale=(0.3, 0.3))
     start, middle, end = (masks.draw(1, seeded_generator(7), progress).targets.shape[2] for progress in (0.0, 0.5, 1.0))
@@ -131,6 +138,7 @@ def test_curriculum_moves_the_scale() -> None:
         ({"num_targets": 0}, "num_targets=0"),
         ({"target_scale": (0.3, 0.2)}, "target_scale=\\(0.3, 0.2\\)"),
         ({"final_target_scale": (0.0, 0.2)}, "final_target_scale=\\(0.0"),
+        ({"more_target_scales": [(0.2, 0.1)]}, "more_target_scales=\\(0.2, 0.1\\)"),
         ({"context_scale": (0.5, 1.5)}, "context_scale=\\(0.5, 1.5\\)"),
         ({"target_aspect": (0.0, 1.0)}, "target_aspect=\\(0.0"),
         ({"context_quantile": 1.0}, "context_quantile=1.0"),
