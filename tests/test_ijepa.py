@@ -163,6 +163,22 @@ def test_options_train(changes: dict) -> None:
     assert torch.isfinite(loss)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it, nobody else
+def test_compiled_networks_train_to_the_same_weights(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, and run by torch itself: a test needs no C++ compiler. Masks of several shapes among the steps."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
+    results = []
+    for compiled in (False, True):
+        jepa = small_ijepa(image_size=32, compile_networks=compiled, momentum=0.9)
+        trainer(tmp_path, max_epochs=2).fit(jepa, small_pictures(pictures, image_size=32))
+        results.append(jepa.state_dict())
+    assert results[0].keys() == results[1].keys(), "names in checkpoints stay"
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     plain, saving = small_ijepa().train(), small_ijepa(gradient_checkpointing=True).train()
     for jepa in (plain, saving):
