@@ -21,7 +21,7 @@ def download(name: DatasetName, root: Path) -> None:
     """Let torchvision download a data set, and write it as root/train/CLASS/* and root/val/CLASS/*.
 
     The folder appears when all is there; one that is there already is kept. Pictures are written without loss (PNG),
-    photographs that come as files are moved as they are. STL-10's unlabelled pictures are left out.
+    photographs that come as files are copied as they are. STL-10's unlabelled pictures are left out.
 
     Args:
         name: "cifar10" (60,000 pictures of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394 photographs).
@@ -36,6 +36,8 @@ def download(name: DatasetName, root: Path) -> None:
         return
     archive, unfinished = root.with_name(root.name + ".download"), root.with_name(root.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
+    for folder in archive.glob("*/"):  # unpacked by a run that was cut, perhaps in part; the archives are kept
+        shutil.rmtree(folder)
     for split, train in (("train", True), ("val", False)):
         print(f"Downloading {name}, {split} pictures, into {root} ...", flush=True)
         dataset = SOURCES[name](str(archive), train)
@@ -53,7 +55,7 @@ def _write(dataset: Any, number: int, folder: Path, classes: list[str]) -> None:
     files = getattr(dataset, "_samples", None)  # Imagenette: (path, class)
     if files is not None:
         path, label = Path(files[number][0]), files[number][1]
-        path.rename(folder / classes[label] / path.name)
+        shutil.copyfile(path, folder / classes[label] / path.name)
         return
     image, label = dataset[number]
     image.save(folder / classes[label] / f"{number:06d}.png")

@@ -122,6 +122,7 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
         ValueError: It cannot be read, or has weights that do not match; they are listed.
     """
     path = Path(path)
+    config = path / "config.json"
     path = path / "model.safetensors" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"No weights at {path}.")
@@ -129,7 +130,11 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no dictionary of weights.")
     encoder = layouts.from_hugging_face(state) if layouts.is_hugging_face(state) else state
-    return _assemble(path, encoder, encoder, None, image_size)
+    jepa = _assemble(path, encoder, encoder, None, image_size)
+    heads = json.loads(config.read_text()).get("num_attention_heads") if config.is_file() else None
+    if heads is not None and heads != jepa.target_encoder.num_heads:
+        raise ValueError(f"{config} says {heads} heads; {jepa.hparams.encoder} has {jepa.target_encoder.num_heads}.")
+    return jepa
 
 
 def _assemble(
@@ -181,7 +186,7 @@ def _fill(network: nn.Module, state: State, positions: torch.Tensor, table: str,
 
 
 def import_weights(source: str, destination: str, image_size: tuple[int, int] | None = None) -> None:
-    """Make a checkpoint of this application, for probes or `fit`, of weights from elsewhere.
+    """Make a checkpoint of this application, for probes, of weights from elsewhere.
 
     Args:
         source: A .pth.tar of the released I-JEPA, or an encoder in timm's or Hugging Face's layout.
@@ -224,6 +229,13 @@ def export_weights(
     (path if layout == "huggingface" else path.parent).mkdir(parents=True, exist_ok=True)
     vit = jepa.target_encoder
     if layout == "official":
+        block: Any = jepa.predictor.blocks[0]
+        heads = block.attn.num_heads
+        if heads != vit.num_heads:
+            raise ValueError(
+                f"{checkpoint}: the predictor has {heads} heads and the encoder {vit.num_heads}; the official layout has "
+                "room for one number."
+            )
         predictor = layouts.predictor_to_official(jepa.predictor.state_dict())
         predictor["predictor_pos_embed"] = jepa.predictor.positions[None].clone()
         parts = {"encoder": states["context"], "target_encoder": states["target"], "predictor": predictor}

@@ -42,7 +42,12 @@ class JEPACommandLine(LightningCLI):
         if section.get("ckpt_path") == "last" and last.is_file():
             section.ckpt_path = str(last)  # so that its model arguments are taken over, as those of any other path
         if section.get("ckpt_path") not in (None, "last", "best", "hpc", "registry"):
-            read_checkpoint(section.ckpt_path)  # for its errors, before Lightning's
+            checkpoint = read_checkpoint(section.ckpt_path)  # for its errors, before Lightning's
+            if self.config.get("subcommand") == "fit" and "optimizer_states" not in checkpoint:
+                raise ValueError(
+                    f"{section.ckpt_path} holds weights alone, as an import does: probes can read it, but there is no "
+                    "training in it to go on with."
+                )
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""

@@ -147,38 +147,41 @@ class OnlineClassifiers(Metric):
         """Fractions that are right, scalars: "knn_accuracy" and "linear_accuracy"."""
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
         halves = (features[0::2], labels[0::2], features[1::2], labels[1::2])
+        bank, bank_labels, judged, answers = halves
+        mean = bank.mean(dim=0)
+        votes = vote(directions(bank, mean), bank_labels, directions(judged, mean), self.num_neighbours, self.temperature)
         return {
-            "knn_accuracy": vote_accuracy(*halves, self.num_neighbours, self.temperature),
+            "knn_accuracy": (votes == answers).float().mean(),
             "linear_accuracy": ridge_accuracy(*halves),
         }
 
 
-def vote_accuracy(
-    bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, num_neighbours: int, temperature: float
-) -> Tensor:
-    """How often the weighted vote of the most similar features of a bank is right.
+def directions(features: Tensor, mean: Tensor) -> Tensor:
+    """Unit vectors from a mean to each feature, (N, D): without the mean, all of average-pooled features look alike."""
+    return functional.normalize(features - mean, dim=1)
+
+
+def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_neighbours: int, temperature: float) -> Tensor:
+    """What the most similar members of a bank say.
 
     Args:
-        bank: (N, D).
+        bank: (N, D), unit vectors.
         bank_labels: (N,), class indices.
-        features: (Q, D) to be judged.
-        labels: (Q,).
+        queries: (Q, D), unit vectors.
         num_neighbours: k; fewer where the bank is smaller.
         temperature: Of the weights exp(cosine similarity / temperature).
 
     Returns:
-        Scalar; NaN if there is nothing to judge.
+        (Q,), the class with the greatest sum of weights.
     """
-    mean = bank.mean(dim=0)  # else all cosines of average-pooled features are near 1
-    bank = functional.normalize(bank - mean, dim=1)
-    classes = functional.one_hot(bank_labels).to(bank.dtype)  # (N, classes)
-    right = []
-    for queries, answers in zip((features - mean).split(4096), labels.split(4096), strict=True):  # bounded memory
-        similar = functional.normalize(queries, dim=1) @ bank.T
-        weights, neighbours = similar.topk(min(num_neighbours, len(bank)), dim=1)
-        votes = ((weights / temperature).exp()[..., None] * classes[neighbours]).sum(dim=1)
-        right.append(votes.argmax(dim=1) == answers)
-    return torch.cat(right).float().mean()
+    num_classes = int(bank_labels.max()) + 1
+    found = [bank_labels.new_zeros(0)]
+    for part in queries.split(4096):  # bounded memory
+        weights, neighbours = (part @ bank.T).topk(min(num_neighbours, len(bank)), dim=1)
+        votes = bank.new_zeros(len(part), num_classes)
+        votes.scatter_add_(1, bank_labels[neighbours], (weights / temperature).exp())
+        found.append(votes.argmax(dim=1))
+    return torch.cat(found)
 
 
 def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor:

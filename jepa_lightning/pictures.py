@@ -93,8 +93,9 @@ def feature_colours(features: Tensor, grid: tuple[int, int], size: tuple[int, in
     """
     flat = features.detach().float().flatten(0, 1)
     centred = flat - flat.mean(dim=0)
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # (D, 3), greatest first
-    scores = centred @ directions
+    with torch.autocast(features.device.type, enabled=False):  # no eigenvectors in bfloat16
+        directions = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)  # (D, 3), greatest first
+        scores = centred @ directions
     low, high = (scores.quantile(q, dim=0) for q in (0.02, 0.98))
     colours = ((scores - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return spread(colours.unflatten(0, features.shape[:2]), grid, size)
@@ -115,7 +116,8 @@ def nearest_pictures(pictures: Tensor, features: Tensor, count: int) -> dict[str
         count: Number of queries, and of neighbours plus one.
     """
     unit = functional.normalize(features.float() - features.float().mean(dim=0), dim=1)
-    similar = unit[:count] @ unit.T
+    with torch.autocast(features.device.type, enabled=False):  # rounded, a picture may not be the nearest to itself
+        similar = unit[:count] @ unit.T
     order = similar.argsort(dim=1, descending=True)[:, : min(count, len(pictures))]  # itself first
     return {"query" if rank == 0 else f"nearest {rank}": pictures[order[:, rank]] for rank in range(order.shape[1])}
 

@@ -68,7 +68,8 @@ def test_the_half_that_chooses_is_not_the_half_that_is_reported() -> None:
     labels = torch.zeros(4, dtype=torch.int64)
     # The first classifier is right on samples 0 and 2 alone, the second on 1 and 3.
     metric.update(torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]]), labels)
-    assert metric.compute().tolist() == [[1, 0], [0, 1]]
+    accuracies, seen = metric.compute()
+    assert accuracies.tolist() == [[1, 0], [0, 1]] and seen.tolist() == [2, 2]
 
 
 def test_impossible_probes_are_refused(tmp_path: Path, pictures: Path, checkpoint: str) -> None:

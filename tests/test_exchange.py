@@ -1,5 +1,6 @@
 """Weights that come in from elsewhere and go out: nothing lost, nothing silently left out."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from jepa_lightning import IJEPA, layouts
 from jepa_lightning.checkpoints import load_encoder, load_jepa, load_official, main
+from jepa_lightning.cli import main as command_line
 
 # What the released code at 52c1ae9 calls the weights of an encoder and a predictor of one block.
 BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
@@ -138,6 +140,30 @@ def test_transformers_gives_the_same_features(jepa: IJEPA, checkpoint: Path, tmp
     with torch.no_grad():
         theirs = model(images()).last_hidden_state
     torch.testing.assert_close(theirs, features(jepa), rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    main(["export", str(checkpoint), str(tmp_path / "hf"), "--layout", "huggingface"])
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 12}))
+    with pytest.raises(ValueError, match=r"says 12 heads; vit_tiny_patch16_224 has 3"):
+        load_encoder(tmp_path / "hf")
+    run = trainer(tmp_path)
+    run.strategy.connect(small_ijepa(predictor_heads=6))
+    run.save_checkpoint(tmp_path / "six.ckpt")
+    with pytest.raises(SystemExit, match="the predictor has 6 heads and the encoder 3"):
+        main(["export", str(tmp_path / "six.ckpt"), str(tmp_path / "out.pth.tar"), "--layout", "official"])
+
+
+def test_training_does_not_go_on_from_an_import(
+    tmp_path: Path, pictures: Path, checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    main(["export", str(checkpoint), str(tmp_path / "out.pth.tar"), "--layout", "official"])
+    main(["import", str(tmp_path / "out.pth.tar"), str(tmp_path / "in.ckpt")])
+    with pytest.raises(SystemExit):
+        command_line(["fit", "--model", "IJEPA", "--data", "ImageFolder", "--data.root", str(pictures),
+                      "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(tmp_path / "in.ckpt")])  # fmt: skip
+    assert "holds weights alone" in capsys.readouterr().err
 
 
 def broken(change: str, state: dict[str, Any]) -> None:

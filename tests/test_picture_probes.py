@@ -1,17 +1,22 @@
 """Probes of pictures: attention, neighbours, fine-tuning, completion."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_ijepa, small_pictures, trainer
+from conftest import ROOT, small_ijepa, small_pictures, trainer, write_pictures
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jepa_lightning.checkpoints import export_weights, import_weights
 from jepa_lightning.networks.decoder import PatchDecoder
-from jepa_lightning.probes import AttentiveProbe, CompletionProbe, FineTuning, NeighbourProbe
+from jepa_lightning.pictures import feature_colours, nearest_pictures
+from jepa_lightning.probes import AttentiveProbe, CompletionProbe, FineTuning, LinearProbe, NeighbourProbe
 from jepa_lightning.probes.attention import AttentivePool
 
 
@@ -129,10 +134,10 @@ def test_patches_and_painting_are_inverse() -> None:
 
 
 def test_completion(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
-    probe = CompletionProbe(checkpoint, width=24, depth=1)
+    probe = CompletionProbe(checkpoint, width=64, depth=1)
     frozen = {
-        name: value.clone()
-        for part in (probe.encoder, probe.context_encoder, probe.predictor, probe.untrained)
+        (place, name): value.clone()
+        for place, part in enumerate((probe.encoder, probe.context_encoder, probe.predictor, probe.untrained))
         for name, value in part.state_dict().items()
     }
     report = fit_and_test(probe, tmp_path, pictures, 2)
@@ -143,11 +148,12 @@ def test_completion(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
     assert "completion" in pictures_in_tensorboard(tmp_path)
     for part in (probe.encoder, probe.context_encoder, probe.predictor):
         assert not any(p.requires_grad for p in part.parameters()) and not part.training
-    assert any(torch.equal(value, frozen[name]) for name, value in probe.predictor.state_dict().items())
+    for place, part in enumerate((probe.encoder, probe.context_encoder, probe.predictor, probe.untrained)):
+        assert all(torch.equal(value, frozen[place, name]) for name, value in part.state_dict().items())
 
 
 def test_a_completion_never_sees_the_hidden_pixels(checkpoint: str) -> None:
-    probe = CompletionProbe(checkpoint, width=24, depth=1).eval()
+    probe = CompletionProbe(checkpoint, width=64, depth=1).eval()
     images = torch.randn(2, 3, 16, 16)
     first = probe.complete(images, torch.Generator().manual_seed(0))
     assert not (first.visible & first.judged).any() and first.judged.any(dim=1).all()
@@ -158,13 +164,88 @@ def test_a_completion_never_sees_the_hidden_pixels(checkpoint: str) -> None:
     assert not torch.allclose(second.reconstructed, first.reconstructed)
 
 
+def test_nothing_is_judged_before_it_is_fitted(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    for probe in (LinearProbe(checkpoint, 2), FineTuning(checkpoint, 2), CompletionProbe(checkpoint)):
+        with pytest.raises(ValueError, match="was never fitted: run `fit` first"):
+            trainer(tmp_path).test(probe, small_pictures(pictures), verbose=False)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_nothing_is_frozen_in_fine_tuning(checkpoint: str) -> None:
+    probe = FineTuning(checkpoint, 2)
+    assert all(module.training for module in probe.networks.modules())
+    assert all(parameter.requires_grad for parameter in probe.networks.parameters())
+
+
+def test_an_encoder_alone_completes_nothing(tmp_path: Path, checkpoint: str) -> None:
+    export_weights(checkpoint, str(tmp_path / "encoder.safetensors"))
+    import_weights(str(tmp_path / "encoder.safetensors"), str(tmp_path / "imported.ckpt"))
+    with pytest.raises(ValueError, match="its predictor is untrained"):
+        CompletionProbe(str(tmp_path / "imported.ckpt"))
+
+
+def test_predictions_of_unnormalised_targets_are_normalised(tmp_path: Path, pictures: Path) -> None:
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    run.fit(small_ijepa(normalize_targets=False), small_pictures(pictures))
+    run.save_checkpoint(tmp_path / "ijepa.ckpt")
+    probe = CompletionProbe(str(tmp_path / "ijepa.ckpt"))
+    masks = probe.masks.draw(2, torch.Generator().manual_seed(0))
+    context = torch.randn(2, masks.context.shape[1], 192)
+    predicted = probe._predict(context, masks.context, masks.targets)
+    assert predicted.std(dim=-1).mean() == pytest.approx(1, abs=0.01)
+
+
+def test_probes_need_labels(tmp_path: Path, checkpoint: str) -> None:
+    write_pictures(tmp_path / "flat", 8)
+    with pytest.raises(ValueError, match="flat has no folders of classes, and AttentiveProbe needs labels"):
+        trainer(tmp_path, max_steps=1).fit(AttentiveProbe(checkpoint, 2), small_pictures(tmp_path / "flat"))
+
+
+SCRIPT = """
+import sys
+from conftest import small_pictures, trainer
+from jepa_lightning.probes import CompletionProbe, FineTuning, LinearProbe, NeighbourProbe
+
+out, checkpoint, root = sys.argv[1:]
+for kind in (LinearProbe, FineTuning, CompletionProbe, NeighbourProbe):
+    probe = kind(checkpoint) if kind is CompletionProbe else kind(checkpoint, num_classes=2)
+    run = trainer(f"{out}/{type(probe).__name__}", devices=2, strategy="ddp", max_epochs=1, limit_val_batches=1.0)
+    if probe.needs_fit:
+        run.fit(probe, small_pictures(root, batch_size=2))
+    run.test(probe, small_pictures(root, batch_size=2), verbose=False)
+"""
+
+
+def test_two_processes_write_one_report_on_all_pictures(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
+    arguments = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), checkpoint, str(pictures)]
+    done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-9000:]
+    judged = {"LinearProbe": "on 3 held-out", "FineTuning": "on 6 held-out", "NeighbourProbe": "on 6 held-out"}
+    for name, text in judged.items():
+        assert json.loads((tmp_path / name / "report.json").read_text())["judged"].startswith(text), name
+        assert done.stdout.count(f"{name}/report.md") == 1, "one process writes, and says so"
+    assert (tmp_path / "CompletionProbe" / "report.md").exists()
+
+
+def test_figures_of_features_need_no_bfloat16() -> None:
+    features = torch.randn(8, 16, 24, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        colours = feature_colours(features, (4, 4), (16, 16))
+        rows = nearest_pictures(torch.rand(8, 3, 16, 16), features.mean(dim=1), 4)
+    assert colours.shape == (8, 3, 16, 16) and 0 <= colours.min() and colours.max() <= 1
+    assert list(rows) == ["query", "nearest 1", "nearest 2", "nearest 3"]
+
+
 def test_impossible_values_are_refused(checkpoint: str) -> None:
     with pytest.raises(ValueError, match="model.num_neighbours=0"):
         NeighbourProbe(checkpoint, num_neighbours=0)
     with pytest.raises(ValueError, match="model.layer_decay=0"):
         FineTuning(checkpoint, layer_decay=0)
-    with pytest.raises(ValueError, match="model.width=6"):
-        CompletionProbe(checkpoint, width=6)
+    with pytest.raises(ValueError, match="model.width=80"):
+        CompletionProbe(checkpoint, width=80)
     with pytest.raises(ValueError, match="model.encoder='both'"):
         AttentiveProbe(checkpoint, encoder="both")
 

@@ -5,7 +5,6 @@ Shapes: B batch, H W pixels, N patches, D width, G heads of the grid.
 
 import itertools
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -53,9 +52,9 @@ class HalvesAccuracy(Metric):
             self.right[half] += right[half::2].sum(dim=0)
             self.seen[half] += len(right[half::2])
 
-    def compute(self) -> Tensor:
-        """Accuracies on both halves: (2, count)."""
-        return self.right / self.seen[:, None].clamp(min=1)
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Accuracies on both halves, (2, count), and how many samples each has, (2,)."""
+        return self.right / self.seen[:, None].clamp(min=1), self.seen
 
 
 class ClassificationProbe(PictureProbe):
@@ -102,8 +101,10 @@ class ClassificationProbe(PictureProbe):
 
     def logits(self, images: Tensor) -> Tensor:
         """Of every classifier, in the order of `names` and the grid: (B, names * G, classes)."""
-        inputs = self.inputs(images)
-        scores = [self.heads[f"{name}_{place}"](inputs[name]) for name in self.names for place in range(len(self.grid))]
+        inputs = {name: value.float() for name, value in self.inputs(images).items()}
+        # In float32 where it is judged: rounded to bfloat16, the scores of two classes are now and then the same.
+        with torch.autocast(images.device.type, enabled=self.training and torch.is_autocast_enabled(images.device.type)):
+            scores = [self.heads[f"{name}_{place}"](inputs[name]) for name in self.names for place in range(len(self.grid))]
         return torch.stack(scores, dim=1)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
@@ -124,10 +125,11 @@ class ClassificationProbe(PictureProbe):
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
-    def chosen(self) -> dict[str, dict[str, float]]:
-        """Accuracy, its standard error and the chosen pair of the grid, by kind of features."""
-        choose, report = self.accuracy.compute().unflatten(1, (len(self.names), len(self.grid)))  # (names, G) each
-        count = max(1, int(self.accuracy.seen[1]))
+    def chosen(self) -> tuple[dict[str, dict[str, float]], int]:
+        """Accuracy, its standard error and the chosen pair of the grid, by kind of features; and on how many pictures."""
+        accuracies, seen = self.accuracy.compute()
+        choose, report = accuracies.unflatten(1, (len(self.names), len(self.grid)))  # (names, G) each
+        count = max(1, int(seen[1]))
         found = {}
         for row, name in enumerate(self.names):
             best = int(choose[row].argmax())
@@ -139,24 +141,19 @@ class ClassificationProbe(PictureProbe):
                 "learning_rate": rate,
                 "weight_decay": decay,
             }
-        return found
+        return found, count
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             first = next(iter(self.names))
-            for name, figures in self.chosen().items():
+            for name, figures in self.chosen()[0].items():
                 self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=name == first)
         self.accuracy.reset()
 
     def on_test_epoch_end(self) -> None:
-        save_accuracies(
-            Path(self.trainer.default_root_dir),
-            type(self).__name__,
-            self.names,
-            self.chosen(),
-            self.checkpoint,
-            f"on {int(self.accuracy.seen[1])} held-out pictures; learning rate and weight decay were chosen on others",
-        )
+        figures, count = self.chosen()
+        judged = f"on {count} held-out pictures; learning rate and weight decay were chosen on others"
+        save_accuracies(self, figures, judged)
         self.accuracy.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

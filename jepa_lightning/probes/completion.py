@@ -83,14 +83,21 @@ class CompletionProbe(PictureProbe):
     ) -> None:
         super().__init__(checkpoint, "target", None)
         self.save_hyperparameters()
-        if width < 4 or width % 4 or depth < 1:
-            raise ValueError(f"model.width={width}, model.depth={depth}: give a multiple of 4 and at least one block.")
+        if width < 64 or width % 64 or depth < 1:
+            raise ValueError(f"model.width={width}, model.depth={depth}: give a multiple of 64 and at least one block.")
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         jepa: Any = load_jepa(checkpoint)
         assert isinstance(jepa, IJEPA)
         self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
+        self.predicts_normalised = jepa.normalize_targets
+        pairs = zip(self.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
+        if all(torch.equal(context, target) for context, target in pairs):
+            raise ValueError(
+                f"{checkpoint} has one and the same context and target encoder, as an import of an encoder alone has: its "
+                "predictor is untrained, and cannot complete anything."
+            )
         for network in (self.context_encoder, self.predictor):
             network.requires_grad_(False).eval()
         sizes = (self.encoder.grid, self.encoder.dim, self.encoder.patch_size, width, depth)
@@ -110,6 +117,11 @@ class CompletionProbe(PictureProbe):
         features = (self.encoder if which == "jepa" else self.untrained)(images)
         return F.layer_norm(features, features.shape[-1:])
 
+    def _predict(self, context: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Layer-normalised predictions: (B, K, D), (B, K) and (B, M, L) -> (B, M, L, D)."""
+        predicted = self.predictor(context, visible, hidden)
+        return predicted if self.predicts_normalised else F.layer_norm(predicted, predicted.shape[-1:])
+
     @torch.no_grad()
     def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
         """Hide a part of pictures, predict its features, and paint.
@@ -126,13 +138,13 @@ class CompletionProbe(PictureProbe):
         # Those neither seen nor in a block are predicted all at once, then each block on its own, as in training.
         rest = (~visible).nonzero()[:, 1].view(len(images), -1)  # (B, N - K)
         features = images.new_zeros(len(images), count, self.encoder.dim)
+        predicted = [self._predict(context, masks.context, rest[:, None])[:, 0]]  # (B, N - K, D)
+        predicted += self._predict(context, masks.context, masks.targets).unbind(1)  # M of (B, L, D)
+        places = [rest, *masks.targets.unbind(1)]
         normalised = F.layer_norm(context, context.shape[-1:])
-        for places, values in (
-            (masks.context, normalised),
-            (rest, self.predictor(context, masks.context, rest[:, None])[:, 0]),
-            (masks.targets.flatten(1), self.predictor(context, masks.context, masks.targets).flatten(1, 2)),
-        ):
-            features.scatter_(1, places[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
+        # One after the other, since blocks may overlap: the last one counts.
+        for indices, values in zip([masks.context, *places], [normalised, *predicted], strict=True):
+            features.scatter_(1, indices[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
         paint = self.decoders["jepa"]
         return Completion(visible, judged, paint(features), paint(self.features(images)))
 
@@ -177,6 +189,8 @@ class CompletionProbe(PictureProbe):
 
     def on_test_epoch_end(self) -> None:
         figures = self._figures()
+        if not self.trainer.is_global_zero:
+            return
         rows = [f"| {title} | {figures[name]:.4f} |" for name, title in self.titles.items()]
         table = "\n".join(["| hidden blocks | squared error, normalised pixels |", "| :-- | --: |", *rows])
         report = {"hidden_mse": figures, "checkpoint": self.checkpoint}
@@ -197,7 +211,9 @@ class CompletionProbe(PictureProbe):
                 "true features": to_colours(found.reconstructed),
             }
         )
-        figure.savefig(Path(self.trainer.default_root_dir) / "completion.png")
+        directory = Path(self.trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(directory / "completion.png")
         show_in_tensorboard(self.logger, "completion", figure, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

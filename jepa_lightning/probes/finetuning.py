@@ -1,6 +1,5 @@
 """Phase two, pictures: train the encoder on, with labels."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -8,6 +7,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from callbacks.schedules import total_optimizer_steps
@@ -88,7 +88,8 @@ class FineTuning(PictureProbe):
             }
         ).requires_grad_(True)
         self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(num_classes, average="micro") for name in self.names})
-        self._judged = 0
+        self.judged = SumMetric()
+        self.train()
 
     def train(self, mode: bool = True) -> "FineTuning":
         """Switch all to training mode: here nothing is frozen."""
@@ -105,7 +106,7 @@ class FineTuning(PictureProbe):
         return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self._judged += len(batch.labels)
+        self.judged.update(len(batch.labels))
         for name, network in self.networks.items():
             logits = network(batch.images)
             self.accuracies[name].update(logits, batch.labels)
@@ -115,26 +116,24 @@ class FineTuning(PictureProbe):
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
-    def _figures(self) -> dict[str, dict[str, float]]:
-        """Accuracy and its standard error of both networks, and reset."""
-        count = self._judged * self.trainer.world_size
+    def _figures(self) -> tuple[dict[str, dict[str, float]], int]:
+        """Accuracy and its standard error of both networks, and how many pictures were judged; and reset."""
+        count = max(1, int(self.judged.compute()))
+        self.judged.reset()
         figures = {}
         for name, metric in self.accuracies.items():
             accuracy = float(metric.compute())
             figures[name] = {"accuracy": accuracy, "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5}
             metric.reset()
-        self._judged = 0
-        return figures
+        return figures, count
 
     def on_validation_epoch_end(self) -> None:
-        for name, figures in self._figures().items():
+        for name, figures in self._figures()[0].items():
             self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        judged = f"on {self._judged * self.trainer.world_size} held-out pictures, never chosen by"
-        save_accuracies(
-            Path(self.trainer.default_root_dir), type(self).__name__, self.names, self._figures(), self.checkpoint, judged
-        )
+        figures, count = self._figures()
+        save_accuracies(self, figures, f"on {count} held-out pictures")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups: list[dict[str, Any]] = []

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.ijepa import IJEPA
@@ -44,6 +45,11 @@ class PictureProbe(LightningModule, ABC):
             self.untrained = jepa.build_encoder()
         for network in (self.encoder, self.untrained):
             network.requires_grad_(False).eval()
+        self.register_buffer("fitted", torch.tensor(False))
+
+    fitted: Tensor
+    needs_fit = True
+    """Whether `test` makes sense only after `fit`."""
 
     def train(self, mode: bool = True) -> "PictureProbe":
         """Switch to training mode, all but the frozen networks."""
@@ -60,6 +66,8 @@ class PictureProbe(LightningModule, ABC):
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         classes = getattr(data, "num_classes", self.num_classes)
+        if self.num_classes is not None and classes == 0:
+            raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
         if self.num_classes is not None and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
         theirs = getattr(data, "image_size", self.image_size)
@@ -67,6 +75,21 @@ class PictureProbe(LightningModule, ABC):
             raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")
         if self.trainer.strategy.root_device.type == "cpu":
             attend_plainly(self)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.fitted.fill_(True)
+
+    def on_test_start(self) -> None:
+        """Refuse to judge what was never fitted.
+
+        Raises:
+            ValueError: The weights are random.
+        """
+        if self.needs_fit and not self.fitted:
+            raise ValueError(
+                f"This {type(self).__name__} was never fitted: run `fit` first, and give `test` its checkpoint with "
+                "--ckpt_path."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by

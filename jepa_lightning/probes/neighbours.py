@@ -1,14 +1,13 @@
 """Phase two, pictures: the vote of the nearest training pictures, which needs no training of its own."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from datamodules.batches import ImageBatch
-from jepa_lightning.metrics import vote_accuracy
+from jepa_lightning.metrics import directions, vote
 from jepa_lightning.probes.classification import shrunk_pixels
 from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_accuracies
@@ -52,7 +51,8 @@ class NeighbourProbe(PictureProbe):
             )
         self.num_neighbours, self.temperature = num_neighbours, temperature
         self.accuracies = nn.ModuleDict({name: MeanMetric() for name in self.names})
-        self._bank: dict[str, Tensor] = {}
+        self.judged = SumMetric()
+        self._banks: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -62,6 +62,8 @@ class NeighbourProbe(PictureProbe):
             "untrained": self.untrained(images).float().mean(dim=1),
             "pixels": shrunk_pixels(images),
         }
+
+    needs_fit = False
 
     def on_test_start(self) -> None:
         """Encode the training pictures: every process all of them."""
@@ -73,23 +75,26 @@ class NeighbourProbe(PictureProbe):
                 features = self.features(batch.images)
             for name, value in (features | {"labels": batch.labels}).items():
                 found[name].append(value)
-        self._bank = {name: torch.cat(parts) for name, parts in found.items()}
+        self._labels = torch.cat(found.pop("labels"))
+        for name in self.names:
+            members = torch.cat(found.pop(name))
+            mean = members.mean(dim=0)
+            self._banks[name] = (directions(members, mean), mean)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         for name, features in self.features(batch.images).items():
-            accuracy = vote_accuracy(
-                *(self._bank[name], self._bank["labels"], features, batch.labels, self.num_neighbours, self.temperature)
-            )
-            self.accuracies[name].update(accuracy, len(features))
+            bank, mean = self._banks[name]
+            with torch.autocast(self.device.type, enabled=False):
+                votes = vote(bank, self._labels, directions(features, mean), self.num_neighbours, self.temperature)
+            self.accuracies[name].update((votes == batch.labels).float())
+        self.judged.update(len(batch.labels))
 
     def on_test_epoch_end(self) -> None:
-        figures = {}
+        figures, count = {}, int(self.judged.compute())
+        self.judged.reset()
         for name, metric in self.accuracies.items():
-            accuracy, count = float(metric.compute()), float(metric.weight)  # type: ignore[arg-type]
+            accuracy = float(metric.compute())
             error = (accuracy * (1 - accuracy) / count) ** 0.5
             figures[name] = {"accuracy": accuracy, "standard_error": error, "num_neighbours": self.num_neighbours}
             metric.reset()
-        judged = f"on {count:.0f} held-out pictures, against {len(self._bank['labels'])} training pictures"
-        save_accuracies(
-            Path(self.trainer.default_root_dir), type(self).__name__, self.names, figures, self.checkpoint, judged
-        )
+        save_accuracies(self, figures, f"on {count} held-out pictures, against {len(self._labels)} training pictures")

@@ -51,35 +51,28 @@ def save_report(directory: Path, report: dict[str, Any], title: str, notes: str,
             print(path)
 
 
-def save_accuracies(
-    directory: Path,
-    probe: str,
-    names: dict[str, str],
-    figures: dict[str, dict[str, float]],
-    checkpoint: str,
-    judged: str,
-) -> None:
-    """The report of a classifier: accuracies of the I-JEPA's features and of controls.
+def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], judged: str) -> None:
+    """The report of a classifier: accuracies of the I-JEPA's features and of controls, written by the first process.
 
     Args:
-        directory: The run directory.
-        probe: Name of the probe.
-        names: Kind of features -> title of its row.
+        probe: With a trainer, its `checkpoint`, and `names`: kind of features -> title of its row.
         figures: Kind of features -> "accuracy", "standard_error", and what was chosen.
-        checkpoint: Of the JEPA.
         judged: What the accuracies were taken on.
     """
+    if not probe.trainer.is_global_zero:
+        return
+    name, checkpoint, directory = type(probe).__name__, probe.checkpoint, Path(probe.trainer.default_root_dir)
     settings = [key for key in next(iter(figures.values())) if key not in ("accuracy", "standard_error")]
     header = ["features", "accuracy", "standard error", *(setting.replace("_", " ") for setting in settings)]
     rows = [
-        [title, *(f"{figures[name][key]:.3f}" for key in ("accuracy", "standard_error"))]
-        + [f"{figures[name][key]:g}" for key in settings]
-        for name, title in names.items()
+        [title, *(f"{figures[kind][key]:.3f}" for key in ("accuracy", "standard_error"))]
+        + [f"{figures[kind][key]:g}" for key in settings]
+        for kind, title in probe.names.items()
     ]
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    report = {"probe": probe, "accuracy": figures, "judged": judged, "checkpoint": checkpoint}
-    save_report(directory, report, probe, f"Of `{checkpoint}`, {judged}.", table)
+    report = {"probe": name, "accuracy": figures, "judged": judged, "checkpoint": checkpoint}
+    save_report(directory, report, name, f"Of `{checkpoint}`, {judged}.", table)
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
