@@ -197,7 +197,6 @@ def import_weights(source: str, destination: str, image_size: tuple[int, int] | 
     jepa = load_official(source, image_size) if official else load_encoder(source, image_size)
     if not official:
         print(f"{source} has one encoder and no predictor: both encoders get it, the predictor is untrained.")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are is of no interest here
     trainer = Trainer(accelerator="cpu", logger=False, plugins=[AtomicCheckpointIO()], enable_progress_bar=False)
     trainer.strategy.connect(jepa)
     trainer.save_checkpoint(destination, weights_only=True)
@@ -285,6 +284,7 @@ def _hugging_face_preprocessing(jepa: IJEPA) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> None:
     """The command line of this file."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # which devices there are is of no interest here
     try:
         auto_cli({"import": import_weights, "export": export_weights}, args=args, as_positional=True)
     except (ValueError, OSError) as error:
