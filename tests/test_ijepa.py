@@ -204,6 +204,7 @@ def test_ema_equals_an_average_by_hand(tmp_path: Path, pictures: Path, settings:
     shadow.check(jepa, steps)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than this machine has cores
 @pytest.mark.parametrize("num_workers", [0, 2, 4])
 def test_cut_and_resumed_equals_uncut(tmp_path: Path, pictures: Path, num_workers: int) -> None:
     """Crops and masks included; cut in the second epoch, after batch 3 of 6."""
