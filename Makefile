@@ -38,7 +38,7 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
 	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
 
-ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: about 80 minutes on 2 CPU cores, into runs/ijepa_cifar10_cpu
+ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/ijepa_cifar10_cpu
 	$(RUN) fit --config configs/ijepa_cifar10_cpu.yaml $(DATA)
 	$(RUN) fit --config configs/ijepa_cifar10_linear.yaml $(DATA)
 	$(RUN) test --config configs/ijepa_cifar10_linear.yaml --ckpt_path runs/ijepa_cifar10_cpu/linear/checkpoints/last.ckpt $(DATA)
