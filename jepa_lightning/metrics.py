@@ -192,17 +192,16 @@ def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: 
         bank_labels: (N,), class indices.
         features: (Q, D) to be judged.
         labels: (Q,).
-        penalty: On the squared weights, in units of N.
+        penalty: Relative to the variance of each feature, see `RidgeProbe`.
 
     Returns:
         Scalar; NaN if there is nothing to judge.
     """
-    mean, std = bank.mean(dim=0), bank.std(dim=0).clamp(min=1e-6)
-    inputs = ((bank - mean) / std).double()
-    classes = functional.one_hot(bank_labels).double()
-    ridge = penalty * len(bank) * torch.eye(bank.shape[1], dtype=inputs.dtype, device=inputs.device)
-    slopes = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ (classes - classes.mean(dim=0)))
-    scores = ((features - mean) / std).double() @ slopes + classes.mean(dim=0)
+    classes = functional.one_hot(bank_labels)
+    probe = RidgeProbe(bank.shape[1], classes.shape[1], penalty).to(bank.device)
+    probe.update(bank, classes.to(bank.dtype), fit=True)
+    weights = probe.weights()
+    scores = weights[0] + features.to(weights.dtype) @ weights[1:]
     return (scores.argmax(dim=1) == labels).float().mean()
 
 

@@ -114,6 +114,9 @@ def test_layers_decay_towards_the_pixels(checkpoint: str, monkeypatch: pytest.Mo
     assert rate[id(vit.patch_embed.proj.weight)] == 0.5 * rate[id(vit.blocks[0].attn.qkv.weight)]
     assert rate[id(vit.blocks[0].attn.qkv.weight)] == rate[id(vit.norm.weight)] == 1.0
     assert {rate[id(p)] for p in scratch.parameters()} == {1.0}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in finetuned.named_parameters():
+        assert (decay[id(parameter)] > 0) == (parameter.ndim > 1), name
     assert len(rate) == len(list(probe.networks.parameters())), "every parameter is in one group"
 
 

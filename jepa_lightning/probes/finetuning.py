@@ -144,7 +144,9 @@ class FineTuning(PictureProbe):
                 rate = self.learning_rate * group["lr_scale"]
                 group = {key: group[key] for key in ("params", "weight_decay")}
                 groups.append(group | {"lr": rate, "name": f"{name}_{number}"})
-            groups.append({"params": list(network.head.parameters()), "lr": self.learning_rate, "name": f"{name}_head"})
+            head, rate = network.head, {"lr": self.learning_rate}
+            groups.append({"params": [head.weight], "weight_decay": self.weight_decay, "name": f"{name}_head"} | rate)
+            groups.append({"params": [head.bias], "weight_decay": 0.0, "name": f"{name}_head_bias"} | rate)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), self.warmup_fraction)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
