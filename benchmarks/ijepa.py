@@ -21,7 +21,7 @@ from torchvision import transforms
 
 from callbacks.ema import update_average
 from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, TrainingPictures, normalise
-from datamodules.samples import Samples
+from datamodules.samples import Samples, read_picture
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor
@@ -102,7 +102,7 @@ def bench_input() -> None:
 
         def decode() -> None:
             for path in paths:
-                Image.open(path).load()
+                read_picture(path)
 
         # In turns, so that a busy machine slows all of them.
         arms = (ours, ours_to_float, reference, decode)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -22,7 +22,7 @@ from datamodules.batches import ImageBatch
 from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.randomness import seeded_generator
 from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
-from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
+from datamodules.samples import Samples, draw_per_class, part_of, read_list, read_picture, scan
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -52,18 +52,13 @@ class Pictures(Dataset[ImageBatch]):
     def __len__(self) -> int:
         return len(self.samples.labels)
 
-    def decode(self, index: int) -> Image.Image | None:
-        """One picture in RGB, None if its file cannot be read: then a warning names it, once."""
+    def decode(self, index: int) -> Tensor | None:
+        """One picture in RGB, uint8 (3, H, W), None if its file cannot be read: then a warning names it, once."""
         if index in self._unreadable:
             return None
         path = self.samples.paths[index].decode()
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I;16"):  # Pillow would clip 16 bits, not scale them
-                    return image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-                ImageOps.exif_transpose(image, in_place=True)
-                image.load()
-                return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+            return read_picture(path)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
             self._unreadable.add(index)
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -102,8 +97,8 @@ class TrainingPictures(Pictures):
         rand_augment: bool = False,
     ) -> None:
         super().__init__(samples, image_size, seed)
-        # To a tensor first: torch resizes its uint8 pictures several times faster than Pillow does its own.
-        steps = [v2.PILToTensor(), v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
+        # Of tensors: torch resizes its uint8 pictures several times faster than Pillow does its own.
+        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
         self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
@@ -147,14 +142,14 @@ class HeldOutPictures(Pictures):
         images = [self._centre(image) for _, image in decoded]
         return self.collate(images, [index for index, _ in decoded], (self.seed, HELD_OUT_STREAM, indices[0]))
 
-    def _centre(self, image: Image.Image) -> Tensor:
+    def _centre(self, image: Tensor) -> Tensor:
         """A picture of any size to uint8 (3, H, W)."""
         height, width = self.image_size
-        if image.size != (width, height):
-            scale = max(height / image.height, width / image.width) / CENTRE_CROP
-            image = vision.resize(image, [math.ceil(image.height * scale), math.ceil(image.width * scale)])
+        if image.shape[1:] != (height, width):
+            scale = max(height / image.shape[1], width / image.shape[2]) / CENTRE_CROP
+            image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
             image = vision.center_crop(image, [height, width])
-        return vision.pil_to_tensor(image)
+        return image
 
 
 class ImageFolder(ResumableDataModule):

@@ -1,12 +1,15 @@
-"""Which pictures a folder holds, which class each is of, and which part of them is asked for."""
+"""Which pictures a folder holds, which class each is of, which part of them is asked for, and what is in a file."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import find_classes
+from torchvision.transforms.v2 import functional as vision
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
@@ -102,3 +105,22 @@ def draw_per_class(labels: Tensor, fraction: float, generator: torch.Generator) 
 def part_of(samples: Samples, chosen: Tensor) -> Samples:
     """Those samples at which a mask (N,) is true."""
     return Samples(samples.paths[chosen.numpy()], samples.labels[chosen])
+
+
+def read_picture(path: str) -> Tensor:
+    """A picture in RGB, the right way up: uint8 (3, H, W).
+
+    Raises:
+        OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: It cannot be decoded.
+    """
+    with Image.open(path) as image:
+        if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            # Nearly all pictures of nearly all data sets, and a fifth faster than by Pillow: the same decoder, fewer copies.
+            try:
+                return torch.from_numpy(simplejpeg.decode_jpeg(Path(path).read_bytes(), "RGB")).permute(2, 0, 1)
+            except ValueError:
+                pass  # Pillow reads some that break the rules, and says what is wrong with the others
+        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits, not scale them
+            return vision.pil_to_tensor(image.point(lambda value: value * (1 / 256)).convert("L").convert("RGB"))
+        ImageOps.exif_transpose(image, in_place=True)
+        return vision.pil_to_tensor(image.convert("RGB"))

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_pictures, write_pictures
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, UnreadableImageWarning, normalise
+from datamodules.samples import read_picture
 
 
 def ready(root: Path, **changes):
@@ -102,7 +103,7 @@ def test_a_picture_is_cropped_anew_in_each_epoch_and_whole_if_asked(pictures: Pa
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
     write_pictures(tmp_path, 5, size=(16, 16))
     whole = ready(tmp_path, crop_scale=(1, 1)).train_dataloader().loader.dataset
-    assert torch.equal(whole.__getitems__([(0, 2)]).images[0], pil_to_tensor(whole.decode(2)))
+    assert torch.equal(whole.__getitems__([(0, 2)]).images[0], whole.decode(2))
 
 
 def test_each_picture_has_a_crop_of_its_own(tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_16_bits_are_scaled(tmp_path: Path) -> None:
     write_pictures(tmp_path, 1, size=(16, 16))
     pictures = ready(tmp_path, val_fraction=0.5, batch_size=1).val_dataloader().dataset
     pictures.samples = pictures.samples._replace(paths=np.array([str(tmp_path / "deep.png").encode()]))
-    assert pictures.decode(0).getpixel((3, 3)) == (128, 128, 128)
+    assert pictures.decode(0)[:, 3, 3].tolist() == [128, 128, 128]
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "CMYK"])
@@ -158,7 +159,20 @@ def test_pictures_of_all_modes_are_read_as_rgb(tmp_path: Path, mode: str) -> Non
     data = ready(tmp_path, val_fraction=0.5, batch_size=1)
     pictures = data.val_dataloader().dataset
     pictures.samples = pictures.samples._replace(paths=np.array([str(next(tmp_path.glob("odd.*"))).encode()]))
-    assert pil_to_tensor(pictures.decode(0)).shape == (3, 16, 16)
+    assert pictures.decode(0).shape == (3, 16, 16)
+
+
+def test_jpegs_are_read_as_pillow_reads_them(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 1, size=(16, 20))
+    upright, turned, lazy = tmp_path / "0000.jpg", tmp_path / "turned.jpg", tmp_path / "lazy.jpg"
+    assert torch.equal(read_picture(str(upright)), pil_to_tensor(Image.open(upright)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned to the right
+    Image.open(upright).save(turned, exif=exif, quality=95)
+    assert read_picture(str(turned)).shape == (3, 20, 16)
+    torch.testing.assert_close(read_picture(str(turned)).rot90(1, (1, 2)), pil_to_tensor(Image.open(turned)))
+    lazy.write_bytes(upright.read_bytes()[:-2] + b"\0\0\xff\xd9")  # something before the end that does not belong there
+    assert torch.equal(read_picture(str(lazy)), read_picture(str(upright)))
 
 
 def test_clear_errors_about_folders(tmp_path: Path, pictures: Path) -> None:
