@@ -39,9 +39,32 @@ class ImageBatch(NamedTuple):
     key: tuple[int, ...]
     """Names this batch among all of the run: (seed, epoch, index of its first sample)."""
 
-    def generator(self) -> torch.Generator:
-        """Random numbers for this batch, on the CPU.
 
-        They depend neither on workers nor on resumes, and differ between processes, whose batches start with other samples.
-        """
-        return seeded_generator(*self.key)
+class ViewBatch(NamedTuple):
+    """A batch of pairs of views: what IWM learns from."""
+
+    sources: Tensor
+    """(B, C, H, W), normalised: what the context encoder sees a part of."""
+
+    targets: Tensor
+    """(B, C, H, W), normalised: what the target encoder sees."""
+
+    actions: Tensor
+    """(B, A): what leads from source to target, scalar by scalar as in `datamodules.transformations`; 0 is no change."""
+
+    images: Tensor | None
+    """(B, C, H, W), normalised: the pictures as they are. None in training, where nobody looks at them."""
+
+    labels: Tensor
+    """(B,), int64 class indices; -1 where there are none. For probes and metrics only."""
+
+    key: tuple[int, ...]
+    """As in `ImageBatch`."""
+
+
+def batch_generator(batch: ImageBatch | ViewBatch) -> torch.Generator:
+    """Random numbers for a batch, on the CPU.
+
+    They depend neither on workers nor on resumes, and differ between processes, whose batches start with other samples.
+    """
+    return seeded_generator(*batch.key)

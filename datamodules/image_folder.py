@@ -4,152 +4,24 @@ Workers decode and crop to uint8; the device turns that into normalised floats, 
 Shapes: B batch, C channels, H W pixels.
 """
 
-import itertools
-import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as vision
 
-from datamodules.batches import ImageBatch
+from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
-from datamodules.randomness import seeded_generator
+from datamodules.pictures import HeldOutPictures, HeldOutViews, TrainingPictures, TrainingViews
+from datamodules.randomness import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
-from datamodules.samples import Samples, draw_per_class, part_of, read_list, read_picture, scan
+from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
+from datamodules.transformations import ViewMaker, Views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-CENTRE_CROP = 0.875
-"""Side of the central crop that held-out pictures are cut to, as a fraction of the resized picture: 224 of 256."""
-
-SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM = 0, 1, 2, 3  # uses of the seed
-
-
-class UnreadableImageWarning(UserWarning):
-    """A file that should be a picture cannot be decoded."""
-
-
-class Pictures(Dataset[ImageBatch]):
-    """Decoded, cropped pictures, a batch at a time.
-
-    Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: First part of each batch's key.
-    """
-
-    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int) -> None:
-        self.samples, self.image_size, self.seed = samples, image_size, seed
-        self._unreadable: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.samples.labels)
-
-    def decode(self, index: int) -> Tensor | None:
-        """One picture in RGB, uint8 (3, H, W), None if its file cannot be read: then a warning names it, once."""
-        if index in self._unreadable:
-            return None
-        path = self.samples.paths[index].decode()
-        try:
-            return read_picture(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
-            self._unreadable.add(index)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            warnings.warn(
-                f"{path} cannot be decoded and is left out ({reason}). {len(self._unreadable)} of {len(self)} so far in "
-                "this process.",
-                UnreadableImageWarning,
-                stacklevel=2,
-            )
-            return None
-
-    def collate(self, images: list[Tensor], indices: list[int], key: tuple[int, ...]) -> ImageBatch:
-        """A batch of pictures still in uint8."""
-        return ImageBatch(torch.stack(images), self.samples.labels[indices], key)
-
-
-class TrainingPictures(Pictures):
-    """Random crops, and flips if asked for, that are functions of (seed, epoch, index).
-
-    Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: Of crops and flips.
-        crop_scale: Area of a crop, least and greatest fraction of the picture.
-        flip: Probability of a mirror image.
-        rand_augment: Two random distortions per picture.
-    """
-
-    def __init__(
-        self,
-        samples: Samples,
-        image_size: tuple[int, int],
-        seed: int,
-        crop_scale: tuple[float, float],
-        flip: float,
-        rand_augment: bool = False,
-    ) -> None:
-        super().__init__(samples, image_size, seed)
-        # Of tensors: torch resizes its uint8 pictures several times faster than Pillow does its own.
-        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
-        self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
-        """The batch named by (epoch, index) pairs. The next readable picture stands in for an unreadable one.
-
-        Raises:
-            ValueError: Not one picture can be read.
-        """
-        images, indices = [], []
-        with torch.random.fork_rng(devices=[]):
-            for epoch, index in items:
-                for candidate in itertools.chain(range(index, len(self)), range(index)):
-                    image = self.decode(candidate)
-                    if image is not None:
-                        break
-                else:
-                    raise ValueError(f"None of the {len(self)} training pictures can be decoded.")
-                # torchvision's transforms draw from the global generator. (torch.manual_seed would queue a call for
-                # CUDA, with a stack trace, for every picture: four times the cost of the crop.)
-                seed = seeded_generator(self.seed, CROP_STREAM, epoch, index).initial_seed()
-                torch.default_generator.manual_seed(seed)
-                images.append(self.augment(image))
-                indices.append(candidate)
-        return self.collate(images, indices, (self.seed, *items[0]))
-
-
-class HeldOutPictures(Pictures):
-    """The middle of each picture, resized."""
-
-    def __getitems__(self, indices: list[int]) -> ImageBatch:
-        """The pictures at these indices, without those that cannot be read.
-
-        Raises:
-            ValueError: Not one of them can be read.
-        """
-        decoded = [(index, image) for index in indices if (image := self.decode(index)) is not None]
-        if not decoded:
-            raise ValueError(
-                f"None of {len(indices)} held-out pictures can be decoded, first {self.samples.paths[indices[0]]!r}."
-            )
-        images = [self._centre(image) for _, image in decoded]
-        return self.collate(images, [index for index, _ in decoded], (self.seed, HELD_OUT_STREAM, indices[0]))
-
-    def _centre(self, image: Tensor) -> Tensor:
-        """A picture of any size to uint8 (3, H, W)."""
-        height, width = self.image_size
-        if image.shape[1:] != (height, width):
-            scale = max(height / image.shape[1], width / image.shape[2]) / CENTRE_CROP
-            image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
-            image = vision.center_crop(image, [height, width])
-        return image
 
 
 class ImageFolder(ResumableDataModule):
@@ -172,6 +44,8 @@ class ImageFolder(ResumableDataModule):
             the whole.
         flip: Probability of a mirror image in training. The released I-JEPA has none.
         rand_augment: Two random distortions per training picture (RandAugment), for fine-tuning.
+        views: Hand out pairs of views and the action that leads from one to the other, as IWM needs them; see
+            `datamodules.transformations.Views`.
         batch_size: Pictures per batch and process.
         num_workers: Processes that decode; 0 decodes in the training process.
         seed: Of splits, subsets, orders, crops and masks.
@@ -190,6 +64,7 @@ class ImageFolder(ResumableDataModule):
         crop_scale: tuple[float, float] = (0.3, 1.0),
         flip: float = 0.0,
         rand_augment: bool = False,
+        views: Views | None = None,
         download: DatasetName | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
@@ -212,6 +87,11 @@ class ImageFolder(ResumableDataModule):
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
         self.val_fraction, self.fraction, self.file_list = val_fraction, fraction, file_list
         self.crop_scale, self.flip, self.rand_augment = crop_scale, flip, rand_augment
+        if views is not None and rand_augment:
+            raise ValueError(
+                "data.rand_augment=true beside data.views: an action cannot say what RandAugment did; drop one."
+            )
+        self.views = views
         if download is not None and download not in SOURCES:
             raise ValueError(f"data.download={download!r}: choose one of {', '.join(SOURCES)}.")
         self.download = download
@@ -261,8 +141,16 @@ class ImageFolder(ResumableDataModule):
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]
         sampler = EpochBatches(len(train.labels), self.batch_size, self.seed, *self.rank)
-        pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment)
+        pictures: TrainingPictures | TrainingViews
+        if self.views is None:
+            pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment)
+        else:
+            pictures = TrainingViews(train, self.image_size, self.seed, self._view_maker())
         return ResumableLoader(pictures, sampler, self.num_workers, pin_memory=self.on_gpu)
+
+    def _view_maker(self) -> ViewMaker:
+        assert self.views is not None
+        return ViewMaker(self.views, self.image_size, self.crop_scale, self.flip)
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
         """The training pictures as validation would see them, uncropped, in order, all of them in every process."""
@@ -270,7 +158,8 @@ class ImageFolder(ResumableDataModule):
         return DataLoader(pictures, batch_size=self.batch_size, collate_fn=already_collated, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        pictures = HeldOutPictures(self._samples["val"], self.image_size, self.seed)
+        held_out = (self._samples["val"], self.image_size, self.seed)
+        pictures = HeldOutPictures(*held_out) if self.views is None else HeldOutViews(*held_out, self._view_maker())
         return DataLoader(
             pictures,
             batch_size=self.batch_size,
@@ -286,9 +175,11 @@ class ImageFolder(ResumableDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
 
-    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+    def on_after_batch_transfer(self, batch: ImageBatch | ViewBatch, dataloader_idx: int) -> ImageBatch | ViewBatch:
         """From uint8 to normalised floats, on the device."""
-        return batch._replace(images=normalise(batch.images))
+        uint8 = {name: value for name, value in batch._asdict().items() if getattr(value, "dtype", None) == torch.uint8}
+        floats: Any = {name: normalise(value) for name, value in uint8.items()}
+        return batch._replace(**floats)
 
 
 def normalise(images: Tensor) -> Tensor:

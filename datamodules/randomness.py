@@ -3,6 +3,9 @@
 import torch
 from numpy.random import SeedSequence
 
+SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM, BLOCK_SIZE_STREAM, VIEW_STREAM, BANK_STREAM = range(7)
+"""What the seed of a data set of pictures is used for: the second part of the key."""
+
 
 def seeded_generator(*key: int) -> torch.Generator:
     """A CPU generator that is a function of `key` (say seed, epoch, rank) and of nothing else."""

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 
 from datamodules.image_folder import ImageFolder
 from datamodules.randomness import seeded_generator
+from datamodules.transformations import Views
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a shape in pixels."""
@@ -68,6 +69,7 @@ class Shapes(ImageFolder):
         val_fraction: Part of each class that is held out, in (0, 1).
         crop_scale: Area of a training crop, least and greatest fraction of the picture.
         flip: Probability of a mirror image in training.
+        views: Hand out pairs of views and actions, as IWM needs them.
         batch_size: Pictures per batch and process.
         num_workers: Processes that decode.
         seed: Of pictures, splits, orders, crops and masks.
@@ -84,6 +86,7 @@ class Shapes(ImageFolder):
         val_fraction: float = 0.2,
         crop_scale: tuple[float, float] = (0.3, 1.0),
         flip: float = 0.5,
+        views: Views | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
@@ -94,6 +97,7 @@ class Shapes(ImageFolder):
             val_fraction=val_fraction,
             crop_scale=crop_scale,
             flip=flip,
+            views=views,
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,

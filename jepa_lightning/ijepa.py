@@ -3,44 +3,19 @@
 Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
 """
 
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
-from callbacks.schedules import ScheduleName, total_optimizer_steps
+from callbacks.schedules import ScheduleName
 from datamodules.batches import ImageBatch
-from datamodules.randomness import seeded_generator
-from jepa_lightning.jepa import JEPA, TargetPairs
-from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.metrics import OnlineClassifiers
 from jepa_lightning.networks.predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
-from jepa_lightning.pictures import (
-    feature_colours,
-    mark_blocks,
-    nearest_pictures,
-    rows_figure,
-    show_in_tensorboard,
-    to_colours,
-)
+from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.regularizers import RegularizerName
 
-SHOWN = 8
-"""Pictures in a figure."""
 
-SIZE_STREAM = 4
-"""Use of the data's seed for the sizes of blocks; `datamodules.image_folder` has the smaller ones."""
-
-LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
-
-
-class IJEPA(JEPA):
+class IJEPA(PictureJEPA):
     """A vision transformer learns to fill in features: no labels, no augmentation that says what to ignore.
 
     The context encoder sees the visible patches alone; the target encoder sees the whole picture, and its features,
@@ -86,10 +61,6 @@ class IJEPA(JEPA):
         ValueError: A value out of its range, named together with what is allowed.
     """
 
-    context_encoder: ViTEncoder
-    target_encoder: ViTEncoder
-    predictor: MaskedPredictor
-
     def __init__(
         self,
         encoder: str = "vit_small_patch16_224",
@@ -125,6 +96,14 @@ class IJEPA(JEPA):
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__(
+            encoder=encoder,
+            image_size=image_size,
+            patch_size=patch_size,
+            encoder_depth=encoder_depth,
+            loss=loss,
+            normalize_targets=normalize_targets,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_networks=compile_networks,
             learning_rate=learning_rate,
             start_learning_rate=start_learning_rate,
             final_learning_rate=final_learning_rate,
@@ -136,25 +115,9 @@ class IJEPA(JEPA):
             final_momentum=final_momentum,
             momentum_schedule=momentum_schedule,
             regularizer=regularizer,
-            # Patches have no order in which they could move along straight lines.
-            regularizer_weights={"curvature": 0.0, **(regularizer_weights or {})}
-            if regularizer == "vicreg"
-            else regularizer_weights,
+            regularizer_weights=regularizer_weights,
         )
-        if loss not in LOSSES:
-            raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
         self.save_hyperparameters()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        self.loss, self.compile_networks = LOSSES[loss], compile_networks
-        self.normalize_targets = normalize_targets
-        self.build_encoder = partial(
-            ViTEncoder,
-            encoder,
-            self.image_size,
-            patch_size,
-            encoder_depth,
-            gradient_checkpointing=gradient_checkpointing,
-        )
         context_encoder = self.build_encoder()
         predictor = MaskedPredictor(
             context_encoder.grid,
@@ -177,111 +140,9 @@ class IJEPA(JEPA):
             more_target_scales,
             official_compat,
         )
-        self.error, self.mean_error = MeanMetric(), MeanMetric()
-        self.classifiers = OnlineClassifiers()
 
-    def setup(self, stage: str) -> None:
-        """Compare with the data module before anything runs; choose the attention, and compile.
+    def views(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+        return batch.images, batch.images
 
-        Raises:
-            ValueError: Pictures of another size than the encoder was built for, or masks that differ in shape between
-                processes whose features are to be gathered.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        theirs = getattr(data, "image_size", self.image_size)
-        if tuple(theirs) != self.image_size:
-            raise ValueError(
-                f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
-            )
-        if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
-            raise ValueError(
-                "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "
-                "of all processes: leave one of the two out, or train on one device."
-            )
-        networks = (self.context_encoder, self.target_encoder, self.predictor)
-        if self.trainer.strategy.root_device.type == "cpu":
-            for network in networks:
-                attend_plainly(network)
-        if self.compile_networks and stage == "fit":
-            for network in networks:
-                network.compile(dynamic=True)  # in place: names in checkpoints stay
-
-    @torch.no_grad()
-    def encode(self, observations: Tensor) -> Tensor:
-        """Patch features of the target encoder, without gradient: normalised images (B, C, H, W) -> (B, N, D).
-
-        Average over N for the feature of the picture that the paper's probes read.
-        """
-        return self.target_encoder(observations)
-
-    def target_pairs(self, batch: ImageBatch) -> TargetPairs:
-        masks = self.draw_masks(batch)
-        target_features = self.encode(batch.images)  # (B, N, D)
-        features = target_features
-        if self.normalize_targets:
-            features = F.layer_norm(features, features.shape[-1:])
-        targets = take(features, masks.targets.flatten(1)).unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
-        context = self.context_encoder(batch.images, masks.context)  # (B, K, D)
-        predictions = self.predictor(context, masks.context, masks.targets)  # (B, M, L, D)
-        # In float32: what tells pictures apart is often smaller than the rounding of bfloat16.
-        pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)
-        return TargetPairs(predictions, targets, context, pooled)
-
-    def draw_masks(self, batch: ImageBatch) -> Masks:
-        """Masks of a batch, on its device: a function of the batch and, in training, of the optimizer step.
-
-        In training the sizes of the blocks are drawn by step, so that all processes have masks of one shape, and follow
-        the curriculum; elsewhere they are those of its end.
-        """
-        trainer = getattr(self, "_trainer", None)
-        progress, sizes = 1.0, None
-        if trainer is not None and trainer.training:
-            progress = trainer.global_step / total_optimizer_steps(trainer)
-            sizes = seeded_generator(batch.key[0], SIZE_STREAM, trainer.global_step)
-        return self.masks.draw(len(batch.images), batch.generator(), progress, sizes).to(batch.images.device)
-
-    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
-        return self.loss(pairs.predictions, pairs.targets)
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Average-pooled features of the target encoder: (B, D)."""
-        return self.encode(batch.images).float().mean(dim=1)
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> TargetPairs:
-        pairs = super().validation_step(batch, batch_idx)
-        self.error.update((pairs.predictions - pairs.targets).square().mean())
-        # The control: one and the same answer, the mean feature, for every patch of every picture.
-        mean = pairs.targets.flatten(0, -2).mean(dim=0)
-        self.mean_error.update((mean - pairs.targets).square().mean())
-        if bool((batch.labels >= 0).all()):
-            self.classifiers.update(pairs.target_features[:, 0], batch.labels)
-        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self._show(batch, pairs)
-        return pairs
-
-    def _show(self, batch: ImageBatch, pairs: TargetPairs) -> None:
-        """Pictures for TensorBoard: masks, what the features look like, and which pictures they hold for alike."""
-        if not isinstance(self.logger, TensorBoardLogger):
-            return
-        grid = self.target_encoder.grid
-        pictures = to_colours(batch.images)
-        masks = self.draw_masks(batch)  # those of `target_pairs`
-        visible = torch.zeros(len(pictures), grid[0] * grid[1], dtype=torch.bool, device=self.device)
-        marked = [visible.scatter(1, indices, True)[:SHOWN] for indices in (masks.context, masks.targets.flatten(1))]
-        colours = feature_colours(self.encode(batch.images[:SHOWN]), grid, self.image_size)
-        shown = {
-            "picture": pictures[:SHOWN],
-            "masks": mark_blocks(pictures[:SHOWN], marked[0], marked[1], grid),
-            "features": colours,
-        }
-        show_in_tensorboard(self.logger, "masks and features", rows_figure(shown), self.global_step)
-        alike = rows_figure(nearest_pictures(pictures, pairs.target_features[:, 0], SHOWN))
-        show_in_tensorboard(self.logger, "nearest pictures", alike, self.global_step)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self.log("val/error_over_mean", self.error.compute() / self.mean_error.compute(), prog_bar=True)
-        if self.classifiers.update_called and not self.trainer.sanity_checking:
-            self.log_dict({f"val/{name}": value for name, value in self.classifiers.compute().items()}, prog_bar=True)
-        for metric in (self.error, self.mean_error, self.classifiers):
-            metric.reset()
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: ImageBatch) -> Tensor:
+        return self.predictor(context, masks.context, masks.targets)

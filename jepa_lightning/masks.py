@@ -33,6 +33,12 @@ class Masks(NamedTuple):
         """The same masks on another device."""
         return Masks(self.context.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
+    def hidden(self, num_patches: int) -> Tensor:
+        """All patches that the context encoder does not see: (B, N - K), ascending."""
+        visible = torch.zeros(len(self.context), num_patches, dtype=torch.int8, device=self.context.device)
+        visible.scatter_(1, self.context, 1)
+        return visible.argsort(dim=1, stable=True)[:, : num_patches - self.context.shape[1]]
+
 
 class MultiBlock:
     """Draw one large context block and several target blocks per picture; the context loses what the targets cover.

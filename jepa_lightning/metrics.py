@@ -205,6 +205,24 @@ def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: 
     return (scores.argmax(dim=1) == labels).float().mean()
 
 
+def reciprocal_ranks(similarities: Tensor, right: Tensor) -> Tensor:
+    """One over the rank of the right candidate, ties counted fairly: the mean over all orders of equal candidates.
+
+    Args:
+        similarities: (Q, N) of each query to each candidate.
+        right: (Q,), indices of the right candidates.
+
+    Returns:
+        (Q,) in (0, 1].
+    """
+    found = similarities.gather(1, right[:, None])
+    better = (similarities > found).sum(dim=1)
+    equal = (similarities == found).sum(dim=1)  # itself included
+    harmonic = torch.arange(similarities.shape[1] + 1, dtype=torch.float64, device=similarities.device)
+    harmonic = torch.where(harmonic > 0, 1 / harmonic, 0).cumsum(0)  # H_0 ... H_N
+    return (harmonic[better + equal] - harmonic[better]) / equal
+
+
 def r2_score(predictions: Tensor, targets: Tensor) -> Tensor:
     """1 - squared error / variance per label, (N, L) twice -> (L,): 1 is perfect, 0 is the mean, and it can be negative."""
     predictions, targets = predictions.double(), targets.double()

@@ -5,7 +5,7 @@ Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a bloc
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import trunc_normal_
@@ -109,13 +109,86 @@ class MaskedPredictor(nn.Module):
         Returns:
             (B, M, L, D).
         """
-        num_blocks, length = targets.shape[1:]
-        visible = self.embed(features) + self.positions[context]  # (B, K, width)
         hidden = self.mask_token + self.positions[targets.flatten(0, 1)]  # (B * M, L, width)
-        tokens = torch.cat([visible.repeat_interleave(num_blocks, dim=0), hidden], dim=1)
+        return self._predict(self._visible(features, context, targets), hidden, targets)
+
+    def _visible(self, features: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Tokens of the visible patches, once per target block: (B * M, K, width)."""
+        return (self.embed(features) + self.positions[context]).repeat_interleave(targets.shape[1], dim=0)
+
+    def _predict(self, others: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
+        """What becomes of the hidden patches' tokens (B * M, L, width) beside all other tokens: (B, M, L, D)."""
+        tokens = torch.cat([others, hidden], dim=1)
         if self.gradient_checkpointing and self.training:
             tokens = checkpoint_seq(self.blocks, tokens)
         else:
             tokens = self.blocks(tokens)
-        predicted = self.project(self.norm(tokens[:, -length:]))
-        return predicted.unflatten(0, (-1, num_blocks))
+        predicted = self.project(self.norm(tokens[:, -hidden.shape[1] :]))
+        return predicted.unflatten(0, (-1, targets.shape[1]))
+
+
+Conditioning = Literal["feature", "sequence", "none"]
+
+
+class WorldModel(MaskedPredictor):
+    """A masked predictor that is told an action: what a change does to the features of a picture (Garrido et al. 2024).
+
+    Args:
+        grid: (H, W) patches of the picture.
+        dim: D, width of the encoder's features.
+        action_dim: A, scalars of an action.
+        conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;
+            "sequence" makes a token of each scalar, with a projection of its own; "none" leaves the action out.
+        width: Of the predictor.
+        depth: Number of blocks.
+        num_heads: Of each block; divides `width`.
+        dropout: After the linear layers and in the attention's output.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: A width that the heads do not divide, or an unknown conditioning.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        action_dim: int,
+        conditioning: Conditioning,
+        width: int = 384,
+        depth: int = 18,
+        num_heads: int = 12,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(grid, dim, width, depth, num_heads, dropout, gradient_checkpointing)
+        if conditioning not in get_args(Conditioning):
+            raise ValueError(f"conditioning={conditioning!r}: choose one of {', '.join(get_args(Conditioning))}.")
+        self.conditioning, self.action_dim = conditioning, action_dim
+        if conditioning == "feature":
+            self.mix = mlp(width + action_dim, (width, width), width)
+        elif conditioning == "sequence":
+            self.action_weight = nn.Parameter(0.02 * torch.randn(action_dim, width))
+            # Attention does not know the order of its tokens: the bias says which scalar this is.
+            self.action_token = nn.Parameter(0.02 * torch.randn(action_dim, width))
+
+    def forward(self, features: Tensor, context: Tensor, targets: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Predicted features of the target blocks after an action.
+
+        Args:
+            features: (B, K, D) of the visible patches.
+            context: (B, K), their raster indices.
+            targets: (B, M, L), raster indices of the patches to predict.
+            actions: (B, A); no change if left out.
+
+        Returns:
+            (B, M, L, D).
+        """
+        others, hidden = self._visible(features, context, targets), self.mask_token + self.positions[targets.flatten(0, 1)]
+        actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
+        actions = actions.repeat_interleave(targets.shape[1], dim=0)  # (B * M, A)
+        if self.conditioning == "feature":
+            hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
+        elif self.conditioning == "sequence":
+            others = torch.cat([actions[..., None] * self.action_weight + self.action_token, others], dim=1)
+        return self._predict(others, hidden, targets)

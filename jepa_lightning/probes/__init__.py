@@ -4,6 +4,7 @@ from jepa_lightning.probes.attention import AttentiveProbe
 from jepa_lightning.probes.classification import LinearProbe
 from jepa_lightning.probes.completion import CompletionProbe
 from jepa_lightning.probes.decoder import DecoderProbe
+from jepa_lightning.probes.equivariance import EquivarianceProbe
 from jepa_lightning.probes.finetuning import FineTuning
 from jepa_lightning.probes.neighbours import NeighbourProbe
 from jepa_lightning.probes.state import StateProbe
@@ -12,6 +13,7 @@ __all__ = [
     "AttentiveProbe",
     "CompletionProbe",
     "DecoderProbe",
+    "EquivarianceProbe",
     "FineTuning",
     "LinearProbe",
     "NeighbourProbe",

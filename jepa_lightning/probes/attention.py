@@ -53,7 +53,7 @@ class AttentiveProbe(ClassificationProbe):
     writes report.json and report.md.
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         num_classes: Classes of the data.
         encoder: Whose features are read: the target encoder's or the context encoder's.
         learning_rates: Peaks of the grid, for AdamW.
@@ -61,7 +61,7 @@ class AttentiveProbe(ClassificationProbe):
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     names = {"attentive": "attention over the patches", "untrained": "untrained encoder, the same"}  # noqa: RUF012

@@ -180,7 +180,7 @@ class LinearProbe(ClassificationProbe):
     Differs from the paper: momentum SGD with a cosine instead of LARS with steps, which was made for batches of 16,384.
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         num_classes: Classes of the data.
         encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
         learning_rates: Peaks of the grid.
@@ -188,7 +188,7 @@ class LinearProbe(ClassificationProbe):
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     names = {  # noqa: RUF012

@@ -4,7 +4,7 @@ Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a bloc
 """
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -13,12 +13,11 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
-from datamodules.batches import ImageBatch
-from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.ijepa import IJEPA
+from datamodules.batches import ImageBatch, batch_generator
 from jepa_lightning.networks.decoder import PatchDecoder
 from jepa_lightning.networks.vit import take
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.pictures import hide_patches, rows_figure, show_in_tensorboard, to_colours
 from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_report
@@ -55,7 +54,7 @@ class CompletionProbe(PictureProbe):
     A deterministic prediction in feature space is painted as an average of what may be there: blurred, not invented.
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         width: Of the decoder.
         depth: Its number of blocks.
         learning_rate: Peak of the schedule.
@@ -63,7 +62,7 @@ class CompletionProbe(PictureProbe):
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     titles = {  # noqa: RUF012
@@ -88,28 +87,19 @@ class CompletionProbe(PictureProbe):
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        jepa: Any = load_jepa(checkpoint)
-        assert isinstance(jepa, IJEPA)
-        self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
-        self.predicts_normalised = jepa.normalize_targets
-        pairs = zip(self.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
-        if all(torch.equal(context, target) for context, target in pairs):
-            raise ValueError(
-                f"{checkpoint} has one and the same context and target encoder, as an import of an encoder alone has: its "
-                "predictor is untrained, and cannot complete anything."
-            )
-        for network in (self.context_encoder, self.predictor):
-            network.requires_grad_(False).eval()
         sizes = (self.encoder.grid, self.encoder.dim, self.encoder.patch_size, width, depth)
         self.decoders = nn.ModuleDict({"jepa": PatchDecoder(*sizes), "untrained": PatchDecoder(*sizes)})
         self.errors = nn.ModuleDict({name: MeanMetric() for name in self.titles})
 
-    def train(self, mode: bool = True) -> "CompletionProbe":
-        """Switch to training mode, all but the frozen networks."""
-        super().train(mode)
-        self.context_encoder.eval()
-        self.predictor.eval()
-        return self
+    def take(self, jepa: PictureJEPA) -> None:
+        self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
+        self.predicts_normalised = jepa.normalize_targets
+        pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
+        if all(torch.equal(context, target) for context, target in pairs):
+            raise ValueError(
+                f"{self.checkpoint} has one and the same context and target encoder, as an import of an encoder alone has: "
+                "its predictor is untrained, and cannot complete anything."
+            )
 
     @torch.no_grad()
     def features(self, images: Tensor, which: Literal["jepa", "untrained"] = "jepa") -> Tensor:
@@ -136,7 +126,7 @@ class CompletionProbe(PictureProbe):
         judged = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
         context = self.context_encoder(images, masks.context)  # (B, K, D)
         # Those neither seen nor in a block are predicted all at once, then each block on its own, as in training.
-        rest = (~visible).nonzero()[:, 1].view(len(images), -1)  # (B, N - K)
+        rest = masks.hidden(count)  # (B, N - K)
         features = images.new_zeros(len(images), count, self.encoder.dim)
         predicted = [self._predict(context, masks.context, rest[:, None])[:, 0]]  # (B, N - K, D)
         predicted += self._predict(context, masks.context, masks.targets).unbind(1)  # M of (B, L, D)
@@ -157,7 +147,7 @@ class CompletionProbe(PictureProbe):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         images = batch.images
-        found = self.complete(images, batch.generator())
+        found = self.complete(images, batch_generator(batch))
         truth = self.decoders["jepa"].patches(images)  # (B, N, pixels)
         mean = take(truth, found.visible.nonzero()[:, 1].view(len(images), -1)).unflatten(2, (3, -1)).mean(dim=(1, 3))
         painted = {

@@ -41,7 +41,7 @@ class FineTuning(PictureProbe):
     appendix A and D; they take 50 or 100 epochs and stronger augmentation.)
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         num_classes: Classes of the data.
         encoder: Which one is trained on: the target encoder or the context encoder.
         learning_rate: Peak of the schedule, for the linear layer and the last block.
@@ -52,7 +52,7 @@ class FineTuning(PictureProbe):
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     names = {"finetuned": "fine-tuned", "scratch": "the same network from scratch"}  # noqa: RUF012

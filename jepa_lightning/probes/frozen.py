@@ -1,4 +1,4 @@
-"""What the probes of pictures share: a frozen I-JEPA, and the same network untrained.
+"""What the probes of pictures share: a frozen I-JEPA or IWM, and the same network untrained.
 
 Shapes: B batch, N patches, H W pixels, D width.
 """
@@ -11,22 +11,22 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.networks.vit import attend_plainly
+from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
 
 
 class PictureProbe(LightningModule, ABC):
-    """Freeze an I-JEPA and learn to read its patch features, beside those of the same network untrained.
+    """Freeze an I-JEPA or IWM and learn to read its patch features, beside those of the same network untrained.
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
         num_classes: Classes of the data; None for a probe that needs no labels.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     def __init__(self, checkpoint: str, encoder: Literal["target", "context"], num_classes: int | None) -> None:
@@ -36,16 +36,25 @@ class PictureProbe(LightningModule, ABC):
         if encoder not in ("target", "context"):
             raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")
         jepa = load_jepa(checkpoint)
-        if not isinstance(jepa, IJEPA):
-            raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA.")
+        if not isinstance(jepa, PictureJEPA):
+            raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
         self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
         self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(CONTROL_SEED)
             self.untrained = jepa.build_encoder()
-        for network in (self.encoder, self.untrained):
+        self.take(jepa)
+        self._frozen = [name for name, _ in self.named_children()]
+        for network in self.children():
             network.requires_grad_(False).eval()
         self.register_buffer("fitted", torch.tensor(False))
+
+    def take(self, jepa: PictureJEPA) -> None:
+        """Keep more of the model than one encoder, frozen like it; nothing unless a subclass needs it.
+
+        Raises:
+            ValueError: The model is not one that the subclass can read.
+        """
 
     fitted: Tensor
     needs_fit = True
@@ -54,8 +63,8 @@ class PictureProbe(LightningModule, ABC):
     def train(self, mode: bool = True) -> "PictureProbe":
         """Switch to training mode, all but the frozen networks."""
         super().train(mode)
-        self.encoder.eval()
-        self.untrained.eval()
+        for name in self._frozen:
+            self.get_submodule(name).eval()
         return self
 
     def setup(self, stage: str) -> None:

@@ -21,7 +21,7 @@ class NeighbourProbe(PictureProbe):
     report.md. The same on features of the untrained network and on pixels stands beside it.
 
     Args:
-        checkpoint: Of an I-JEPA, written by `fit` or imported.
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         num_classes: Classes of the data.
         encoder: Whose features are read: the target encoder's or the context encoder's.
         num_neighbours: k.
@@ -29,7 +29,7 @@ class NeighbourProbe(PictureProbe):
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no I-JEPA, or an argument is out of its range.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
     names = {"features": "average of the last block", "untrained": "untrained encoder", "pixels": "pixels"}  # noqa: RUF012

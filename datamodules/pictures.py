@@ -1,0 +1,233 @@
+"""Data sets of pictures: decoded and cut to size, a batch at a time, in uint8.
+
+Shapes: H W pixels.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
+
+from datamodules.batches import ImageBatch, ViewBatch
+from datamodules.randomness import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM, seeded_generator
+from datamodules.samples import Samples, read_picture
+from datamodules.transformations import Pair, Place, ViewMaker
+
+CENTRE_CROP = 0.875
+"""Side of the central crop that held-out pictures are cut to, as a fraction of the resized picture: 224 of 256."""
+
+
+class UnreadableImageWarning(UserWarning):
+    """A file that should be a picture cannot be decoded."""
+
+
+class Pictures(Dataset[Any]):
+    """Decoded, cropped pictures, a batch at a time.
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: First part of each batch's key.
+    """
+
+    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int) -> None:
+        self.samples, self.image_size, self.seed = samples, image_size, seed
+        self._unreadable: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def decode(self, index: int) -> Tensor | None:
+        """One picture in RGB, uint8 (3, H, W), None if its file cannot be read: then a warning names it, once."""
+        if index in self._unreadable:
+            return None
+        path = self.samples.paths[index].decode()
+        try:
+            return read_picture(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
+            self._unreadable.add(index)
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            warnings.warn(
+                f"{path} cannot be decoded and is left out ({reason}). {len(self._unreadable)} of {len(self)} so far in "
+                "this process.",
+                UnreadableImageWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def collate(self, images: list[Tensor], indices: list[int], key: tuple[int, ...]) -> ImageBatch:
+        """A batch of pictures still in uint8."""
+        return ImageBatch(torch.stack(images), self.samples.labels[indices], key)
+
+    def collate_views(
+        self, pairs: list[Pair], images: list[Tensor] | None, indices: list[int], key: tuple[int, ...]
+    ) -> ViewBatch:
+        """A batch of pairs of views still in uint8."""
+        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        whole = None if images is None else torch.stack(images)
+        return ViewBatch(sources, targets, actions, whole, self.samples.labels[indices], key)
+
+    def seed_transforms(self, stream: int, *key: int) -> None:
+        """Seed torch's global generator, which torchvision's transforms draw from, with (seed, stream, key).
+
+        (`torch.manual_seed` would queue a call for CUDA, with a stack trace, for every picture: four times a crop's cost.)
+        """
+        torch.default_generator.manual_seed(seeded_generator(self.seed, stream, *key).initial_seed())
+
+
+class TrainingPictures(Pictures):
+    """Random crops, and flips if asked for, that are functions of (seed, epoch, index).
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of crops and flips.
+        crop_scale: Area of a crop, least and greatest fraction of the picture.
+        flip: Probability of a mirror image.
+        rand_augment: Two random distortions per picture.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        crop_scale: tuple[float, float],
+        flip: float,
+        rand_augment: bool = False,
+    ) -> None:
+        super().__init__(samples, image_size, seed)
+        # Of tensors: torch resizes its uint8 pictures several times faster than Pillow does its own.
+        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
+        self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
+        """The batch named by (epoch, index) pairs. The next readable picture stands in for an unreadable one.
+
+        Raises:
+            ValueError: Not one picture can be read.
+        """
+        images, indices = augmented(self, items, self.augment)
+        return self.collate(images, indices, (self.seed, *items[0]))
+
+
+class TrainingViews(Pictures):
+    """Random pairs of views that are functions of (seed, epoch, index).
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of the views.
+        maker: Makes them.
+    """
+
+    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int, maker: ViewMaker) -> None:
+        super().__init__(samples, image_size, seed)
+        self.maker = maker
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ViewBatch:
+        """The batch named by (epoch, index) pairs. The next readable picture stands in for an unreadable one.
+
+        Raises:
+            ValueError: Not one picture can be read.
+        """
+        pairs, indices = augmented(self, items, self.maker.pair)
+        return self.collate_views(pairs, None, indices, (self.seed, *items[0]))
+
+
+def augmented(
+    pictures: Pictures, items: list[tuple[int, int]], augment: Callable[[Tensor], Any]
+) -> tuple[list[Any], list[int]]:
+    """What becomes of the pictures named by (epoch, index) pairs, and the indices of those that were taken.
+
+    Raises:
+        ValueError: Not one picture can be read.
+    """
+    made, indices = [], []
+    with torch.random.fork_rng(devices=[]):
+        for epoch, index in items:
+            for candidate in itertools.chain(range(index, len(pictures)), range(index)):
+                image = pictures.decode(candidate)
+                if image is not None:
+                    break
+            else:
+                raise ValueError(f"None of the {len(pictures)} training pictures can be decoded.")
+            pictures.seed_transforms(CROP_STREAM, epoch, index)
+            made.append(augment(image))
+            indices.append(candidate)
+    return made, indices
+
+
+class HeldOutPictures(Pictures):
+    """The middle of each picture, resized."""
+
+    def __getitems__(self, indices: list[int]) -> ImageBatch:
+        """The pictures at these indices, without those that cannot be read.
+
+        Raises:
+            ValueError: Not one of them can be read.
+        """
+        images, kept = self.readable(indices)
+        return self.collate([self.centre(image) for image in images], kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+
+    def readable(self, indices: list[int]) -> tuple[list[Tensor], list[int]]:
+        """Those of the pictures that can be read, uncut, and their indices.
+
+        Raises:
+            ValueError: Not one of them can be read.
+        """
+        decoded = [(image, index) for index in indices if (image := self.decode(index)) is not None]
+        if not decoded:
+            raise ValueError(
+                f"None of {len(indices)} held-out pictures can be decoded, first {self.samples.paths[indices[0]]!r}."
+            )
+        return [image for image, _ in decoded], [index for _, index in decoded]
+
+    def centre(self, image: Tensor) -> Tensor:
+        """A picture of any size to uint8 (3, H, W)."""
+        height, width = self.image_size
+        if image.shape[1:] != (height, width):
+            scale = max(height / image.shape[1], width / image.shape[2]) / CENTRE_CROP
+            image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
+            image = vision.center_crop(image, [height, width])
+        return image
+
+
+class HeldOutViews(HeldOutPictures):
+    """The middle of each picture, and a pair of views of it that is a function of (seed, index).
+
+    Geometric views are crops of the whole picture, as in training.
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of the views.
+        maker: Makes them.
+    """
+
+    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int, maker: ViewMaker) -> None:
+        super().__init__(samples, image_size, seed)
+        self.maker = maker
+
+    def __getitems__(self, indices: list[int]) -> ViewBatch:  # type: ignore[override]
+        """The pictures at these indices, without those that cannot be read.
+
+        Raises:
+            ValueError: Not one of them can be read.
+        """
+        images, kept = self.readable(indices)
+        middles, pairs = [self.centre(image) for image in images], []
+        with torch.random.fork_rng(devices=[]):
+            for image, middle, index in zip(images, middles, kept, strict=True):
+                self.seed_transforms(VIEW_STREAM, index)
+                geometric = self.maker.views.geometric
+                pairs.append(self.maker.pair(image) if geometric else self.maker.pair(middle, Place(0, 0, *self.image_size)))
+        return self.collate_views(pairs, middles, kept, (self.seed, HELD_OUT_STREAM, indices[0]))

@@ -1,0 +1,231 @@
+"""IWM: predict the features of a picture after a known transformation (Garrido et al. 2024).
+
+Shapes: B batch, N patches, K kept patches, L hidden patches, D width, A scalars of an action.
+"""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from callbacks.schedules import ScheduleName
+from datamodules.batches import ViewBatch
+from datamodules.randomness import BANK_STREAM, seeded_generator
+from datamodules.transformations import COLOURS
+from jepa_lightning.equivariance import ActionProbe, MeanReciprocalRanks, nearest_figure, to_uint8
+from jepa_lightning.jepa import TargetPairs
+from jepa_lightning.masks import Masks, MultiBlock
+from jepa_lightning.networks.predictor import Conditioning, WorldModel
+from jepa_lightning.picture_jepa import PictureJEPA
+from jepa_lightning.pictures import show_in_tensorboard
+from jepa_lightning.regularizers import RegularizerName
+
+WATCHED = 8
+"""Pictures whose versions are ranked at each validation, with 256 versions each."""
+
+
+class IWM(PictureJEPA):
+    """A world model of transformations: what will the features be, if this is done to the picture?
+
+    The context encoder sees the visible patches of a source view; the predictor is told the action that leads to the target
+    view, and predicts the target encoder's layer-normalised features of that view at all patches that were hidden. The data
+    module makes the views: `data.views`. Afterwards the predictor is of use too, see `PredictorTuning`.
+
+    Args:
+        encoder: Name of a timm vision transformer; the sizes in it are overruled by the next two arguments.
+        image_size: Height and width in pixels, one number or two; as in the data.
+        patch_size: Height and width of a patch in pixels.
+        encoder_depth: Number of the encoder's blocks; that of its name if left out.
+        conditioning: How the predictor is told the action: "feature" joins it to each mask token, "sequence" makes a token
+            of each scalar, "none" leaves it out.
+        action_dim: Scalars of an action: 7, or 12 with `data.views.geometric`.
+        predictor_width: Width of the predictor. The paper's sizes for ViT-B are 12 blocks of 384 ("invariant") and 18 of
+            384 ("equivariant").
+        predictor_depth: Its number of blocks.
+        predictor_heads: Its heads; those of the encoder if left out.
+        predictor_dropout: In its linear layers.
+        loss: "squared_error" as in the paper, or "smooth_l1".
+        normalize_targets: Layer-normalise the target features, as I-JEPA does; the paper does not say.
+        num_targets: Rectangles whose union is hidden.
+        target_scale: Area of a rectangle, least and greatest fraction of the picture.
+        target_aspect: Height over width of a rectangle, least and greatest; I-JEPA's, the paper does not say.
+        context_quantile: Fraction of pictures that draw their masks again because too little is visible.
+        gradient_checkpointing: Less memory for a third more time.
+        compile_networks: Compile the three networks with torch.compile before training.
+        learning_rate: Peak of the schedule, at the end of the warm-up.
+        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
+        final_learning_rate: Where the cosine after it ends.
+        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Of kernels and matrices; biases, norms and tokens have none.
+        final_weight_decay: Where a cosine takes the weight decay by the last step.
+        momentum: Of the first target update, in [0, 1].
+        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
+        momentum_schedule: Way from the one to the other.
+        regularizer: None as in the paper, "variance_hinge" or "vicreg" on the context encoder's output.
+        regularizer_weights: Weight of each of its terms.
+
+    Raises:
+        ValueError: A value out of its range, named together with what is allowed.
+    """
+
+    predictor: WorldModel
+
+    def __init__(
+        self,
+        encoder: str = "vit_base_patch16_224",
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        encoder_depth: int | None = None,
+        conditioning: Conditioning = "feature",
+        action_dim: int = len(COLOURS),
+        predictor_width: int = 384,
+        predictor_depth: int = 18,
+        predictor_heads: int | None = None,
+        predictor_dropout: float = 0.0,
+        loss: Literal["smooth_l1", "squared_error"] = "squared_error",
+        normalize_targets: bool = True,
+        num_targets: int = 4,
+        target_scale: tuple[float, float] = (0.15, 0.2),
+        target_aspect: tuple[float, float] = (0.75, 1.5),
+        context_quantile: float = 0.1,
+        gradient_checkpointing: bool = False,
+        compile_networks: bool = False,
+        learning_rate: float = 1e-3,
+        start_learning_rate: float | None = None,
+        final_learning_rate: float = 0.0,
+        warmup_fraction: float = 0.05,
+        weight_decay: float = 0.04,
+        final_weight_decay: float | None = 0.4,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        momentum_schedule: ScheduleName = "cosine",
+        regularizer: RegularizerName | None = None,
+        regularizer_weights: dict[str, float] | None = None,
+    ) -> None:
+        super().__init__(
+            encoder=encoder,
+            image_size=image_size,
+            patch_size=patch_size,
+            encoder_depth=encoder_depth,
+            loss=loss,
+            normalize_targets=normalize_targets,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_networks=compile_networks,
+            learning_rate=learning_rate,
+            start_learning_rate=start_learning_rate,
+            final_learning_rate=final_learning_rate,
+            warmup_fraction=warmup_fraction,
+            weight_decay=weight_decay,
+            final_weight_decay=final_weight_decay,
+            momentum=momentum,
+            final_momentum=final_momentum,
+            momentum_schedule=momentum_schedule,
+            regularizer=regularizer,
+            regularizer_weights=regularizer_weights,
+        )
+        self.save_hyperparameters()
+        if action_dim < len(COLOURS):
+            raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLOURS)} scalars, or 12 with geometry.")
+        context_encoder = self.build_encoder()
+        predictor = WorldModel(
+            context_encoder.grid,
+            context_encoder.dim,
+            action_dim,
+            conditioning,
+            predictor_width,
+            predictor_depth,
+            predictor_heads or context_encoder.num_heads,
+            predictor_dropout,
+            gradient_checkpointing,
+        )
+        self.set_networks(context_encoder, predictor, context_encoder.dim)
+        self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
+        # No context block: everything outside of the rectangles may be seen.
+        self.masks = MultiBlock(context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), context_quantile)
+        self.ranks = MeanReciprocalRanks()
+        self.action_probe = ActionProbe(context_encoder.dim, action_dim)
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module before anything runs.
+
+        Raises:
+            ValueError: Data without views, or with actions of another length.
+        """
+        super().setup(stage)
+        self.check_views(getattr(self.trainer, "datamodule", None))
+
+    def check_views(self, data: Any) -> None:
+        """Compare with a data module, if there is one.
+
+        Raises:
+            ValueError: Data without views, or with actions of another length.
+        """
+        if data is None:
+            return
+        if getattr(data, "views", None) is None:
+            raise ValueError("An IWM works on pairs of views, and this data has none: set data.views.strength=default.")
+        names = data.views.action_names
+        if len(names) != self.predictor.action_dim:
+            raise ValueError(
+                f"model.action_dim={self.predictor.action_dim} but the data's actions have {len(names)} scalars "
+                f"({', '.join(names)}): set it to {len(names)}."
+            )
+
+    def views(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
+        return batch.sources, batch.targets
+
+    def draw_masks(self, batch: Any) -> Masks:
+        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K)."""
+        masks = super().draw_masks(batch)
+        return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
+
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch) -> Tensor:
+        return self.predictor(context, masks.context, masks.targets, batch.actions)
+
+    def encode_targets(self, images: Tensor) -> Tensor:
+        """Features of the target encoder in the space of the predictions: normalised (B, 3, H, W) -> (B, N, D)."""
+        return self.to_target_space(self.encode(images))
+
+    def apply_actions(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
+        """Imagine: predicted features of all patches after an action.
+
+        Args:
+            features: (B, N, D), of all patches of the pictures, from the context encoder.
+            actions: (B, A); no change if left out.
+
+        Returns:
+            (B, N, D).
+        """
+        everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
+        return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
+
+    def picture_features(self, batch: ViewBatch, pairs: TargetPairs) -> Tensor:
+        assert batch.images is not None
+        return self.encode(batch.images).float().mean(dim=1)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        pairs = super().validation_step(batch, batch_idx)
+        source, target = (self.encode(view).float().mean(dim=1) for view in self.views(batch))
+        self.action_probe.update(source, target, batch.actions)
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            data: Any = self.trainer.datamodule
+            for number, picture in enumerate(to_uint8(batch.images[:WATCHED])):
+                generator = seeded_generator(*batch.key, BANK_STREAM, number)
+                self.ranks.update(self, picture, data.views.ranges, self.predictor.action_dim, generator, each=False)
+            if self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+                shown = (batch.images[:2], data.views.ranges, self.predictor.action_dim, batch.key)
+                show_in_tensorboard(self.logger, "nearest versions", nearest_figure(self, *shown), self.global_step)
+        return pairs
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if not self.trainer.sanity_checking:
+            ranks, r2 = self.ranks.compute(), self.action_probe.compute()
+            self.log("val/mrr", ranks["patch"]["overall"], prog_bar=True)
+            self.log("val/mrr_pooled", ranks["pooled"]["overall"])
+            self.log("val/mrr_shuffled_actions", ranks["patch"]["shuffled_actions"])
+            names = self.trainer.datamodule.views.action_names
+            self.log_dict({f"val/action_r2_{name}": value for name, value in zip(names, r2, strict=True)})
+        self.ranks.reset()
+        self.action_probe.reset()
