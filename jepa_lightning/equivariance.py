@@ -21,7 +21,7 @@ The figure is not comparable with the paper's, whose protocol is not public (its
 Shapes: V versions, N patches, D width, A scalars of an action, H W pixels.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from matplotlib.figure import Figure
@@ -125,6 +125,16 @@ class Answers:
             return [patches[0] @ patches[1].T / self.features.shape[1], pooled[0] @ pooled[1].T]
 
 
+class Ranks(NamedTuple):
+    """Mean reciprocal ranks: kind of similarity -> question -> figure, of the questions that were asked."""
+
+    mean: dict[str, dict[str, float]]
+    standard_error: dict[str, dict[str, float]]
+    """Over pictures."""
+
+    num_pictures: int
+
+
 class MeanReciprocalRanks(Metric):
     """The means of the protocol above, over versions and pictures."""
 
@@ -183,21 +193,19 @@ class MeanReciprocalRanks(Metric):
             self.squares[row, column] += figure.square()
             self.count[row, column] += 1
 
-    def compute(self) -> dict[str, dict[str, float]]:
-        """Kind of similarity -> question -> mean reciprocal rank, of the questions that were asked."""
-        return self._asked(self.total / self.count)
-
-    def standard_errors(self) -> dict[str, dict[str, float]]:
-        """Those of `compute`, over pictures."""
+    def compute(self) -> Ranks:
+        """What was asked so far."""
         mean = self.total / self.count
-        return self._asked(((self.squares / self.count - mean.square()).clamp(min=0) / (self.count - 1)).sqrt())
-
-    def _asked(self, figures: Tensor) -> dict[str, dict[str, float]]:
+        error = ((self.squares / self.count - mean.square()).clamp(min=0) / (self.count - 1)).sqrt()
         asked = [(column, question) for column, question in enumerate(QUESTIONS) if self.count[0, column] > 0]
-        return {
-            kind: {question: figures[row, column].item() for column, question in asked}
-            for row, kind in enumerate(SIMILARITIES)
-        }
+
+        def named(figures: Tensor) -> dict[str, dict[str, float]]:
+            return {
+                kind: {question: figures[row, column].item() for column, question in asked}
+                for row, kind in enumerate(SIMILARITIES)
+            }
+
+        return Ranks(named(mean), named(error), int(self.count[0, 0]))
 
 
 class ActionProbe(RidgeProbe):

@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, K kept patches, L hidden patches, D width, A scalars of an action.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -128,7 +129,8 @@ class IWM(PictureJEPA):
         if action_dim < len(COLOURS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLOURS)} scalars, or 12 with geometry.")
         context_encoder = self.build_encoder()
-        predictor = WorldModel(
+        self.build_predictor = partial(
+            WorldModel,
             context_encoder.grid,
             context_encoder.dim,
             action_dim,
@@ -139,7 +141,7 @@ class IWM(PictureJEPA):
             predictor_dropout,
             gradient_checkpointing,
         )
-        self.set_networks(context_encoder, predictor, context_encoder.dim)
+        self.set_networks(context_encoder, self.build_predictor(), context_encoder.dim)
         self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
         # No context block: everything outside of the rectangles may be seen.
         self.masks = MultiBlock(context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), context_quantile)
@@ -221,7 +223,7 @@ class IWM(PictureJEPA):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         if not self.trainer.sanity_checking:
-            ranks, r2 = self.ranks.compute(), self.action_probe.compute()
+            ranks, r2 = self.ranks.compute().mean, self.action_probe.compute()
             self.log("val/mrr", ranks["patch"]["overall"], prog_bar=True)
             self.log("val/mrr_pooled", ranks["pooled"]["overall"])
             self.log("val/mrr_shuffled_actions", ranks["patch"]["shuffled_actions"])

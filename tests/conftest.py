@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import DoublePendulum, ImageFolder
-from jepa_lightning import IJEPA, PendulumJEPA
+from datamodules import DoublePendulum, ImageFolder, Views
+from jepa_lightning import IJEPA, IWM, PendulumJEPA
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,6 +86,19 @@ def small_pictures(root: Path, **changes: Any) -> ImageFolder:
 def small_ijepa(**changes: Any) -> IJEPA:
     torch.manual_seed(0)
     return IJEPA(**(SMALL_IJEPA | changes))
+
+
+def small_iwm(**changes: Any) -> IWM:
+    torch.manual_seed(0)
+    return IWM(**(SMALL_IJEPA | changes))
+
+
+def small_views(root: Path, **changes: Any) -> ImageFolder:
+    return small_pictures(root, **({"views": Views()} | changes))
+
+
+FAMILIES = {"ijepa": (small_ijepa, small_pictures), "iwm": (small_iwm, small_views)}
+"""Models of pictures: how to make the smallest model and its data."""
 
 
 def trainer(root: Path, **changes: Any) -> pl.Trainer:

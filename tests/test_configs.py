@@ -7,6 +7,9 @@ import torch
 import yaml
 from conftest import ROOT
 
+import jepa_lightning.equivariance
+import jepa_lightning.iwm
+from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.cli import main
 
 CONFIGS = ROOT / "configs"
@@ -41,8 +44,11 @@ def test_both_phases_of_a_run(name: str, tmp_path: Path) -> None:
         assert (tmp_path / file).stat().st_size > 100, file
 
 
-@pytest.mark.parametrize("overlay", sorted((CONFIGS / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_overlay(overlay: Path, tmp_path: Path) -> None:
+PENDULUM_OVERLAYS = [path for path in sorted((CONFIGS / "overlays").glob("*.yaml")) if not path.stem.startswith("iwm")]
+
+
+@pytest.mark.parametrize("overlay", PENDULUM_OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_of_a_pendulum(overlay: Path, tmp_path: Path) -> None:
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.check_val_every_n_epoch", "1"]
     run(tmp_path, "fit", CONFIGS / "pendulum.yaml", "--config", str(overlay), *few)
 
@@ -61,6 +67,11 @@ def test_both_phases_of_ijepa(tmp_path: Path) -> None:
     assert (tmp_path / "linear" / "report.json").exists() and (tmp_path / "linear" / "report.md").exists()
 
 
+SMALL_IWMS = {
+    "iwm_cifar10_cpu": ["--model.encoder_depth", "1"],
+    "iwm_cifar10": ["--model.encoder_depth", "1", "--model.compile_networks", "false"],
+    "iwm_imagenet": ["--model.encoder", "vit_tiny_patch16_224", "--model.encoder_depth", "1"],
+}
 SMALL_IJEPAS = {
     "ijepa_cifar10_cpu": ["--model.encoder_depth", "1"],
     "ijepa_cifar10": ["--model.encoder_depth", "1", "--model.compile_networks", "false"],
@@ -82,9 +93,16 @@ def few_pictures(pictures: Path, root: Path) -> list[str]:
 FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
 
 
-@pytest.mark.parametrize("name", SMALL_IJEPAS)
-def test_every_ijepa_on_pictures(name: str, tmp_path: Path, pictures: Path) -> None:
-    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *SMALL_IJEPAS[name]]
+@pytest.fixture
+def few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An IWM is judged on few versions of few pictures."""
+    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.equivariance, "BANK_SIZE", 16)
+
+
+@pytest.mark.parametrize("name", SMALL_IJEPAS | SMALL_IWMS)
+def test_every_jepa_on_pictures(name: str, tmp_path: Path, pictures: Path, few_ranks: None) -> None:
+    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *(SMALL_IJEPAS | SMALL_IWMS)[name]]
     if "imagenet" in name:
         small += [*IMAGENET_SIZE, "--trainer.num_nodes", "1"]
         small += ["--model.patch_size", "14"] if name.endswith("14") else ["--model.patch_size", "8"]
@@ -117,9 +135,34 @@ def test_every_probe_of_ijepa(name: str, tmp_path: Path, pictures: Path, small_c
     assert (tmp_path / "report.json").exists()
 
 
+def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> None:
+    shapes = ["--data.root", str(tmp_path / "shapes"), "--data.size", "40", "--data.batch_size", "8"]
+    shapes += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *FEW_STEPS]
+    main(["fit", "--config", str(CONFIGS / "iwm_smoke.yaml"), *shapes, "--trainer.default_root_dir", str(tmp_path)])
+    jepa = tmp_path / "checkpoints" / "last.ckpt"
+    arguments = ["--config", str(CONFIGS / "iwm_cifar10_equivariance.yaml"), "--model.checkpoint", str(jepa)]
+    arguments += few_pictures(pictures, tmp_path / "equivariance")
+    main(["test", *arguments, "--model.num_pictures", "2"])
+    assert "all four colours" in (tmp_path / "equivariance" / "report.md").read_text()
+    arguments = ["--config", str(CONFIGS / "iwm_cifar10_predictor.yaml"), "--model.checkpoint", str(jepa)]
+    arguments += [*few_pictures(pictures, tmp_path / "predictor"), "--model.num_classes", "2"]
+    main(["fit", *arguments, *FEW_STEPS])
+    main(["test", *arguments, "--ckpt_path", str(tmp_path / "predictor" / "checkpoints" / "last.ckpt")])
+    assert "predictor with random weights" in (tmp_path / "predictor" / "report.md").read_text()
+
+
+def test_the_overlay_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> None:
+    config = ["--config", str(CONFIGS / "iwm_imagenet.yaml"), "--config", str(CONFIGS / "overlays" / "iwm_invariant.yaml")]
+    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *SMALL_IWMS["iwm_imagenet"], "--trainer.num_nodes", "1"]
+    small += ["--model.image_size", "32", "--data.image_size", "32"]
+    main(["fit", *config, *small])
+    assert len(load_jepa(tmp_path / "checkpoints" / "last.ckpt").predictor.blocks) == 12
+
+
 def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
     names |= {"ijepa_smoke", "ijepa_smoke_linear", *SMALL_IJEPAS, *(f"ijepa_cifar10_{name}" for name in CIFAR_PROBES)}
+    names |= {"iwm_smoke", "iwm_cifar10_equivariance", "iwm_cifar10_predictor", *SMALL_IWMS}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]

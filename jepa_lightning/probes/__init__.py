@@ -7,6 +7,7 @@ from jepa_lightning.probes.decoder import DecoderProbe
 from jepa_lightning.probes.equivariance import EquivarianceProbe
 from jepa_lightning.probes.finetuning import FineTuning
 from jepa_lightning.probes.neighbours import NeighbourProbe
+from jepa_lightning.probes.predictor_tuning import PredictorTuning
 from jepa_lightning.probes.state import StateProbe
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "FineTuning",
     "LinearProbe",
     "NeighbourProbe",
+    "PredictorTuning",
     "StateProbe",
 ]

@@ -114,12 +114,11 @@ class EquivarianceProbe(PictureProbe):
         show_in_tensorboard(self.logger, "nearest versions", figure, self.global_step)
 
     def on_test_epoch_end(self) -> None:
-        figures, errors = self.ranks.compute(), self.ranks.standard_errors()
+        figures, errors, counted = self.ranks.compute()
         data: Any = self.trainer.datamodule
         names = data.views.action_names
         r2 = {name: probe.compute() for name, probe in self.action_probes.items()}
         change = {name: self.changes[f"same_{name}"].compute() / self.changes[f"other_{name}"].compute() for name in r2}
-        counted = int(self.ranks.count[0, 0])
         for metric in (self.ranks, *self.action_probes.values(), *self.changes.values()):
             metric.reset()
         self._ranked = 0

@@ -18,6 +18,18 @@ from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_accuracies
 
 
+def arm_accuracies(accuracies: nn.ModuleDict, judged: SumMetric) -> tuple[dict[str, dict[str, float]], int]:
+    """Accuracy and its standard error by arm, and how many pictures were judged; the metrics are reset."""
+    count = max(1, int(judged.compute()))
+    judged.reset()
+    figures = {}
+    for name, metric in accuracies.items():
+        accuracy = float(metric.compute())
+        figures[name] = {"accuracy": accuracy, "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5}
+        metric.reset()
+    return figures, count
+
+
 class EncoderClassifier(nn.Module):
     """An encoder, its patches averaged, and a linear layer."""
 
@@ -116,23 +128,12 @@ class FineTuning(PictureProbe):
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
-    def _figures(self) -> tuple[dict[str, dict[str, float]], int]:
-        """Accuracy and its standard error of both networks, and how many pictures were judged; and reset."""
-        count = max(1, int(self.judged.compute()))
-        self.judged.reset()
-        figures = {}
-        for name, metric in self.accuracies.items():
-            accuracy = float(metric.compute())
-            figures[name] = {"accuracy": accuracy, "standard_error": (accuracy * (1 - accuracy) / count) ** 0.5}
-            metric.reset()
-        return figures, count
-
     def on_validation_epoch_end(self) -> None:
-        for name, figures in self._figures()[0].items():
+        for name, figures in arm_accuracies(self.accuracies, self.judged)[0].items():
             self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        figures, count = self._figures()
+        figures, count = arm_accuracies(self.accuracies, self.judged)
         save_accuracies(self, figures, f"on {count} held-out pictures")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

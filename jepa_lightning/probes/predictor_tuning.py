@@ -1,0 +1,169 @@
+"""Phase two, world models: the predictor is of use too (Garrido et al. 2024, predictor fine-tuning).
+
+Shapes: B batch, N patches, H W pixels, D width.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from callbacks.schedules import total_optimizer_steps
+from datamodules.batches import ImageBatch
+from jepa_lightning.iwm import IWM
+from jepa_lightning.networks.predictor import WorldModel
+from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.picture_jepa import PictureJEPA
+from jepa_lightning.probes.attention import AttentivePool
+from jepa_lightning.probes.finetuning import arm_accuracies
+from jepa_lightning.probes.frozen import PictureProbe
+from jepa_lightning.probes.probe import CONTROL_SEED
+from jepa_lightning.probes.report import save_accuracies
+
+
+class PredictorClassifier(nn.Module):
+    """A predictor that is asked for the whole, unchanged picture, and an attentive classifier of its answer."""
+
+    def __init__(self, predictor: WorldModel, dim: int, num_heads: int, num_classes: int) -> None:
+        super().__init__()
+        self.predictor = predictor
+        self.head = AttentivePool(dim, num_heads, num_classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, classes)."""
+        everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        return self.head(self.predictor(tokens, everywhere, everywhere[:, None])[:, 0])
+
+
+class PredictorTuning(PictureProbe):
+    """Train the predictor of an IWM on labels: the encoder stays frozen and cheap to share.
+
+    The predictor sees the frozen encoder's features of the whole picture and is asked for all patches after no change (the
+    zero action); an attentive classifier reads its answer. Three arms see the same pictures: the pre-trained predictor, one
+    of the same size with random weights, and the attentive classifier alone. `test` writes report.json and report.md.
+
+    Args:
+        checkpoint: Of an IWM, written by `fit`.
+        num_classes: Classes of the data.
+        end_to_end: Train the encoder too, a copy of its own for each arm.
+        learning_rate: Peak of the schedule: of the classifiers, and of the predictor with random weights.
+        pretrained_factor: Learning rate of the pre-trained predictor, and of an encoder, over that; the paper's is a tenth.
+        warmup_fraction: Part of all optimizer steps over which the rates rise, in [0, 1).
+        weight_decay: Of matrices.
+        label_smoothing: Part of the target that all classes share, in [0, 1).
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no IWM, or an argument is out of its range.
+    """
+
+    names = {  # noqa: RUF012
+        "pretrained": "pre-trained predictor",
+        "random": "predictor with random weights",
+        "attentive": "no predictor: attention over the patches",
+    }
+
+    def __init__(
+        self,
+        checkpoint: str,
+        num_classes: int = 10,
+        end_to_end: bool = False,
+        learning_rate: float = 1e-3,
+        pretrained_factor: float = 0.1,
+        warmup_fraction: float = 0.1,
+        weight_decay: float = 0.05,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(checkpoint, "target", num_classes)
+        self.save_hyperparameters()
+        if not learning_rate > 0 or not 0 < pretrained_factor <= 1:
+            raise ValueError(
+                f"model.learning_rate={learning_rate}, model.pretrained_factor={pretrained_factor}: the first must be "
+                "positive, the second lies in (0, 1]."
+            )
+        if not 0 <= label_smoothing < 1 or not 0 <= warmup_fraction < 1 or not weight_decay >= 0:
+            raise ValueError(
+                f"model.label_smoothing={label_smoothing}, model.warmup_fraction={warmup_fraction}, "
+                f"model.weight_decay={weight_decay}: the first two lie in [0, 1), the last is >= 0."
+            )
+        self.learning_rate, self.pretrained_factor, self.warmup_fraction = learning_rate, pretrained_factor, warmup_fraction
+        self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        dim, heads = self.encoder.dim, self.encoder.num_heads
+        pretrained = copy.deepcopy(self.predictor).requires_grad_(True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(CONTROL_SEED)
+            self.arms = nn.ModuleDict(
+                {
+                    "pretrained": PredictorClassifier(pretrained, dim, heads, num_classes),
+                    "random": PredictorClassifier(self.build_predictor(), dim, heads, num_classes),
+                    "attentive": AttentivePool(dim, heads, num_classes),
+                }
+            )
+        self.encoders = nn.ModuleDict()
+        if end_to_end:
+            self.encoders.update({name: copy.deepcopy(self.encoder).requires_grad_(True) for name in self.names})
+        self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(num_classes, average="micro") for name in self.names})
+        self.judged = SumMetric()
+
+    def take(self, jepa: PictureJEPA) -> None:
+        if not isinstance(jepa, IWM):
+            raise ValueError(f"{self.checkpoint} holds a {type(jepa).__name__}; PredictorTuning needs an IWM.")
+        self.predictor, self.build_predictor = jepa.predictor, jepa.build_predictor
+
+    def logits(self, images: Tensor) -> dict[str, Tensor]:
+        """Of every arm, from normalised images (B, 3, H, W): (B, classes) each."""
+        if self.encoders:
+            return {name: arm(self.encoders[name](images)) for name, arm in self.arms.items()}
+        with torch.no_grad():
+            tokens = self.encoder(images)  # (B, N, D)
+        return {name: arm(tokens) for name, arm in self.arms.items()}
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        losses = {
+            name: F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
+            for name, logits in self.logits(batch.images).items()
+        }
+        self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()}, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.judged.update(len(batch.labels))
+        for name, logits in self.logits(batch.images).items():
+            self.accuracies[name].update(logits, batch.labels)
+            if name == "pretrained":
+                self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=len(logits))
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, figures in arm_accuracies(self.accuracies, self.judged)[0].items():
+            self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        figures, count = arm_accuracies(self.accuracies, self.judged)
+        save_accuracies(self, figures, f"on {count} held-out pictures")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        slow = self.learning_rate * self.pretrained_factor
+        pretrained: Any = self.arms["pretrained"]
+        parts = [
+            ("pretrained_predictor", pretrained.predictor, slow),
+            ("pretrained_head", pretrained.head, self.learning_rate),
+            ("random", self.arms["random"], self.learning_rate),
+            ("attentive", self.arms["attentive"], self.learning_rate),
+            ("encoders", self.encoders, slow),
+        ]
+        groups = []
+        for name, module, rate in parts:
+            for group in parameter_groups([module], self.weight_decay):
+                if group["params"]:
+                    groups.append(group | {"name": f"{name}_{group['name']}", "lr": rate})
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), self.warmup_fraction)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,0 +1,249 @@
+"""IWM: what the predictor is told, what is ranked, and what its predictor is good for afterwards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import parameters_equal, small_ijepa, small_iwm, small_pictures, small_views, trainer
+from torch import Tensor
+
+import jepa_lightning.equivariance as equivariance
+import jepa_lightning.iwm
+from datamodules import ViewBatch, Views
+from datamodules.transformations import recolour
+from jepa_lightning import IWM
+from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure, to_uint8
+from jepa_lightning.metrics import reciprocal_ranks
+from jepa_lightning.probes import EquivarianceProbe, FineTuning, PredictorTuning
+
+RANGES = (0.4, 0.4, 0.2, 0.1)
+
+
+def batch(count: int = 3, size: int = 16) -> ViewBatch:
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(count, 3, size, size, generator=generator) for _ in range(3)]
+    actions = torch.randn(count, 7, generator=generator)
+    return ViewBatch(views[0], views[1], actions, views[2], torch.zeros(count, dtype=torch.int64), (0, 0, 0))
+
+
+def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
+    jepa, observed = small_iwm().eval(), batch()
+    masks = jepa.draw_masks(observed)
+    assert masks.targets.shape == (3, 1, 16 - masks.context.shape[1])
+    for seen, hidden in zip(masks.context, masks.targets[:, 0], strict=True):
+        assert sorted([*seen.tolist(), *hidden.tolist()]) == list(range(16))
+    pairs = jepa.target_pairs(observed)
+    target = torch.nn.functional.layer_norm(jepa.encode(observed.targets), (192,))
+    expected = torch.stack([rows[hidden] for rows, hidden in zip(target, masks.targets[:, 0], strict=True)])
+    torch.testing.assert_close(pairs.targets[:, 0], expected)
+    # What is hidden of the source, and all of the target, may change without changing the prediction.
+    rows, columns = masks.targets[:, 0] // 4, masks.targets[:, 0] % 4
+    changed = observed.sources.clone()
+    for picture in range(3):
+        for row, column in zip(rows[picture].tolist(), columns[picture].tolist(), strict=True):
+            changed[picture, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 9.0
+    other = observed._replace(sources=changed, targets=torch.zeros_like(observed.targets))
+    torch.testing.assert_close(jepa.target_pairs(other).predictions, pairs.predictions)
+
+
+@pytest.mark.parametrize("conditioning", ["feature", "sequence", "none"])
+def test_the_predictor_is_told_the_action(conditioning: str) -> None:
+    jepa, observed = small_iwm(conditioning=conditioning).train(), batch()
+    told = jepa.target_pairs(observed).predictions
+    for scalar in range(7):
+        actions = observed.actions.clone()
+        actions[:, scalar] += 1.0
+        heard = not torch.allclose(jepa.target_pairs(observed._replace(actions=actions)).predictions, told, atol=1e-7)
+        assert heard == (conditioning != "none"), f"scalar {scalar}"
+    jepa.prediction_loss(jepa.target_pairs(observed)).backward()
+    for network in (jepa.context_encoder, jepa.predictor):
+        without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not without
+    zero = jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 7))
+    assert torch.equal(jepa.apply_actions(jepa.context_encoder(observed.images)), zero), "no action is the zero action"
+    assert zero.shape == (3, 16, 192)
+
+
+def test_the_scalars_of_a_sequence_are_not_mistaken_for_each_other() -> None:
+    jepa = small_iwm(conditioning="sequence").eval()
+    features = jepa.context_encoder(batch().images)
+    one, other = (jepa.apply_actions(features, torch.eye(7)[number].expand(3, -1)) for number in (0, 1))
+    assert not torch.allclose(one, other, atol=1e-7)
+
+
+def test_ties_are_counted_fairly() -> None:
+    similarities = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    ranks = reciprocal_ranks(similarities, torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(ranks, torch.tensor([1.0, 1 / 3, (1 + 1 / 2) / 2, (1 + 1 / 2 + 1 / 3) / 3]).double())
+    everything_alike = torch.zeros(256, 256)
+    assert reciprocal_ranks(everything_alike, torch.arange(256)).mean().item() == pytest.approx(chance())
+    assert chance() == pytest.approx(0.0239, abs=5e-5)
+
+
+class Oracle(torch.nn.Module):
+    """A model whose features are the pixels, and whose predictor applies the action to them: the best there is."""
+
+    def __init__(self, listens: bool) -> None:
+        super().__init__()
+        self.context_encoder, self.listens = self.pixels, listens
+
+    def pixels(self, images: Tensor) -> Tensor:
+        self.seen = to_uint8(images)
+        return images.flatten(2).transpose(1, 2)
+
+    encode_targets = pixels
+
+    def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
+        if not self.listens:
+            return features
+        side = int(features.shape[1] ** 0.5)
+        picture = to_uint8(features[0].T.unflatten(1, (side, side))[None])[0]
+        made = equivariance.make_versions(picture, actions * (torch.arange(7) < 4))  # it cannot undo what spoils
+        return made.flatten(2).transpose(1, 2)
+
+
+def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
+    ranks = MeanReciprocalRanks()
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
+        ranks.update(model, picture, RANGES, 7, generator, **settings)
+    return ranks.compute()
+
+
+def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
+    oracle, deaf = ranks_of(Oracle(True)), ranks_of(Oracle(False))
+    for kind in ("patch", "pooled"):
+        for question in ("overall", "brightness", "contrast", "saturation", "hue"):
+            assert oracle.mean[kind][question] > 0.9, question  # versions that are the same in uint8 share a rank
+            assert deaf.mean[kind][question] == pytest.approx(chance(), rel=0.02), question
+        assert oracle.mean[kind]["action_blind"] == pytest.approx(chance(), rel=0.02)
+        assert abs(oracle.mean[kind]["shuffled_actions"] - chance()) < 0.01
+    assert oracle.num_pictures == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be painted again"
+
+
+def test_only_what_is_asked_is_ranked() -> None:
+    assert set(ranks_of(Oracle(True), each=False).mean["patch"]) == {"overall", "action_blind", "shuffled_actions"}
+
+
+def test_banks_are_functions_of_the_generator_and_vary_what_they_say() -> None:
+    bank = draw_bank(RANGES, "jitter", torch.Generator().manual_seed(5))
+    state = torch.get_rng_state()
+    assert torch.equal(bank, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(5)))
+    assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
+    assert bank.shape == (256, 7) and (bank[:, :4].std(0) > 0.4).all() and not bank[:, 4:].any()
+    hue = draw_bank(RANGES, "hue", torch.Generator().manual_seed(5))
+    assert hue[:, 3].std() > 0.4 and not hue[:, [0, 1, 2, 4, 5, 6]].any()
+
+
+def test_answers_start_from_a_spoilt_source_and_undo_it() -> None:
+    oracle = Oracle(True)
+    picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    answers = Answers(oracle, picture, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(0)), 7)
+    asked: list[Tensor] = []
+    oracle.apply_actions = lambda features, actions: asked.append(actions) or features
+    answers.predictions("grayscale")
+    assert torch.equal(oracle.seen[0], recolour(picture, torch.tensor([0.0, 0, 0, 0, 1, 0, 0])))
+    assert (torch.cat(asked)[:, 4] == -1).all() and torch.equal(torch.cat(asked)[:, :4], answers.colours[:, :4])
+
+
+def test_validation_draws_what_a_person_watches(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
+    run.fit(small_iwm(), small_views(pictures))
+    figures = run.callback_metrics
+    assert {"val/mrr", "val/mrr_pooled", "val/action_r2_hue", "val/knn_accuracy", "val/error_over_mean"} <= set(figures)
+    assert abs(figures["val/mrr_shuffled_actions"].item() - chance()) < 0.02
+    figure = nearest_figure(small_iwm().eval(), batch(2).images, RANGES, 7, (0, 1))
+    assert len(figure.axes) == 4 * 9
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+    root = tmp_path_factory.mktemp("iwm")
+    run = trainer(root, max_steps=2, enable_checkpointing=True)
+    run.fit(small_iwm(), small_views(pictures))
+    run.save_checkpoint(root / "iwm.ckpt")
+    return root / "iwm.ckpt"
+
+
+def test_the_report_has_figures_and_controls(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    trainer(tmp_path).test(EquivarianceProbe(str(checkpoint), num_pictures=2), small_views(pictures), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    mrr = report["mrr"]
+    assert mrr["num_images"] == 2 and mrr["chance"] == pytest.approx(chance())
+    assert list(mrr["per_transformation"]) == [
+        "brightness",
+        "contrast",
+        "saturation",
+        "hue",
+        "grayscale",
+        "blur",
+        "solarize",
+    ]
+    assert mrr["action_blind"] == pytest.approx(chance(), rel=0.05), "the same answer to all questions"
+    assert 0 < mrr["overall"] < 1 and 0 < mrr["standard_error"] < 0.1
+    assert set(report["action_r2"]) == set(report["feature_change"]) == {"encoder", "untrained"}
+    assert 0 < report["feature_change"]["untrained"] < 2
+    assert (tmp_path / "nearest_versions.png").stat().st_size > 1000
+    assert "all four colours" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_predictor_tuning_trains_three_arms(tmp_path: Path, pictures: Path, checkpoint: Path, end_to_end: bool) -> None:
+    probe = PredictorTuning(str(checkpoint), 2, end_to_end=end_to_end)
+    before = {name: [p.clone() for p in arm.parameters()] for name, arm in probe.arms.items()}
+    assert parameters_equal(probe.arms["pretrained"].predictor, probe.predictor)
+    assert not parameters_equal(probe.arms["random"].predictor, probe.predictor)
+    encoder = [p.clone() for p in probe.encoder.parameters()]
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
+    run.fit(probe, small_pictures(pictures))
+    for name, arm in probe.arms.items():
+        assert all(not torch.equal(p, old) for p, old in zip(arm.parameters(), before[name], strict=True)), name
+    assert all(torch.equal(p, old) for p, old in zip(probe.encoder.parameters(), encoder, strict=True))
+    copies = [p for name in probe.encoders for p in probe.encoders[name].parameters()]
+    assert len(copies) == (3 * len(encoder) if end_to_end else 0)
+    assert not any(torch.equal(p, old) for p, old in zip(copies, 3 * encoder if end_to_end else [], strict=True))
+    rates = {group["name"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
+    assert rates["pretrained_predictor_decay"] == pytest.approx(1e-4) and rates["random_decay"] == pytest.approx(1e-3)
+    trained = sum(p.numel() for group in run.optimizers[0].param_groups for p in group["params"])
+    assert trained == sum(p.numel() for part in (probe.arms, probe.encoders) for p in part.parameters())
+    trainer(tmp_path).test(probe, small_pictures(pictures), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
+
+
+def test_other_probes_read_an_iwm_too(checkpoint: Path) -> None:
+    probe = FineTuning(str(checkpoint), 2)
+    assert parameters_equal(probe.encoder, IWM.load_from_checkpoint(checkpoint, weights_only=True).target_encoder)
+
+
+def test_clear_errors(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"this data has none: set data.views.strength=default"):
+        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_pictures(pictures))
+    with pytest.raises(
+        ValueError, match=r"model.action_dim=7 but the data's actions have 12 scalars .*mirrored.*set it to 12"
+    ):
+        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_views(pictures, views=Views(geometric=True)))
+    with pytest.raises(ValueError, match=r"model.action_dim=3"):
+        small_iwm(action_dim=3)
+    with pytest.raises(ValueError, match=r"conditioning='film'"):
+        small_iwm(conditioning="film")
+    with pytest.raises(ValueError, match=r"model.pretrained_factor=0"):
+        PredictorTuning(str(checkpoint), 2, pretrained_factor=0)
+    with pytest.raises(ValueError, match=r"model.num_pictures=1"):
+        EquivarianceProbe(str(checkpoint), num_pictures=1)
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    run.fit(small_ijepa(), small_pictures(pictures))
+    run.save_checkpoint(tmp_path / "ijepa.ckpt")
+    for probe in (EquivarianceProbe, PredictorTuning):
+        with pytest.raises(ValueError, match=r"holds a IJEPA"):
+            probe(str(tmp_path / "ijepa.ckpt"))
+
+
+def test_geometric_actions_train(tmp_path: Path, pictures: Path) -> None:
+    jepa = small_iwm(action_dim=12)
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(jepa, small_views(pictures, views=Views(geometric=True)))
+    assert run.global_step == 6 and torch.isfinite(run.callback_metrics["train/loss"])
