@@ -62,6 +62,7 @@ format: $(READY) ## put the code into shape
 benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/pendulum_data.py
 	$(BIN)/python benchmarks/ijepa.py
+	$(BIN)/python benchmarks/views.py
 
 clean: ## remove the environment and all runs
 	rm -rf .venv runs

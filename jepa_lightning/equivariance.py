@@ -119,10 +119,11 @@ class Answers:
 
     def similarities(self, predictions: Tensor) -> list[Tensor]:
         """Of predictions (Q, N, D) to all versions, in the order of `SIMILARITIES`: (Q, V) each."""
-        with torch.autocast(predictions.device.type, enabled=False):
-            patches = [F.normalize(value, dim=-1).flatten(1) for value in (predictions, self.features)]
-            pooled = [F.normalize(value.mean(dim=1), dim=-1) for value in (predictions, self.features)]
-            return [patches[0] @ patches[1].T / self.features.shape[1], pooled[0] @ pooled[1].T]
+        # In double precision: the cosines of similar versions differ by less than float32 can tell near 1.
+        asked, found = predictions.double(), self.features.double()
+        patches = [F.normalize(value, dim=-1).flatten(1) for value in (asked, found)]
+        pooled = [F.normalize(value.mean(dim=1), dim=-1) for value in (asked, found)]
+        return [patches[0] @ patches[1].T / found.shape[1], pooled[0] @ pooled[1].T]
 
 
 class Ranks(NamedTuple):
