@@ -59,7 +59,7 @@ class AppliesActions(Protocol):
         """The space of predictions: normalised (B, 3, H, W) -> (B, N, D)."""
 
     def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
-        """Features of all patches after actions: (B, N, D) of the context encoder and (B, A) -> (B, N, D)."""
+        """Features of all patches after actions: (B, N, D) of the context encoder and (B, 7) -> (B, N, D)."""
 
 
 def draw_bank(ranges: tuple[float, float, float, float], which: str, generator: torch.Generator) -> Tensor:
@@ -92,11 +92,10 @@ class Answers:
         model: The world model.
         picture: uint8 (3, H, W), on the model's device.
         colours: (V, 7) of the versions.
-        action_dim: A; scalars beyond the colours are zero.
     """
 
-    def __init__(self, model: AppliesActions, picture: Tensor, colours: Tensor, action_dim: int) -> None:
-        self.model, self.picture, self.colours, self.action_dim = model, picture, colours, action_dim
+    def __init__(self, model: AppliesActions, picture: Tensor, colours: Tensor) -> None:
+        self.model, self.picture, self.colours = model, picture, colours
         self.versions = make_versions(picture, colours)
         self.features = torch.cat([model.encode_targets(part) for part in self.versions.split(CHUNK)]).float()  # (V, N, D)
 
@@ -113,8 +112,10 @@ class Answers:
         start = torch.tensor([float(name == spoilt) for name in COLOURS])
         source = self.model.context_encoder(make_versions(self.picture, start[None]))  # (1, N, D)
         actions = self.colours - start if actions is None else actions
-        actions = F.pad(actions, (0, self.action_dim - actions.shape[1])).to(self.picture.device)
-        parts = [self.model.apply_actions(source.expand(len(part), -1, -1), part) for part in actions.split(CHUNK)]
+        parts = [
+            self.model.apply_actions(source.expand(len(part), -1, -1), part)
+            for part in actions.to(self.picture.device).split(CHUNK)
+        ]
         return torch.cat(parts).float()
 
     def similarities(self, predictions: Tensor) -> list[Tensor]:
@@ -156,7 +157,6 @@ class MeanReciprocalRanks(Metric):
         model: AppliesActions,
         picture: Tensor,
         ranges: tuple[float, float, float, float],
-        action_dim: int,
         generator: torch.Generator,
         each: bool = True,
     ) -> None:
@@ -166,11 +166,10 @@ class MeanReciprocalRanks(Metric):
             model: The world model.
             picture: uint8 (3, H, W), on the model's device.
             ranges: Greatest change of brightness, contrast, saturation and hue.
-            action_dim: A.
             generator: Draws the versions; on the CPU.
             each: Each transformation on its own too, not the jitter and its controls alone.
         """
-        answers = Answers(model, picture, draw_bank(ranges, "jitter", generator), action_dim)
+        answers = Answers(model, picture, draw_bank(ranges, "jitter", generator))
         told = answers.predictions(None)
         self._count("overall", answers, told)
         blind = answers.predictions(None, torch.zeros(1, len(COLOURS)))
@@ -182,7 +181,7 @@ class MeanReciprocalRanks(Metric):
             self._count(name, answers, answers.predictions(name))
         for name, greatest in zip(JITTERED, ranges, strict=True):
             if greatest > 0:  # or else all versions are the same
-                answers = Answers(model, picture, draw_bank(ranges, name, generator), action_dim)
+                answers = Answers(model, picture, draw_bank(ranges, name, generator))
                 self._count(name, answers, answers.predictions(None))
 
     def _count(self, question: str, answers: Answers, predictions: Tensor) -> None:
@@ -234,7 +233,6 @@ def nearest_figure(
     model: AppliesActions,
     images: Tensor,
     ranges: tuple[float, float, float, float],
-    action_dim: int,
     key: tuple[int, ...],
     count: int = 8,
 ) -> Figure:
@@ -244,14 +242,13 @@ def nearest_figure(
         model: The world model.
         images: (B, 3, H, W), normalised.
         ranges: Greatest change of brightness, contrast, saturation and hue.
-        action_dim: A.
         key: Of the random numbers.
         count: Versions of each picture.
     """
     rows: dict[str, Tensor] = {}
     for number, (image, picture) in enumerate(zip(images, to_uint8(images), strict=True)):
         bank = draw_bank(ranges, "jitter", seeded_generator(*key, BANK_STREAM, number))
-        answers = Answers(model, picture, bank, action_dim)
+        answers = Answers(model, picture, bank)
         similarity = answers.similarities(answers.predictions(None, answers.colours[:count]))[0]
         found = answers.versions[similarity.argmax(dim=1)]
         for title, versions in (("asked", answers.versions[:count]), ("nearest", found)):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from torch.nn import functional as F
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import ViewBatch
@@ -194,11 +195,13 @@ class IWM(PictureJEPA):
 
         Args:
             features: (B, N, D), of all patches of the pictures, from the context encoder.
-            actions: (B, A); no change if left out.
+            actions: (B, A), or the colours alone, (B, 7); no change if left out.
 
         Returns:
             (B, N, D).
         """
+        if actions is not None:
+            actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
         everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
         return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
 
@@ -214,9 +217,9 @@ class IWM(PictureJEPA):
             data: Any = self.trainer.datamodule
             for number, picture in enumerate(to_uint8(batch.images[:WATCHED])):
                 generator = seeded_generator(*batch.key, BANK_STREAM, number)
-                self.ranks.update(self, picture, data.views.ranges, self.predictor.action_dim, generator, each=False)
+                self.ranks.update(self, picture, data.views.ranges, generator, each=False)
             if self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
-                shown = (batch.images[:2], data.views.ranges, self.predictor.action_dim, batch.key)
+                shown = (batch.images[:2], data.views.ranges, batch.key)
                 show_in_tensorboard(self.logger, "nearest versions", nearest_figure(self, *shown), self.global_step)
         return pairs
 

@@ -144,6 +144,9 @@ def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
     arguments += few_pictures(pictures, tmp_path / "equivariance")
     main(["test", *arguments, "--model.num_pictures", "2"])
     assert "all four colours" in (tmp_path / "equivariance" / "report.md").read_text()
+    arguments = ["--config", str(CONFIGS / "iwm_cifar10_completion.yaml"), "--model.checkpoint", str(jepa)]
+    main(["fit", *arguments, *few_pictures(pictures, tmp_path / "completion"), *FEW_STEPS])
+    assert (tmp_path / "completion" / "sliders.png").exists()
     arguments = ["--config", str(CONFIGS / "iwm_cifar10_predictor.yaml"), "--model.checkpoint", str(jepa)]
     arguments += [*few_pictures(pictures, tmp_path / "predictor"), "--model.num_classes", "2"]
     main(["fit", *arguments, *FEW_STEPS])
@@ -162,7 +165,7 @@ def test_the_overlay_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
 def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
     names |= {"ijepa_smoke", "ijepa_smoke_linear", *SMALL_IJEPAS, *(f"ijepa_cifar10_{name}" for name in CIFAR_PROBES)}
-    names |= {"iwm_smoke", "iwm_cifar10_equivariance", "iwm_cifar10_predictor", *SMALL_IWMS}
+    names |= {"iwm_smoke", "iwm_cifar10_equivariance", "iwm_cifar10_predictor", "iwm_cifar10_completion", *SMALL_IWMS}
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]

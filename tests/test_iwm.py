@@ -15,7 +15,7 @@ from datamodules.transformations import recolour
 from jepa_lightning import IWM
 from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure, to_uint8
 from jepa_lightning.metrics import reciprocal_ranks
-from jepa_lightning.probes import EquivarianceProbe, FineTuning, PredictorTuning
+from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorTuning
 
 RANGES = (0.4, 0.4, 0.2, 0.1)
 
@@ -108,7 +108,7 @@ def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-        ranks.update(model, picture, RANGES, 7, generator, **settings)
+        ranks.update(model, picture, RANGES, generator, **settings)
     return ranks.compute()
 
 
@@ -140,7 +140,7 @@ def test_banks_are_functions_of_the_generator_and_vary_what_they_say() -> None:
 def test_answers_start_from_a_spoilt_source_and_undo_it() -> None:
     oracle = Oracle(True)
     picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    answers = Answers(oracle, picture, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(0)), 7)
+    answers = Answers(oracle, picture, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(0)))
     asked: list[Tensor] = []
     oracle.apply_actions = lambda features, actions: asked.append(actions) or features
     answers.predictions("grayscale")
@@ -155,7 +155,7 @@ def test_validation_draws_what_a_person_watches(tmp_path: Path, pictures: Path, 
     figures = run.callback_metrics
     assert {"val/mrr", "val/mrr_pooled", "val/action_r2_hue", "val/knn_accuracy", "val/error_over_mean"} <= set(figures)
     assert abs(figures["val/mrr_shuffled_actions"].item() - chance()) < 0.02
-    figure = nearest_figure(small_iwm().eval(), batch(2).images, RANGES, 7, (0, 1))
+    figure = nearest_figure(small_iwm().eval(), batch(2).images, RANGES, (0, 1))
     assert len(figure.axes) == 4 * 9
 
 
@@ -212,6 +212,25 @@ def test_predictor_tuning_trains_three_arms(tmp_path: Path, pictures: Path, chec
     trainer(tmp_path).test(probe, small_pictures(pictures), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
+
+
+def test_a_decoder_paints_what_is_imagined(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
+    probe = CompletionProbe(str(checkpoint), width=64, depth=1)
+    run.fit(probe, small_pictures(pictures))
+    for name in ("completion.png", "sliders.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert len(probe._sliders(batch(1).images).axes) == 8 * 9
+    images = batch(2).images
+    found = probe.complete(images, torch.Generator().manual_seed(0))
+    masks = probe.masks.draw(2, torch.Generator().manual_seed(0), 1.0)
+    hidden = masks.hidden(16)
+    predicted = probe.predictor(probe.context_encoder(images, masks.context), masks.context, hidden[:, None])[:, 0]
+    features = torch.zeros(2, 16, 192)
+    context = torch.nn.functional.layer_norm(probe.context_encoder(images, masks.context), (192,))
+    for picture in range(2):
+        features[picture, masks.context[picture]], features[picture, hidden[picture]] = context[picture], predicted[picture]
+    torch.testing.assert_close(found.completed, probe.decoders["jepa"](features))
 
 
 def test_other_probes_read_an_iwm_too(checkpoint: Path) -> None:

@@ -8,12 +8,16 @@ from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, batch_generator
+from datamodules.transformations import COLOURS
+from jepa_lightning.equivariance import JITTERED, make_versions, to_uint8
+from jepa_lightning.iwm import IWM
 from jepa_lightning.networks.decoder import PatchDecoder
 from jepa_lightning.networks.vit import take
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
@@ -24,6 +28,9 @@ from jepa_lightning.probes.report import save_report
 
 SHOWN = 8
 """Pictures in the figure."""
+
+STEPS = 9
+"""Positions of a slider, from one unit less to one unit more; see `datamodules.transformations.COLOURS`."""
 
 
 class Completion(NamedTuple):
@@ -52,6 +59,9 @@ class CompletionProbe(PictureProbe):
     report.md, with the squared errors (normalised pixels) on the target blocks beside those of the mean visible colour.
 
     A deterministic prediction in feature space is painted as an average of what may be there: blurred, not invented.
+
+    Of an IWM, which predicts all that is hidden at once, validation also writes sliders.png: a picture with more and less
+    brightness, contrast, saturation and hue, as it would be and as the world model imagines it.
 
     Args:
         checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
@@ -94,6 +104,7 @@ class CompletionProbe(PictureProbe):
     def take(self, jepa: PictureJEPA) -> None:
         self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
         self.predicts_normalised = jepa.normalize_targets
+        self.imagine = jepa.apply_actions if isinstance(jepa, IWM) else None
         pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
         if all(torch.equal(context, target) for context, target in pairs):
             raise ValueError(
@@ -125,12 +136,14 @@ class CompletionProbe(PictureProbe):
         visible = torch.zeros(len(images), count, dtype=torch.bool, device=images.device).scatter_(1, masks.context, True)
         judged = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
         context = self.context_encoder(images, masks.context)  # (B, K, D)
-        # Those neither seen nor in a block are predicted all at once, then each block on its own, as in training.
+        # All that is not seen is predicted at once, as IWM is trained, and then each block on its own, as I-JEPA is.
         rest = masks.hidden(count)  # (B, N - K)
+        blocks = masks.targets if self.imagine is None else masks.targets[:, :0]
         features = images.new_zeros(len(images), count, self.encoder.dim)
         predicted = [self._predict(context, masks.context, rest[:, None])[:, 0]]  # (B, N - K, D)
-        predicted += self._predict(context, masks.context, masks.targets).unbind(1)  # M of (B, L, D)
-        places = [rest, *masks.targets.unbind(1)]
+        if blocks.shape[1]:
+            predicted += self._predict(context, masks.context, blocks).unbind(1)  # M of (B, L, D)
+        places = [rest, *blocks.unbind(1)]
         normalised = F.layer_norm(context, context.shape[-1:])
         # One after the other, since blocks may overlap: the last one counts.
         for indices, values in zip([masks.context, *places], [normalised, *predicted], strict=True):
@@ -205,6 +218,26 @@ class CompletionProbe(PictureProbe):
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "completion.png")
         show_in_tensorboard(self.logger, "completion", figure, self.global_step)
+        if self.imagine is not None:
+            sliders = self._sliders(images[:1])
+            sliders.savefig(directory / "sliders.png")
+            show_in_tensorboard(self.logger, "sliders", sliders, self.global_step)
+
+    @torch.no_grad()
+    def _sliders(self, image: Tensor) -> Figure:
+        """What actions of one scalar make of a normalised picture (1, 3, H, W): the truth, and what is imagined."""
+        assert self.imagine is not None
+        context = self.context_encoder(image)  # (1, N, D)
+        rows = {}
+        for number, name in enumerate(JITTERED):
+            colours = torch.zeros(STEPS, len(COLOURS))
+            colours[:, number] = torch.linspace(-1, 1, STEPS)
+            imagined = self.imagine(context.expand(STEPS, -1, -1), colours.to(image.device))
+            if not self.predicts_normalised:
+                imagined = F.layer_norm(imagined, imagined.shape[-1:])
+            rows[f"{name},\ntrue"] = to_colours(make_versions(to_uint8(image)[0], colours))
+            rows[f"{name},\nimagined"] = to_colours(self.decoders["jepa"](imagined))
+        return rows_figure(rows)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = parameter_groups([self.decoders], self.weight_decay)

@@ -99,7 +99,7 @@ class EquivarianceProbe(PictureProbe):
         data: Any = self.trainer.datamodule
         for number, picture in enumerate(to_uint8(images)[: share - self._ranked]):
             generator = seeded_generator(*batch.key, BANK_STREAM, number)
-            self.ranks.update(self.jepa, picture, data.views.ranges, self.jepa.predictor.action_dim, generator)
+            self.ranks.update(self.jepa, picture, data.views.ranges, generator)
             self._ranked += 1
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._show(images[:SHOWN], batch.key)
@@ -107,7 +107,7 @@ class EquivarianceProbe(PictureProbe):
     def _show(self, images: Tensor, key: tuple[int, ...]) -> None:
         """Write nearest_versions.png, and the same figure to TensorBoard."""
         data: Any = self.trainer.datamodule
-        figure = nearest_figure(self.jepa, images, data.views.ranges, self.jepa.predictor.action_dim, key)
+        figure = nearest_figure(self.jepa, images, data.views.ranges, key)
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "nearest_versions.png")
