@@ -152,6 +152,18 @@ def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
     main(["fit", *arguments, *FEW_STEPS])
     main(["test", *arguments, "--ckpt_path", str(tmp_path / "predictor" / "checkpoints" / "last.ckpt")])
     assert "predictor with random weights" in (tmp_path / "predictor" / "report.md").read_text()
+    config = yaml.safe_load((CONFIGS / "iwm_tasks.yaml").read_text())
+    config["model"]["init_args"] = {
+        "checkpoint": str(jepa),
+        "num_classes": dict.fromkeys(config["data"]["init_args"]["folders"], 2),
+    }
+    for folder in config["data"]["init_args"]["folders"].values():
+        folder["init_args"] |= {"root": str(pictures), "batch_size": 2, "num_workers": 0}
+        del folder["init_args"]["download"]
+    config["trainer"]["default_root_dir"] = str(tmp_path / "tasks")
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(tmp_path / "tasks.yaml"), *FEW_STEPS, "--trainer.accelerator", "cpu"])
+    assert (tmp_path / "tasks" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_the_overlay_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> None:
@@ -165,7 +177,14 @@ def test_the_overlay_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
 def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     names = {f"{name}{phase}" for name in JEPAS for phase in ("", "_decoder", "_state")}
     names |= {"ijepa_smoke", "ijepa_smoke_linear", *SMALL_IJEPAS, *(f"ijepa_cifar10_{name}" for name in CIFAR_PROBES)}
-    names |= {"iwm_smoke", "iwm_cifar10_equivariance", "iwm_cifar10_predictor", "iwm_cifar10_completion", *SMALL_IWMS}
+    names |= {
+        "iwm_smoke",
+        "iwm_cifar10_equivariance",
+        "iwm_cifar10_predictor",
+        "iwm_cifar10_completion",
+        "iwm_tasks",
+        *SMALL_IWMS,
+    }
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]

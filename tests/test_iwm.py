@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import parameters_equal, small_ijepa, small_iwm, small_pictures, small_views, trainer
+from conftest import parameters_equal, small_ijepa, small_iwm, small_pictures, small_views, trainer, write_pictures
 from torch import Tensor
 
 import jepa_lightning.equivariance as equivariance
 import jepa_lightning.iwm
-from datamodules import ViewBatch, Views
+from datamodules import Tasks, ViewBatch, Views
 from datamodules.transformations import recolour
 from jepa_lightning import IWM
 from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure, to_uint8
@@ -212,6 +212,40 @@ def test_predictor_tuning_trains_three_arms(tmp_path: Path, pictures: Path, chec
     trainer(tmp_path).test(probe, small_pictures(pictures), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
+
+
+def test_one_predictor_learns_several_tasks(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    for name in "xyz":
+        write_pictures(tmp_path / "other" / name, 5, size=(16, 16), hue=ord(name))
+    data = Tasks({"insects": small_pictures(pictures), "letters": small_pictures(tmp_path / "other")})
+    probe = PredictorTuning(str(checkpoint), {"insects": 2, "letters": 3})
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
+    run.fit(probe, data)
+    assert run.global_step == 6, "as long as the larger one"
+    for arm in ("pretrained", "random"):
+        tokens = probe.arms[arm].tokens
+        assert set(tokens) == {"insects_token", "letters_token"}
+    images = batch().images
+    features = probe.encoder(images)
+    insects, letters = (probe.arms["random"](features, task) for task in ("insects", "letters"))
+    assert insects.shape == (3, 2) and letters.shape == (3, 3)
+    before = probe.arms["random"](features, "letters")
+    with torch.no_grad():
+        probe.arms["random"].tokens["letters_token"] += torch.arange(24.0)  # a constant would be lost in the norm
+    assert not torch.equal(probe.arms["random"](features, "letters"), before), "the predictor sees the task"
+    assert torch.equal(probe.arms["random"](features, "insects"), insects)
+    trainer(tmp_path).test(probe, data, verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["accuracy"]) == {f"{arm}_{task}" for arm in probe.titles for task in ("insects", "letters")}
+    assert report["judged"] == "on 6, 3 held-out pictures"
+    with pytest.raises(ValueError, match="model.num_classes={'insects': 2, 'letters': 4} but the data has"):
+        trainer(tmp_path).test(PredictorTuning(str(checkpoint), {"insects": 2, "letters": 4}), data)
+    with pytest.raises(ValueError, match="give two or more"):
+        Tasks({"insects": small_pictures(pictures)})
+    with pytest.raises(ValueError, match="pictures of one size"):
+        Tasks({"insects": small_pictures(pictures), "letters": small_pictures(pictures, image_size=32)})
+    with pytest.raises(ValueError, match="labels, not views"):
+        Tasks({"insects": small_pictures(pictures), "letters": small_views(pictures)})
 
 
 def test_a_decoder_paints_what_is_imagined(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:

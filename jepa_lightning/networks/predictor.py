@@ -172,7 +172,14 @@ class WorldModel(MaskedPredictor):
             # Attention does not know the order of its tokens: the bias says which scalar this is.
             self.action_token = nn.Parameter(0.02 * torch.randn(action_dim, width))
 
-    def forward(self, features: Tensor, context: Tensor, targets: Tensor, actions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        actions: Tensor | None = None,
+        further: Tensor | None = None,
+    ) -> Tensor:
         """Predicted features of the target blocks after an action.
 
         Args:
@@ -180,6 +187,7 @@ class WorldModel(MaskedPredictor):
             context: (B, K), their raster indices.
             targets: (B, M, L), raster indices of the patches to predict.
             actions: (B, A); no change if left out.
+            further: (E, width), tokens that stand beside all others, such as one that names a task.
 
         Returns:
             (B, M, L, D).
@@ -191,4 +199,6 @@ class WorldModel(MaskedPredictor):
             hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
         elif self.conditioning == "sequence":
             others = torch.cat([actions[..., None] * self.action_weight + self.action_token, others], dim=1)
+        if further is not None:
+            others = torch.cat([further.expand(len(others), -1, -1), others], dim=1)
         return self._predict(others, hidden, targets)

@@ -1,5 +1,6 @@
 """Phase two, pictures: train the encoder on, with labels."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_accuracies
 
 
-def arm_accuracies(accuracies: nn.ModuleDict, judged: SumMetric) -> tuple[dict[str, dict[str, float]], int]:
+def arm_accuracies(accuracies: Mapping[str, Any], judged: Any) -> tuple[dict[str, dict[str, float]], int]:
     """Accuracy and its standard error by arm, and how many pictures were judged; the metrics are reset."""
     count = max(1, int(judged.compute()))
     judged.reset()
@@ -129,11 +130,11 @@ class FineTuning(PictureProbe):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        for name, figures in arm_accuracies(self.accuracies, self.judged)[0].items():
+        for name, figures in arm_accuracies(dict(self.accuracies.items()), self.judged)[0].items():
             self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        figures, count = arm_accuracies(self.accuracies, self.judged)
+        figures, count = arm_accuracies(dict(self.accuracies.items()), self.judged)
         save_accuracies(self, figures, f"on {count} held-out pictures")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -22,16 +22,18 @@ class PictureProbe(LightningModule, ABC):
     Args:
         checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
-        num_classes: Classes of the data; None for a probe that needs no labels.
+        num_classes: Classes of the data, by task if there are several; None for a probe that needs no labels.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
-    def __init__(self, checkpoint: str, encoder: Literal["target", "context"], num_classes: int | None) -> None:
+    def __init__(
+        self, checkpoint: str, encoder: Literal["target", "context"], num_classes: int | dict[str, int] | None
+    ) -> None:
         super().__init__()
-        if num_classes is not None and num_classes < 2:
+        if num_classes is not None and min([num_classes] if isinstance(num_classes, int) else num_classes.values()) < 2:
             raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2 classes.")
         if encoder not in ("target", "context"):
             raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")

@@ -25,19 +25,40 @@ from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.probe import CONTROL_SEED
 from jepa_lightning.probes.report import save_accuracies
 
+ONLY = "labels"
+"""Name of the task where there is but one."""
 
-class PredictorClassifier(nn.Module):
-    """A predictor that is asked for the whole, unchanged picture, and an attentive classifier of its answer."""
 
-    def __init__(self, predictor: WorldModel, dim: int, num_heads: int, num_classes: int) -> None:
+class AttentiveClassifier(nn.Module):
+    """Attention over patch features, a query and a linear layer for each task."""
+
+    def __init__(self, dim: int, num_heads: int, tasks: dict[str, int]) -> None:
         super().__init__()
-        self.predictor = predictor
-        self.head = AttentivePool(dim, num_heads, num_classes)
+        self.heads = nn.ModuleDict({name: AttentivePool(dim, num_heads, classes) for name, classes in tasks.items()})
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, task: str) -> Tensor:
+        """(B, N, D) -> (B, classes)."""
+        return self.heads[task](tokens)
+
+
+class PredictorClassifier(AttentiveClassifier):
+    """A predictor that is asked for the whole, unchanged picture, and attentive classifiers of its answer.
+
+    Where there are several tasks, each has a learned token that the predictor sees.
+    """
+
+    def __init__(self, predictor: WorldModel, dim: int, num_heads: int, tasks: dict[str, int]) -> None:
+        super().__init__(dim, num_heads, tasks)
+        self.predictor = predictor
+        width = predictor.mask_token.shape[-1]
+        names = tasks if len(tasks) > 1 else {}
+        self.tokens = nn.ParameterDict({f"{name}_token": 0.02 * torch.randn(1, width) for name in names})
+
+    def forward(self, tokens: Tensor, task: str) -> Tensor:
         """(B, N, D) -> (B, classes)."""
         everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        return self.head(self.predictor(tokens, everywhere, everywhere[:, None])[:, 0])
+        named = self.tokens[f"{task}_token"] if len(self.tokens) else None
+        return super().forward(self.predictor(tokens, everywhere, everywhere[:, None], further=named)[:, 0], task)
 
 
 class PredictorTuning(PictureProbe):
@@ -47,9 +68,11 @@ class PredictorTuning(PictureProbe):
     zero action); an attentive classifier reads its answer. Three arms see the same pictures: the pre-trained predictor, one
     of the same size with random weights, and the attentive classifier alone. `test` writes report.json and report.md.
 
+    With `datamodules.Tasks`, one predictor learns several tasks at once, each with a token and a classifier of its own.
+
     Args:
         checkpoint: Of an IWM, written by `fit`.
-        num_classes: Classes of the data.
+        num_classes: Classes of the data; by task where there are several.
         end_to_end: Train the encoder too, a copy of its own for each arm.
         learning_rate: Peak of the schedule: of the classifiers, and of the predictor with random weights.
         pretrained_factor: Learning rate of the pre-trained predictor, and of an encoder, over that; the paper's is a tenth.
@@ -62,7 +85,7 @@ class PredictorTuning(PictureProbe):
         ValueError: It cannot be read, holds no IWM, or an argument is out of its range.
     """
 
-    names = {  # noqa: RUF012
+    titles = {  # noqa: RUF012
         "pretrained": "pre-trained predictor",
         "random": "predictor with random weights",
         "attentive": "no predictor: attention over the patches",
@@ -71,7 +94,7 @@ class PredictorTuning(PictureProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
+        num_classes: int | dict[str, int] = 10,
         end_to_end: bool = False,
         learning_rate: float = 1e-3,
         pretrained_factor: float = 0.1,
@@ -93,68 +116,97 @@ class PredictorTuning(PictureProbe):
             )
         self.learning_rate, self.pretrained_factor, self.warmup_fraction = learning_rate, pretrained_factor, warmup_fraction
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
-        dim, heads = self.encoder.dim, self.encoder.num_heads
+        self.tasks = num_classes if isinstance(num_classes, dict) else {ONLY: num_classes}
+        self.names = {
+            self._kind(arm, task): title if task == ONLY else f"{task}: {title}"
+            for task in self.tasks
+            for arm, title in self.titles.items()
+        }
+        sizes = (self.encoder.dim, self.encoder.num_heads, self.tasks)
         pretrained = copy.deepcopy(self.predictor).requires_grad_(True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(CONTROL_SEED)
             self.arms = nn.ModuleDict(
                 {
-                    "pretrained": PredictorClassifier(pretrained, dim, heads, num_classes),
-                    "random": PredictorClassifier(self.build_predictor(), dim, heads, num_classes),
-                    "attentive": AttentivePool(dim, heads, num_classes),
+                    "pretrained": PredictorClassifier(pretrained, *sizes),
+                    "random": PredictorClassifier(self.build_predictor(), *sizes),
+                    "attentive": AttentiveClassifier(*sizes),
                 }
             )
         self.encoders = nn.ModuleDict()
         if end_to_end:
-            self.encoders.update({name: copy.deepcopy(self.encoder).requires_grad_(True) for name in self.names})
-        self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(num_classes, average="micro") for name in self.names})
-        self.judged = SumMetric()
+            self.encoders.update({name: copy.deepcopy(self.encoder).requires_grad_(True) for name in self.titles})
+        self.accuracies = nn.ModuleDict(
+            {
+                self._kind(arm, task): MulticlassAccuracy(classes, average="micro")
+                for task, classes in self.tasks.items()
+                for arm in self.titles
+            }
+        )
+        self.judged = nn.ModuleDict({task: SumMetric() for task in self.tasks})
+
+    def _kind(self, arm: str, task: str) -> str:
+        return arm if task == ONLY else f"{arm}_{task}"
 
     def take(self, jepa: PictureJEPA) -> None:
         if not isinstance(jepa, IWM):
             raise ValueError(f"{self.checkpoint} holds a {type(jepa).__name__}; PredictorTuning needs an IWM.")
         self.predictor, self.build_predictor = jepa.predictor, jepa.build_predictor
 
-    def logits(self, images: Tensor) -> dict[str, Tensor]:
+    def logits(self, images: Tensor, task: str = ONLY) -> dict[str, Tensor]:
         """Of every arm, from normalised images (B, 3, H, W): (B, classes) each."""
         if self.encoders:
-            return {name: arm(self.encoders[name](images)) for name, arm in self.arms.items()}
+            return {name: arm(self.encoders[name](images), task) for name, arm in self.arms.items()}
         with torch.no_grad():
             tokens = self.encoder(images)  # (B, N, D)
-        return {name: arm(tokens) for name, arm in self.arms.items()}
+        return {name: arm(tokens, task) for name, arm in self.arms.items()}
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        losses = {
-            name: F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing)
-            for name, logits in self.logits(batch.images).items()
-        }
-        self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()}, prog_bar=True)
-        return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
+    def training_step(self, batch: ImageBatch | dict[str, ImageBatch], batch_idx: int) -> Tensor:
+        losses = {}
+        for task, part in ({ONLY: batch} if isinstance(batch, ImageBatch) else batch).items():
+            for arm, logits in self.logits(part.images, task).items():
+                loss = F.cross_entropy(logits, part.labels, label_smoothing=self.label_smoothing)
+                losses[self._kind(arm, task)] = loss
+        self.log_dict({f"train/loss_{kind}": loss for kind, loss in losses.items()}, prog_bar=len(self.tasks) == 1)
+        return torch.stack(list(losses.values())).sum()  # the arms share no parameter, so each is trained on its own
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.judged.update(len(batch.labels))
-        for name, logits in self.logits(batch.images).items():
-            self.accuracies[name].update(logits, batch.labels)
-            if name == "pretrained":
-                self.log("val/loss", F.cross_entropy(logits, batch.labels), sync_dist=True, batch_size=len(logits))
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        task = list(self.tasks)[dataloader_idx]
+        self.judged[task].update(len(batch.labels))
+        for arm, logits in self.logits(batch.images, task).items():
+            self.accuracies[self._kind(arm, task)].update(logits, batch.labels)
 
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    def test_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def _figures(self) -> tuple[dict[str, dict[str, float]], str]:
+        """Accuracies by arm and task, and on how many pictures."""
+        figures: dict[str, dict[str, float]] = {}
+        counts = []
+        for task in self.tasks:
+            kinds = [self._kind(arm, task) for arm in self.titles]
+            found, count = arm_accuracies({kind: self.accuracies[kind] for kind in kinds}, self.judged[task])
+            figures |= found
+            counts.append(str(count))
+        return figures, ", ".join(counts)
 
     def on_validation_epoch_end(self) -> None:
-        for name, figures in arm_accuracies(self.accuracies, self.judged)[0].items():
-            self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
+        figures, _ = self._figures()
+        self.log_dict({f"val/accuracy_{kind}": found["accuracy"] for kind, found in figures.items()}, prog_bar=True)
+        pretrained = [found["accuracy"] for kind, found in figures.items() if kind.startswith("pretrained")]
+        self.log("val/loss", 1 - sum(pretrained) / len(pretrained))  # the best checkpoint is the one with fewest errors
 
     def on_test_epoch_end(self) -> None:
-        figures, count = arm_accuracies(self.accuracies, self.judged)
-        save_accuracies(self, figures, f"on {count} held-out pictures")
+        figures, counts = self._figures()
+        save_accuracies(self, figures, f"on {counts} held-out pictures")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         slow = self.learning_rate * self.pretrained_factor
         pretrained: Any = self.arms["pretrained"]
         parts = [
             ("pretrained_predictor", pretrained.predictor, slow),
-            ("pretrained_head", pretrained.head, self.learning_rate),
+            ("pretrained_heads", pretrained.heads, self.learning_rate),
+            ("pretrained_tokens", pretrained.tokens, self.learning_rate),
             ("random", self.arms["random"], self.learning_rate),
             ("attentive", self.arms["attentive"], self.learning_rate),
             ("encoders", self.encoders, slow),
