@@ -25,6 +25,7 @@ from jepa_lightning import layouts
 from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.layouts import State
+from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.storage import AtomicCheckpointIO, read_file
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
@@ -209,7 +210,7 @@ def export_weights(
     layout: Literal["official", "timm", "huggingface", "safetensors"] = "safetensors",
     encoder: Literal["target", "context"] = "target",
 ) -> None:
-    """Write an I-JEPA's weights for other programs.
+    """Write the weights of an I-JEPA, or of an IWM's encoder, for other programs.
 
     Args:
         checkpoint: Written by `fit`.
@@ -220,8 +221,10 @@ def export_weights(
         encoder: Which one to export; the paper evaluates the target encoder. Official has both.
     """
     jepa = load_jepa(checkpoint)
-    if not isinstance(jepa, IJEPA):
-        raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; only an IJEPA has a layout elsewhere.")
+    if not isinstance(jepa, PictureJEPA) or (layout == "official" and not isinstance(jepa, IJEPA)):
+        raise ValueError(
+            f"{checkpoint} holds a {type(jepa).__name__}: an IJEPA has all layouts, an IWM's encoder all but the official."
+        )
     networks = {"target": jepa.target_encoder, "context": jepa.context_encoder}
     states = {name: {"pos_embed": net.positions[None].clone(), **net.vit.state_dict()} for name, net in networks.items()}
     path = Path(destination)
@@ -254,7 +257,7 @@ def export_weights(
     print(f"{path}: {encoder} encoder, layout {layout}.")
 
 
-def _hugging_face_config(jepa: IJEPA) -> dict[str, Any]:
+def _hugging_face_config(jepa: PictureJEPA) -> dict[str, Any]:
     """What transformers' IJepaConfig must say."""
     encoder = jepa.target_encoder
     height, width = jepa.image_size
@@ -272,7 +275,7 @@ def _hugging_face_config(jepa: IJEPA) -> dict[str, Any]:
     }
 
 
-def _hugging_face_preprocessing(jepa: IJEPA) -> dict[str, Any]:
+def _hugging_face_preprocessing(jepa: PictureJEPA) -> dict[str, Any]:
     """What transformers' ViTImageProcessor must do: its own defaults are not the mean and deviation of I-JEPA."""
     return {
         "image_processor_type": "ViTImageProcessor",

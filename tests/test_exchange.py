@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import small_ijepa, trainer
+from conftest import small_ijepa, small_iwm, trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -153,6 +153,16 @@ def test_what_a_layout_cannot_hold_is_refused(tmp_path: Path, checkpoint: Path) 
     run.save_checkpoint(tmp_path / "six.ckpt")
     with pytest.raises(SystemExit, match="the predictor has 6 heads and the encoder 3"):
         main(["export", str(tmp_path / "six.ckpt"), str(tmp_path / "out.pth.tar"), "--layout", "official"])
+
+
+def test_the_encoder_of_an_iwm_goes_out_too(tmp_path: Path) -> None:
+    iwm, run = small_iwm(), trainer(tmp_path)
+    run.strategy.connect(iwm)
+    run.save_checkpoint(tmp_path / "iwm.ckpt")
+    main(["export", str(tmp_path / "iwm.ckpt"), str(tmp_path / "out.safetensors")])
+    torch.testing.assert_close(load_encoder(tmp_path / "out.safetensors").encode(images()), iwm.eval().encode(images()))
+    with pytest.raises(SystemExit, match="holds a IWM: an IJEPA has all layouts"):
+        main(["export", str(tmp_path / "iwm.ckpt"), str(tmp_path / "out.pth.tar"), "--layout", "official"])
 
 
 def test_training_does_not_go_on_from_an_import(
