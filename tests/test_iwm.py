@@ -123,6 +123,15 @@ def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
     assert oracle.num_pictures == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be painted again"
 
 
+def test_without_conditioning_there_is_nothing_but_chance() -> None:
+    ranks, generator = MeanReciprocalRanks(), torch.Generator().manual_seed(0)
+    picture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+    ranks.update(small_iwm(conditioning="none").eval(), picture, RANGES, generator, each=False)
+    for kind in ("patch", "pooled"):
+        for question, figure in ranks.compute().mean[kind].items():
+            assert figure == pytest.approx(chance(), rel=0.01), question
+
+
 def test_only_what_is_asked_is_ranked() -> None:
     assert set(ranks_of(Oracle(True), each=False).mean["patch"]) == {"overall", "action_blind", "shuffled_actions"}
 
