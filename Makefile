@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m jepa_lightning
 READY := .venv/.ready
-# For `make ijepa`, pictures that are there already: make ijepa DATA="--data.root DIR"
+# For `make ijepa` and `make iwm`, pictures that are there already: make ijepa DATA="--data.root DIR"
 DATA ?=
 
-.PHONY: help install demo pendulum coordinates ijepa test check format benchmark clean
+.PHONY: help install demo pendulum coordinates ijepa iwm test check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,14 @@ ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a 
 	$(RUN) test --config configs/ijepa_cifar10_knn.yaml $(DATA)
 	$(RUN) fit --config configs/ijepa_cifar10_completion.yaml $(DATA)
 	$(RUN) test --config configs/ijepa_cifar10_completion.yaml --ckpt_path runs/ijepa_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
+
+iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/iwm_cifar10_cpu
+	$(RUN) fit --config configs/iwm_cifar10_cpu.yaml $(DATA)
+	$(RUN) test --config configs/iwm_cifar10_equivariance.yaml $(DATA)
+	$(RUN) fit --config configs/iwm_cifar10_predictor.yaml $(DATA)
+	$(RUN) test --config configs/iwm_cifar10_predictor.yaml --ckpt_path runs/iwm_cifar10_cpu/predictor/checkpoints/last.ckpt $(DATA)
+	$(RUN) fit --config configs/iwm_cifar10_completion.yaml $(DATA)
+	$(RUN) test --config configs/iwm_cifar10_completion.yaml --ckpt_path runs/iwm_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
 
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest -q
