@@ -179,9 +179,17 @@ class ImageFolder(ResumableDataModule):
         """From uint8 to normalised floats, on the device."""
         uint8 = {name: value for name, value in batch._asdict().items() if getattr(value, "dtype", None) == torch.uint8}
         floats: Any = {name: normalise(value) for name, value in uint8.items()}
-        return batch._replace(**floats)
+        batch = batch._replace(**floats)
+        # Lightning has converted what was a float before; these floats are new.
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of ImageNet's mean 0 and standard deviation 1."""
     return vision.normalize(vision.to_dtype(images, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The bytes that normalised pictures were made of: floats (B, 3, H, W) -> uint8."""
+    mean, std = (images.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

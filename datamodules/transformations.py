@@ -31,7 +31,8 @@ COLOURS = {
 * saturation: a factor of 1.2;
 * hue: a shift by a tenth of the colour circle;
 * grayscale: the colours are gone;
-* blur: a Gaussian of a standard deviation of 2 pixels;
+* blur: torchvision's `gaussian_blur` with a sigma of 2 pixels. As in BYOL, its kernel is a tenth of the picture's side,
+  which bounds the blur of small pictures: with the 3 pixels of a 32-pixel picture, all sigmas above 1 look alike;
 * solarize: values from 128 up are inverted.
 """
 
@@ -113,6 +114,21 @@ class Views:
     def action_names(self) -> tuple[str, ...]:
         """The scalars of an action, in their order."""
         return (*COLOURS, *(GEOMETRY if self.geometric else ()))
+
+
+def action_to(colours: Tensor, views: Views) -> Tensor:
+    """The action that makes versions of given colours out of a clean picture, (..., 7).
+
+    With `source_from: shared` these are the colours. With `target`, a model has learned the way back from what its source
+    went through: to a version that is brighter by a factor f it leads from a source that was made darker by 1 / f. (Exact
+    but for values cut off at black and white, and for the order of the steps.)
+    """
+    if views.source_from == "shared":
+        return colours
+    units = torch.tensor(list(COLOURS.values())[:3])
+    back = colours.clone()
+    back[..., :3] = (1 - 1 / (1 + units * colours[..., :3])) / units
+    return back
 
 
 class Place(NamedTuple):

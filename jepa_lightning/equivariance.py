@@ -9,7 +9,8 @@ and pictures. 1 means that every change is applied exactly. A predictor that doe
 * The versions of "jitter" have other brightness, contrast, saturation and hue, drawn as the training's target views are;
   those of "brightness" and the other three differ in that alone. Spoilt versions are never targets in training; so for
   "grayscale", "blur" and "solarize" it is the source that is spoilt so, and the action says that this is to be undone, on
-  top of the jitter. What grayscale took away can at best be guessed.
+  top of the jitter. "grayscale_untold" and so on is the control: the same, but the action does not say so. What grayscale
+  took away can at best be guessed. Geometry is not ranked.
 * Features are layer-normalised as in training. Similarity is the cosine, averaged over patches ("patch") or of the average
   over patches ("pooled").
 * Equal similarities share the ranks that they cover: a right version among e equal ones, behind b better ones, gets the mean
@@ -30,9 +31,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchvision.transforms import v2
 
-from datamodules.image_folder import normalise
+from datamodules.batches import ViewBatch
+from datamodules.image_folder import denormalise, normalise
 from datamodules.randomness import BANK_STREAM, seeded_generator
-from datamodules.transformations import COLOURS, DESTRUCTIVE, draw_jitter, on_grid, recolour
+from datamodules.transformations import COLOURS, DESTRUCTIVE, Views, action_to, draw_jitter, on_grid, recolour
 from jepa_lightning.metrics import RidgeProbe, reciprocal_ranks
 from jepa_lightning.pictures import rows_figure, to_colours
 
@@ -42,7 +44,7 @@ JITTERED = ("brightness", "contrast", "saturation", "hue")
 
 TRANSFORMATIONS = (*JITTERED, *DESTRUCTIVE)
 
-QUESTIONS = ("overall", "action_blind", "shuffled_actions", *TRANSFORMATIONS)
+QUESTIONS = ("overall", "action_blind", "shuffled_actions", *TRANSFORMATIONS, *(f"{name}_untold" for name in DESTRUCTIVE))
 
 SIMILARITIES = ("patch", "pooled")
 
@@ -62,15 +64,15 @@ class AppliesActions(Protocol):
         """Features of all patches after actions: (B, N, D) of the context encoder and (B, 7) -> (B, N, D)."""
 
 
-def draw_bank(ranges: tuple[float, float, float, float], which: str, generator: torch.Generator) -> Tensor:
+def draw_bank(views: Views, which: str, generator: torch.Generator) -> Tensor:
     """Colours of a bank's versions: (V, 7).
 
     Args:
-        ranges: Greatest change of brightness, contrast, saturation and hue.
-        which: "jitter" for all four, or one of them.
+        views: Says how far they reach.
+        which: "jitter" for brightness, contrast, saturation and hue, or one of the four.
         generator: On the CPU.
     """
-    sampler = v2.ColorJitter(*ranges)
+    sampler = v2.ColorJitter(*views.ranges)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(generator.get_state())
         drawn = torch.stack([on_grid([*draw_jitter(sampler), 0.0, 0.0, 0.0]) for _ in range(BANK_SIZE)])
@@ -92,39 +94,52 @@ class Answers:
         model: The world model.
         picture: uint8 (3, H, W), on the model's device.
         colours: (V, 7) of the versions.
+        views: What the model was trained on: the way of making the source, and the blur.
     """
 
-    def __init__(self, model: AppliesActions, picture: Tensor, colours: Tensor) -> None:
-        self.model, self.picture, self.colours = model, picture, colours
+    def __init__(self, model: AppliesActions, picture: Tensor, colours: Tensor, views: Views) -> None:
+        self.model, self.picture, self.colours, self.views = model, picture, colours, views
         self.versions = make_versions(picture, colours)
-        self.features = torch.cat([model.encode_targets(part) for part in self.versions.split(CHUNK)]).float()  # (V, N, D)
+        features = torch.cat([model.encode_targets(part) for part in self.versions.split(CHUNK)])  # (V, N, D)
+        self.directions = self._directions(features)
 
-    def predictions(self, spoilt: str | None, actions: Tensor | None = None) -> Tensor:
-        """Predicted features of all versions.
+    def predictions(self, actions: Tensor, spoilt: str | None = None) -> Tensor:
+        """Predicted features of the clean picture, or of the spoilt one, after actions.
 
         Args:
-            spoilt: What was done to the source before: one of `DESTRUCTIVE`, or nothing.
-            actions: (Q, 7) instead of those that lead to the versions.
+            actions: (Q, 7).
+            spoilt: What is done to the source before: one of `DESTRUCTIVE`, or nothing.
 
         Returns:
             (Q, N, D).
         """
-        start = torch.tensor([float(name == spoilt) for name in COLOURS])
-        source = self.model.context_encoder(make_versions(self.picture, start[None]))  # (1, N, D)
-        actions = self.colours - start if actions is None else actions
+        source = self.model.context_encoder(make_versions(self.picture, self.start(spoilt)[None]))  # (1, N, D)
         parts = [
             self.model.apply_actions(source.expand(len(part), -1, -1), part)
             for part in actions.to(self.picture.device).split(CHUNK)
         ]
-        return torch.cat(parts).float()
+        return torch.cat(parts)
+
+    def start(self, spoilt: str | None) -> Tensor:
+        """Colours of the source, (7,): a blur is as strong as it gets in training."""
+        strength = self.views.blur_sigma[1] / COLOURS["blur"] if spoilt == "blur" else 1.0
+        return torch.tensor([strength * (name == spoilt) for name in COLOURS])
+
+    def actions(self, spoilt: str | None = None) -> Tensor:
+        """The actions that lead to all versions, (V, 7)."""
+        return action_to(self.colours, self.views) - self.start(spoilt)
 
     def similarities(self, predictions: Tensor) -> list[Tensor]:
         """Of predictions (Q, N, D) to all versions, in the order of `SIMILARITIES`: (Q, V) each."""
+        return [mine @ theirs.T for mine, theirs in zip(self._directions(predictions), self.directions, strict=True)]
+
+    @staticmethod
+    def _directions(features: Tensor) -> list[Tensor]:
+        """Vectors whose products are the similarities, in the order of `SIMILARITIES`: (V, N, D) -> (V, any) each."""
         # In double precision: the cosines of similar versions differ by less than float32 can tell near 1.
-        asked, found = predictions.double(), self.features.double()
-        patches = [F.normalize(value, dim=-1).flatten(1) for value in (asked, found)]
-        pooled = [F.normalize(value.mean(dim=1), dim=-1) for value in (asked, found)]
-        return [patches[0] @ patches[1].T / found.shape[1], pooled[0] @ pooled[1].T]
+        features = features.double()
+        patches = F.normalize(features, dim=-1).flatten(1) / features.shape[1] ** 0.5
+        return [patches, F.normalize(features.mean(dim=1), dim=-1)]
 
 
 class Ranks(NamedTuple):
@@ -153,41 +168,39 @@ class MeanReciprocalRanks(Metric):
 
     @torch.no_grad()
     def update(
-        self,
-        model: AppliesActions,
-        picture: Tensor,
-        ranges: tuple[float, float, float, float],
-        generator: torch.Generator,
-        each: bool = True,
+        self, model: AppliesActions, picture: Tensor, views: Views, generator: torch.Generator, each: bool = True
     ) -> None:
         """Ask about one picture.
 
         Args:
             model: The world model.
             picture: uint8 (3, H, W), on the model's device.
-            ranges: Greatest change of brightness, contrast, saturation and hue.
+            views: Says how the versions differ.
             generator: Draws the versions; on the CPU.
             each: Each transformation on its own too, not the jitter and its controls alone.
         """
-        answers = Answers(model, picture, draw_bank(ranges, "jitter", generator))
-        told = answers.predictions(None)
-        self._count("overall", answers, told)
-        blind = answers.predictions(None, torch.zeros(1, len(COLOURS)))
-        self._count("action_blind", answers, blind.expand(BANK_SIZE, -1, -1))
-        self._count("shuffled_actions", answers, told[torch.randperm(BANK_SIZE, generator=generator).to(told.device)])
+        answers = Answers(model, picture, draw_bank(views, "jitter", generator), views)
+        told = answers.similarities(answers.predictions(answers.actions()))
+        self._count("overall", told)
+        blind = answers.similarities(answers.predictions(torch.zeros(1, len(COLOURS))))
+        self._count("action_blind", [row.expand(BANK_SIZE, -1) for row in blind])
+        order = torch.randperm(BANK_SIZE, generator=generator).to(picture.device)
+        self._count("shuffled_actions", [rows[order] for rows in told])
         if not each:
             return
         for name in DESTRUCTIVE:
-            self._count(name, answers, answers.predictions(name))
-        for name, greatest in zip(JITTERED, ranges, strict=True):
+            if getattr(views, f"{name}_probability") > 0:
+                for question, actions in ((name, answers.actions(name)), (f"{name}_untold", answers.actions())):
+                    self._count(question, answers.similarities(answers.predictions(actions, name)))
+        for name, greatest in zip(JITTERED, views.ranges, strict=True):
             if greatest > 0:  # or else all versions are the same
-                answers = Answers(model, picture, draw_bank(ranges, name, generator))
-                self._count(name, answers, answers.predictions(None))
+                answers = Answers(model, picture, draw_bank(views, name, generator), views)
+                self._count(name, answers.similarities(answers.predictions(answers.actions())))
 
-    def _count(self, question: str, answers: Answers, predictions: Tensor) -> None:
-        right = torch.arange(BANK_SIZE, device=predictions.device)
+    def _count(self, question: str, similarities: list[Tensor]) -> None:
+        right = torch.arange(BANK_SIZE, device=self.total.device)
         column = QUESTIONS.index(question)
-        for row, similarity in enumerate(answers.similarities(predictions)):
+        for row, similarity in enumerate(similarities):
             figure = reciprocal_ranks(similarity, right).mean()
             self.total[row, column] += figure
             self.squares[row, column] += figure.square()
@@ -211,7 +224,8 @@ class MeanReciprocalRanks(Metric):
 class ActionProbe(RidgeProbe):
     """Is the change still in the features? A ridge regression of the action on the pooled features of two views.
 
-    Every other pair is learned from, the rest are judged. 0 is what invariant features would have.
+    Every other pair is learned from, the rest are judged. Invariant features have 0, or less where there are few pairs:
+    compare with the R2 of actions of other pairs.
 
     Args:
         dim: D.
@@ -229,36 +243,35 @@ class ActionProbe(RidgeProbe):
 
 
 @torch.no_grad()
-def nearest_figure(
-    model: AppliesActions,
-    images: Tensor,
-    ranges: tuple[float, float, float, float],
-    key: tuple[int, ...],
-    count: int = 8,
-) -> Figure:
+def nearest_figure(model: AppliesActions, images: Tensor, views: Views, key: tuple[int, ...], count: int = 8) -> Figure:
     """Pictures, versions that the predictor is asked for, and which of 256 versions its answer is most like.
 
     Args:
         model: The world model.
         images: (B, 3, H, W), normalised.
-        ranges: Greatest change of brightness, contrast, saturation and hue.
+        views: Says how the versions differ.
         key: Of the random numbers.
         count: Versions of each picture.
     """
     rows: dict[str, Tensor] = {}
-    for number, (image, picture) in enumerate(zip(images, to_uint8(images), strict=True)):
-        bank = draw_bank(ranges, "jitter", seeded_generator(*key, BANK_STREAM, number))
-        answers = Answers(model, picture, bank)
-        similarity = answers.similarities(answers.predictions(None, answers.colours[:count]))[0]
+    for number, (image, picture) in enumerate(zip(images, denormalise(images), strict=True)):
+        answers = Answers(model, picture, draw_bank(views, "jitter", seeded_generator(*key, BANK_STREAM, number)), views)
+        similarity = answers.similarities(answers.predictions(answers.actions()[:count]))[0]
         found = answers.versions[similarity.argmax(dim=1)]
         for title, versions in (("asked", answers.versions[:count]), ("nearest", found)):
             rows[f"{title} {number + 1}"] = to_colours(torch.cat([image[None], versions]))
     return rows_figure(rows)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """The bytes that normalised pictures were made of: (B, 3, H, W) floats -> uint8."""
-    return (to_colours(images) * 255).round().to(torch.uint8)
+def bank_generator(batch: ViewBatch, number: int, num_processes: int) -> torch.Generator:
+    """Random numbers for the versions of a held-out picture, whatever the size of its batch and the number of processes.
+
+    Args:
+        batch: Whose key ends with the index of its first picture.
+        number: Of the picture in the batch.
+        num_processes: Which take turns at the pictures.
+    """
+    return seeded_generator(batch.key[0], BANK_STREAM, batch.key[-1] + number * num_processes)
 
 
 def chance(count: int = BANK_SIZE) -> float:

@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, K kept patches, L hidden patches, D width, A scalars of an action.
 """
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -13,9 +14,9 @@ from torch.nn import functional as F
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import ViewBatch
-from datamodules.randomness import BANK_STREAM, seeded_generator
+from datamodules.image_folder import denormalise
 from datamodules.transformations import COLOURS
-from jepa_lightning.equivariance import ActionProbe, MeanReciprocalRanks, nearest_figure, to_uint8
+from jepa_lightning.equivariance import ActionProbe, MeanReciprocalRanks, bank_generator, nearest_figure
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.predictor import Conditioning, WorldModel
@@ -72,6 +73,9 @@ class IWM(PictureJEPA):
     """
 
     predictor: WorldModel
+    reads_views = True
+    trained_on: dict[str, Any] | None = None
+    """The settings of the views that it was trained on, if it comes from a checkpoint."""
 
     def __init__(
         self,
@@ -156,7 +160,8 @@ class IWM(PictureJEPA):
             ValueError: Data without views, or with actions of another length.
         """
         super().setup(stage)
-        self.check_views(getattr(self.trainer, "datamodule", None))
+        if stage != "predict":
+            self.check_views(getattr(self.trainer, "datamodule", None))
 
     def check_views(self, data: Any) -> None:
         """Compare with a data module, if there is one.
@@ -199,7 +204,12 @@ class IWM(PictureJEPA):
 
         Returns:
             (B, N, D).
+
+        Raises:
+            ValueError: Actions of another length.
         """
+        if actions is not None and actions.shape[1] not in (len(COLOURS), self.predictor.action_dim):
+            raise ValueError(f"Actions of {actions.shape[1]} scalars for a model of {self.predictor.action_dim}.")
         if actions is not None:
             actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
         everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
@@ -211,16 +221,16 @@ class IWM(PictureJEPA):
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)
-        source, target = (self.encode(view).float().mean(dim=1) for view in self.views(batch))
+        source, target = self.encode(batch.sources).float().mean(dim=1), pairs.target_features[:, 0]
         self.action_probe.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             data: Any = self.trainer.datamodule
-            for number, picture in enumerate(to_uint8(batch.images[:WATCHED])):
-                generator = seeded_generator(*batch.key, BANK_STREAM, number)
-                self.ranks.update(self, picture, data.views.ranges, generator, each=False)
+            for number, picture in enumerate(denormalise(batch.images[:WATCHED])):
+                generator = bank_generator(batch, number, self.trainer.world_size)
+                self.ranks.update(self, picture, data.views, generator, each=False)
             if self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
-                shown = (batch.images[:2], data.views.ranges, batch.key)
-                show_in_tensorboard(self.logger, "nearest versions", nearest_figure(self, *shown), self.global_step)
+                figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
+                show_in_tensorboard(self.logger, "nearest versions", figure, self.global_step)
         return pairs
 
     def on_validation_epoch_end(self) -> None:
@@ -234,3 +244,11 @@ class IWM(PictureJEPA):
             self.log_dict({f"val/action_r2_{name}": value for name, value in zip(names, r2, strict=True)})
         self.ranks.reset()
         self.action_probe.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        checkpoint["views"] = asdict(data.views) if getattr(data, "views", None) is not None else self.trained_on
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_on = checkpoint.get("views")

@@ -50,6 +50,8 @@ class PictureJEPA(JEPA, ABC):
     target_encoder: ViTEncoder
     predictor: MaskedPredictor
     masks: MultiBlock
+    reads_views = False
+    """Whether its batches are pairs of views."""
 
     def __init__(
         self,
@@ -97,6 +99,8 @@ class PictureJEPA(JEPA, ABC):
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
             )
+        if getattr(data, "views", None) is not None and not self.reads_views:
+            raise ValueError(f"{type(self).__name__} learns from single pictures: leave data.views out, or train an IWM.")
         if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
             raise ValueError(
                 "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "

@@ -1,5 +1,7 @@
 """What the tests share: the smallest data and models that do everything."""
 
+import os
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -122,3 +124,14 @@ def parameters_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     """Bit for bit."""
     pairs = zip(first.state_dict().items(), second.state_dict().items(), strict=True)
     return all(name == other and torch.equal(value, value2) for (name, value), (other, value2) in pairs)
+
+
+def run_script(script: str, out: Path, *arguments: str) -> None:
+    """Run a script in a process of its own, which may start others: `out` is its first argument and where it works."""
+    out.mkdir()
+    (out / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
+    command = [sys.executable, str(out / "script.py"), str(out), *arguments]
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

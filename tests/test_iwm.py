@@ -1,23 +1,34 @@
 """IWM: what the predictor is told, what is ranked, and what its predictor is good for afterwards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import parameters_equal, small_ijepa, small_iwm, small_pictures, small_views, trainer, write_pictures
+from conftest import (
+    parameters_equal,
+    run_script,
+    small_ijepa,
+    small_iwm,
+    small_pictures,
+    small_views,
+    trainer,
+    write_pictures,
+)
 from torch import Tensor
 
 import jepa_lightning.equivariance as equivariance
 import jepa_lightning.iwm
 from datamodules import Tasks, ViewBatch, Views
+from datamodules.image_folder import denormalise
 from datamodules.transformations import recolour
 from jepa_lightning import IWM
-from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure, to_uint8
+from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure
 from jepa_lightning.metrics import reciprocal_ranks
 from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorTuning
 
-RANGES = (0.4, 0.4, 0.2, 0.1)
+VIEWS = Views()
 
 
 def batch(count: int = 3, size: int = 16) -> ViewBatch:
@@ -89,7 +100,7 @@ class Oracle(torch.nn.Module):
         self.context_encoder, self.listens = self.pixels, listens
 
     def pixels(self, images: Tensor) -> Tensor:
-        self.seen = to_uint8(images)
+        self.seen = denormalise(images)
         return images.flatten(2).transpose(1, 2)
 
     encode_targets = pixels
@@ -98,7 +109,7 @@ class Oracle(torch.nn.Module):
         if not self.listens:
             return features
         side = int(features.shape[1] ** 0.5)
-        picture = to_uint8(features[0].T.unflatten(1, (side, side))[None])[0]
+        picture = denormalise(features[0].T.unflatten(1, (side, side))[None])[0]
         made = equivariance.make_versions(picture, actions * (torch.arange(7) < 4))  # it cannot undo what spoils
         return made.flatten(2).transpose(1, 2)
 
@@ -108,7 +119,7 @@ def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
         picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-        ranks.update(model, picture, RANGES, generator, **settings)
+        ranks.update(model, picture, VIEWS, generator, **settings)
     return ranks.compute()
 
 
@@ -126,7 +137,7 @@ def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
 def test_without_conditioning_there_is_nothing_but_chance() -> None:
     ranks, generator = MeanReciprocalRanks(), torch.Generator().manual_seed(0)
     picture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
-    ranks.update(small_iwm(conditioning="none").eval(), picture, RANGES, generator, each=False)
+    ranks.update(small_iwm(conditioning="none").eval(), picture, VIEWS, generator, each=False)
     for kind in ("patch", "pooled"):
         for question, figure in ranks.compute().mean[kind].items():
             assert figure == pytest.approx(chance(), rel=0.01), question
@@ -137,22 +148,22 @@ def test_only_what_is_asked_is_ranked() -> None:
 
 
 def test_banks_are_functions_of_the_generator_and_vary_what_they_say() -> None:
-    bank = draw_bank(RANGES, "jitter", torch.Generator().manual_seed(5))
+    bank = draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
-    assert torch.equal(bank, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(5)))
+    assert torch.equal(bank, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5)))
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
     assert bank.shape == (256, 7) and (bank[:, :4].std(0) > 0.4).all() and not bank[:, 4:].any()
-    hue = draw_bank(RANGES, "hue", torch.Generator().manual_seed(5))
+    hue = draw_bank(VIEWS, "hue", torch.Generator().manual_seed(5))
     assert hue[:, 3].std() > 0.4 and not hue[:, [0, 1, 2, 4, 5, 6]].any()
 
 
 def test_answers_start_from_a_spoilt_source_and_undo_it() -> None:
     oracle = Oracle(True)
     picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    answers = Answers(oracle, picture, draw_bank(RANGES, "jitter", torch.Generator().manual_seed(0)))
+    answers = Answers(oracle, picture, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(0)), VIEWS)
     asked: list[Tensor] = []
     oracle.apply_actions = lambda features, actions: asked.append(actions) or features
-    answers.predictions("grayscale")
+    answers.predictions(answers.actions("grayscale"), "grayscale")
     assert torch.equal(oracle.seen[0], recolour(picture, torch.tensor([0.0, 0, 0, 0, 1, 0, 0])))
     assert (torch.cat(asked)[:, 4] == -1).all() and torch.equal(torch.cat(asked)[:, :4], answers.colours[:, :4])
 
@@ -164,7 +175,7 @@ def test_validation_draws_what_a_person_watches(tmp_path: Path, pictures: Path, 
     figures = run.callback_metrics
     assert {"val/mrr", "val/mrr_pooled", "val/action_r2_hue", "val/knn_accuracy", "val/error_over_mean"} <= set(figures)
     assert abs(figures["val/mrr_shuffled_actions"].item() - chance()) < 0.02
-    figure = nearest_figure(small_iwm().eval(), batch(2).images, RANGES, (0, 1))
+    figure = nearest_figure(small_iwm().eval(), batch(2).images, VIEWS, (0, 1))
     assert len(figure.axes) == 4 * 9
 
 
@@ -193,7 +204,10 @@ def test_the_report_has_figures_and_controls(tmp_path: Path, pictures: Path, che
     ]
     assert mrr["action_blind"] == pytest.approx(chance(), rel=0.05), "the same answer to all questions"
     assert 0 < mrr["overall"] < 1 and 0 < mrr["standard_error"] < 0.1
-    assert set(report["action_r2"]) == set(report["feature_change"]) == {"encoder", "untrained"}
+    assert set(mrr["untold"]) == {"grayscale", "blur", "solarize"}
+    assert set(report["action_r2"]) == {"encoder", "untrained", "other_pairs"}
+    assert set(report["feature_change"]) == {"encoder", "untrained"}
+    assert report["views"]["strength"] == report["trained_on_views"]["strength"] == "default"
     assert 0 < report["feature_change"]["untrained"] < 2
     assert (tmp_path / "nearest_versions.png").stat().st_size > 1000
     assert "all four colours" in (tmp_path / "report.md").read_text()
@@ -227,7 +241,7 @@ def test_one_predictor_learns_several_tasks(tmp_path: Path, pictures: Path, chec
     for name in "xyz":
         write_pictures(tmp_path / "other" / name, 5, size=(16, 16), hue=ord(name))
     data = Tasks({"insects": small_pictures(pictures), "letters": small_pictures(tmp_path / "other")})
-    probe = PredictorTuning(str(checkpoint), {"insects": 2, "letters": 3})
+    probe = PredictorTuning(str(checkpoint), {"letters": 3, "insects": 2})  # the order does not matter
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     run.fit(probe, data)
     assert run.global_step == 6, "as long as the larger one"
@@ -246,15 +260,76 @@ def test_one_predictor_learns_several_tasks(tmp_path: Path, pictures: Path, chec
     trainer(tmp_path).test(probe, data, verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {f"{arm}_{task}" for arm in probe.titles for task in ("insects", "letters")}
-    assert report["judged"] == "on 6, 3 held-out pictures"
+    assert report["judged"] == "on 3, 6 held-out pictures"
     with pytest.raises(ValueError, match="model.num_classes={'insects': 2, 'letters': 4} but the data has"):
         trainer(tmp_path).test(PredictorTuning(str(checkpoint), {"insects": 2, "letters": 4}), data)
     with pytest.raises(ValueError, match="give two or more"):
         Tasks({"insects": small_pictures(pictures)})
     with pytest.raises(ValueError, match="pictures of one size"):
         Tasks({"insects": small_pictures(pictures), "letters": small_pictures(pictures, image_size=32)})
+    with pytest.raises(ValueError, match="'v1.5' is no name for a task"):
+        Tasks({"v1.5": small_pictures(pictures), "letters": small_pictures(pictures)})
     with pytest.raises(ValueError, match="labels, not views"):
         Tasks({"insects": small_pictures(pictures), "letters": small_views(pictures)})
+
+
+def tasks(pictures: Path, other: Path) -> Tasks:
+    data = Tasks({"insects": small_pictures(pictures), "letters": small_pictures(other)})
+    data.setup("fit")
+    return data
+
+
+def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: Path, pictures: Path) -> None:
+    for name in "xyz":
+        write_pictures(tmp_path / name, 5, hue=ord(name))
+
+    def epoch(data: Tasks) -> list[dict]:
+        return [batch for batch, _, _ in iter(data.train_dataloader())]
+
+    whole = epoch(tasks(pictures, tmp_path))
+    assert len(whole) == 6 and len({batch["letters"].key for batch in whole}) == 6
+    first, second = whole[:3], whole[3:]
+    assert not any(torch.equal(a["letters"].images, b["letters"].images) for a in first for b in second)
+    for cut in (2, 3, 5):
+        stopped, resumed = tasks(pictures, tmp_path), tasks(pictures, tmp_path)
+        batches = iter(stopped.train_dataloader())
+        for _ in range(cut):
+            next(batches)
+        resumed.load_state_dict(stopped.state_dict())
+        for uncut, again in zip(whole[cut:], epoch(resumed), strict=False):
+            for name in ("insects", "letters"):
+                assert uncut[name].key == again[name].key
+                assert torch.equal(uncut[name].images, again[name].images), f"{name}, cut after {cut}"
+
+
+def test_each_picture_hears_its_own_action() -> None:
+    jepa, observed = small_iwm().eval(), batch()
+    told = jepa.target_pairs(observed).predictions
+    actions = observed.actions.clone()
+    actions[1] += 1.0
+    changed = jepa.target_pairs(observed._replace(actions=actions)).predictions
+    assert [torch.equal(changed[picture], told[picture]) for picture in range(3)] == [True, False, True]
+    with pytest.raises(ValueError, match="Actions of 3 scalars for a model of 7"):
+        jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 3))
+
+
+def test_a_model_of_the_way_back_is_asked_for_the_way_back() -> None:
+    """With source_from=target, a brightness scalar of -s undoes a factor of 1 + 0.4 s."""
+
+    class Undoes(Oracle):
+        def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
+            return torch.stack([row / (1 - 0.4 * action[0]) for row, action in zip(features, actions, strict=True)])
+
+        def pixels(self, images: Tensor) -> Tensor:  # linear in the brightness, and never black
+            return denormalise(images).flatten(2).transpose(1, 2).float() + torch.tensor([1.0, 0.0, 0.0])
+
+    views = Views(jitter=(0.4, 0.0, 0.0, 0.0), source_from="target")
+    picture = torch.randint(0, 140, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for settings, first in ((views, True), (replace(views, source_from="shared"), False)):
+        answers = Answers(Undoes(True), picture, draw_bank(views, "jitter", torch.Generator().manual_seed(0)), settings)
+        wanted = (1 + 0.4 * answers.colours[:, 0]) * 100
+        given = answers.predictions(answers.actions())[:, 0, 1] / picture[1, 0, 0] * 100
+        assert torch.allclose(given, wanted, rtol=1e-4) == first
 
 
 def test_a_decoder_paints_what_is_imagined(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
@@ -302,6 +377,37 @@ def test_clear_errors(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
     for probe in (EquivarianceProbe, PredictorTuning):
         with pytest.raises(ValueError, match=r"holds a IJEPA"):
             probe(str(tmp_path / "ijepa.ckpt"))
+
+
+def test_views_belong_to_an_iwm_alone(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"IJEPA learns from single pictures: leave data.views out"):
+        trainer(tmp_path, max_steps=1).fit(small_ijepa(), small_views(pictures))
+    for probe in (FineTuning(str(checkpoint), 2), PredictorTuning(str(checkpoint), 2), CompletionProbe(str(checkpoint))):
+        with pytest.raises(ValueError, match=r"reads single pictures: leave data.views out"):
+            trainer(tmp_path, max_steps=1).fit(probe, small_views(pictures))
+
+
+RANKS = """
+import sys
+from conftest import small_views, trainer
+from jepa_lightning.probes import EquivarianceProbe
+
+out, devices, root, checkpoint = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
+run.test(EquivarianceProbe(checkpoint, num_pictures=3), small_views(root, batch_size=4 // devices), verbose=False)
+"""
+
+
+def test_two_processes_rank_what_one_ranks(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+    reports = []
+    for devices in (1, 2):
+        run_script(RANKS, tmp_path / str(devices), str(devices), str(pictures), str(checkpoint))
+        reports.append(json.loads((tmp_path / str(devices) / "report.json").read_text()))
+    one, two = reports
+    assert one["mrr"]["num_images"] == two["mrr"]["num_images"] == 3
+    for kind in ("mrr", "mrr_pooled"):
+        assert two[kind]["overall"] == pytest.approx(one[kind]["overall"], rel=1e-3)
+        assert two[kind]["per_transformation"] == pytest.approx(one[kind]["per_transformation"], rel=1e-3)
 
 
 def test_geometric_actions_train(tmp_path: Path, pictures: Path) -> None:

@@ -1,14 +1,11 @@
 """The guarantees of every JEPA of pictures, I-JEPA and IWM alike: EMA, resume, processes, alarm, checkpoints."""
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROOT, parameters_equal, trainer
+from conftest import FAMILIES, parameters_equal, run_script, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_ema import Shadow
 
@@ -103,13 +100,7 @@ torch.save([jepa.state_dict(), {k: v for k, v in run.callback_metrics.items()}],
 
 
 def processes(out: Path, devices: int, pictures: Path, family: str) -> list[list[dict]]:
-    out.mkdir()
-    (out / "script.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment.pop("LOCAL_RANK", None)
-    arguments = [sys.executable, str(out / "script.py"), str(out), str(devices), str(pictures), family]
-    done = subprocess.run(arguments, env=environment, cwd=out, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script(SCRIPT, out, str(devices), str(pictures), family)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
 
 
@@ -154,3 +145,7 @@ def test_saved_and_loaded(model, data, tmp_path: Path, pictures: Path) -> None:
 def test_pictures_of_another_size_are_refused(model, data, tmp_path: Path, pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"image_size=\(16, 16\) but data.image_size=\(32, 32\)"):
         trainer(tmp_path, max_steps=1).fit(model(), data(pictures, image_size=32))
+
+
+def test_all_in_bfloat16_runs(model, data, tmp_path: Path, pictures: Path) -> None:
+    trainer(tmp_path, max_steps=1, precision="bf16-true").fit(model(), data(pictures))

@@ -15,8 +15,9 @@ from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, batch_generator
-from datamodules.transformations import COLOURS
-from jepa_lightning.equivariance import JITTERED, make_versions, to_uint8
+from datamodules.image_folder import denormalise
+from datamodules.transformations import COLOURS, Views, action_to
+from jepa_lightning.equivariance import JITTERED, make_versions
 from jepa_lightning.iwm import IWM
 from jepa_lightning.networks.decoder import PatchDecoder
 from jepa_lightning.networks.vit import take
@@ -105,6 +106,7 @@ class CompletionProbe(PictureProbe):
         self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
         self.predicts_normalised = jepa.normalize_targets
         self.imagine = jepa.apply_actions if isinstance(jepa, IWM) else None
+        self.views = Views(**(getattr(jepa, "trained_on", None) or {}))
         pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
         if all(torch.equal(context, target) for context, target in pairs):
             raise ValueError(
@@ -232,10 +234,10 @@ class CompletionProbe(PictureProbe):
         for number, name in enumerate(JITTERED):
             colours = torch.zeros(STEPS, len(COLOURS))
             colours[:, number] = torch.linspace(-1, 1, STEPS)
-            imagined = self.imagine(context.expand(STEPS, -1, -1), colours.to(image.device))
+            imagined = self.imagine(context.expand(STEPS, -1, -1), action_to(colours, self.views).to(image.device))
             if not self.predicts_normalised:
                 imagined = F.layer_norm(imagined, imagined.shape[-1:])
-            rows[f"{name},\ntrue"] = to_colours(make_versions(to_uint8(image)[0], colours))
+            rows[f"{name},\ntrue"] = to_colours(make_versions(denormalise(image)[0], colours))
             rows[f"{name},\nimagined"] = to_colours(self.decoders["jepa"](imagined))
         return rows_figure(rows)
 

@@ -3,6 +3,7 @@
 Shapes: B batch, H W pixels, D width, A scalars of an action.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from datamodules.batches import ViewBatch
-from datamodules.randomness import BANK_STREAM, seeded_generator
+from datamodules.image_folder import denormalise
+from datamodules.transformations import DESTRUCTIVE
 from jepa_lightning.equivariance import (
     TRANSFORMATIONS,
     ActionProbe,
     MeanReciprocalRanks,
+    bank_generator,
     chance,
     nearest_figure,
-    to_uint8,
 )
 from jepa_lightning.iwm import IWM
 from jepa_lightning.picture_jepa import PictureJEPA
@@ -28,6 +30,9 @@ from jepa_lightning.probes.report import save_report
 SHOWN = 3
 """Pictures in the figure."""
 
+READERS = ("encoder", "untrained", "other_pairs")
+"""Whose features, and what is read from them: the actions, but for the last, which are those of other pairs."""
+
 
 class EquivarianceProbe(PictureProbe):
     """Judge a world model: is it equivariant, and what is it invariant to?
@@ -36,8 +41,8 @@ class EquivarianceProbe(PictureProbe):
 
     * Mean reciprocal rank by the protocol of `jepa_lightning.equivariance`, beside chance, an action-blind predictor and
       shuffled actions, and for each transformation.
-    * R2 of the action, read from the pooled features of a pair of views (ridge regression; 0 would be invariance), beside
-      that of the untrained encoder.
+    * R2 of the action, read from the pooled features of a pair of views (ridge regression), beside
+      that of the untrained encoder, and beside that of the actions of other pairs.
     * Squared change of the pooled features under a colour jitter, relative to that between two pictures, beside that of the
       untrained encoder: 0 would be invariance.
 
@@ -51,6 +56,7 @@ class EquivarianceProbe(PictureProbe):
     """
 
     needs_fit = False
+    reads_views = True
 
     def __init__(self, checkpoint: str, num_pictures: int = 256) -> None:
         super().__init__(checkpoint, "target", None)
@@ -60,7 +66,7 @@ class EquivarianceProbe(PictureProbe):
         self.num_pictures = num_pictures
         self.ranks = MeanReciprocalRanks()
         dim, action_dim = self.encoder.dim, self.jepa.predictor.action_dim
-        self.action_probes = nn.ModuleDict({name: ActionProbe(dim, action_dim) for name in ("encoder", "untrained")})
+        self.action_probes = nn.ModuleDict({name: ActionProbe(dim, action_dim) for name in READERS})
         self.changes = nn.ModuleDict(
             {f"{kind}_{name}": MeanMetric() for kind in ("same", "other") for name in self.networks}
         )
@@ -93,13 +99,15 @@ class EquivarianceProbe(PictureProbe):
                 network(view).float().mean(dim=1) for view in (batch.sources, batch.targets, images)
             )  # (B, D) each
             self.action_probes[name].update(source, target, batch.actions)
+            if name == "encoder":
+                self.action_probes["other_pairs"].update(source, target, batch.actions.roll(1, dims=0))
             self.changes[f"same_{name}"].update((target - plain).square().sum(dim=1))
             self.changes[f"other_{name}"].update((target - plain.roll(1, dims=0)).square().sum(dim=1))
-        share = -(-self.num_pictures // self.trainer.world_size)  # of each process
+        rank, size = self.trainer.global_rank, self.trainer.world_size
+        share = self.num_pictures // size + (rank < self.num_pictures % size)
         data: Any = self.trainer.datamodule
-        for number, picture in enumerate(to_uint8(images)[: share - self._ranked]):
-            generator = seeded_generator(*batch.key, BANK_STREAM, number)
-            self.ranks.update(self.jepa, picture, data.views.ranges, generator)
+        for number, picture in enumerate(denormalise(images)[: share - self._ranked]):
+            self.ranks.update(self.jepa, picture, data.views, bank_generator(batch, number, size))
             self._ranked += 1
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._show(images[:SHOWN], batch.key)
@@ -107,7 +115,7 @@ class EquivarianceProbe(PictureProbe):
     def _show(self, images: Tensor, key: tuple[int, ...]) -> None:
         """Write nearest_versions.png, and the same figure to TensorBoard."""
         data: Any = self.trainer.datamodule
-        figure = nearest_figure(self.jepa, images, data.views.ranges, key)
+        figure = nearest_figure(self.jepa, images, data.views, key)
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "nearest_versions.png")
@@ -118,7 +126,9 @@ class EquivarianceProbe(PictureProbe):
         data: Any = self.trainer.datamodule
         names = data.views.action_names
         r2 = {name: probe.compute() for name, probe in self.action_probes.items()}
-        change = {name: self.changes[f"same_{name}"].compute() / self.changes[f"other_{name}"].compute() for name in r2}
+        change = {
+            name: self.changes[f"same_{name}"].compute() / self.changes[f"other_{name}"].compute() for name in self.networks
+        }
         for metric in (self.ranks, *self.action_probes.values(), *self.changes.values()):
             metric.reset()
         self._ranked = 0
@@ -129,6 +139,7 @@ class EquivarianceProbe(PictureProbe):
                 "overall": figures[kind]["overall"],
                 "standard_error": errors[kind]["overall"],
                 "per_transformation": {name: figures[kind][name] for name in TRANSFORMATIONS if name in figures[kind]},
+                "untold": {name: figures[kind][f"{name}_untold"] for name in DESTRUCTIVE if name in figures[kind]},
                 "chance": chance(),
                 "action_blind": figures[kind]["action_blind"],
                 "shuffled_actions": figures[kind]["shuffled_actions"],
@@ -140,10 +151,12 @@ class EquivarianceProbe(PictureProbe):
         report["action_r2"] = {network: dict(zip(names, values.tolist(), strict=True)) for network, values in r2.items()}
         report["feature_change"] = {network: float(value) for network, value in change.items()}
         report |= {"checkpoint": self.checkpoint, "conditioning": self.jepa.predictor.conditioning}
+        report |= {"views": asdict(data.views), "trained_on_views": self.jepa.trained_on}
         notes = (
             f"Of `{self.checkpoint}`, on {counted} held-out pictures with 256 versions each; R2 and change on all held-out "
             "pairs of views. The protocol stands in jepa_lightning/equivariance.py; grayscale, blur and solarize are to be "
-            "undone, the others to be applied. Pictures: nearest_versions.png."
+            f"undone, the others to be applied. Jitter of strength {data.views.ranges}; trained on "
+            f"{self.jepa.trained_on}. Pictures: nearest_versions.png."
         )
         save_report(Path(self.trainer.default_root_dir), report, "Equivariance", notes, equivariance_table(report))
 
@@ -163,8 +176,16 @@ def equivariance_table(report: dict[str, Any]) -> str:
     row("shuffled actions", patch["shuffled_actions"], pooled["shuffled_actions"])
     for name, value in patch["per_transformation"].items():
         row(name, value, pooled["per_transformation"][name])
-    lines += ["", "| what features keep | encoder | untrained encoder |", "| :-- | --: | --: |"]
-    for name, value in report["action_r2"]["encoder"].items():
-        row(f"R2 of {name}", value, report["action_r2"]["untrained"][name])
-    row("change under a jitter / between pictures", *report["feature_change"].values())
+    for name, value in patch["untold"].items():
+        row(f"{name}, not told", value, pooled["untold"][name])
+    r2 = report["action_r2"]
+    lines += [
+        "",
+        "| what features keep | encoder | untrained encoder | actions of other pairs |",
+        "| :-- | --: | --: | --: |",
+    ]
+    for name in r2["encoder"]:
+        row(f"R2 of {name}", *(r2[reader][name] for reader in READERS))
+    change = [f"{value:.4f}" for value in report["feature_change"].values()]
+    lines.append(f"| change under a jitter / between pictures | {' | '.join(change)} | - |")
     return "\n".join(lines)

@@ -62,6 +62,9 @@ class PictureProbe(LightningModule, ABC):
     needs_fit = True
     """Whether `test` makes sense only after `fit`."""
 
+    reads_views = False
+    """Whether its batches are pairs of views."""
+
     def train(self, mode: bool = True) -> "PictureProbe":
         """Switch to training mode, all but the frozen networks."""
         super().train(mode)
@@ -81,6 +84,8 @@ class PictureProbe(LightningModule, ABC):
             raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
         if self.num_classes is not None and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
+        if getattr(data, "views", None) is not None and not self.reads_views:
+            raise ValueError(f"{type(self).__name__} reads single pictures: leave data.views out.")
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")

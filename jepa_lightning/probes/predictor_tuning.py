@@ -34,11 +34,12 @@ class AttentiveClassifier(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, tasks: dict[str, int]) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: AttentivePool(dim, num_heads, classes) for name, classes in tasks.items()})
+        heads = {f"task_{name}": AttentivePool(dim, num_heads, classes) for name, classes in tasks.items()}
+        self.heads = nn.ModuleDict(heads)  # with a prefix: some names are methods of a ModuleDict
 
     def forward(self, tokens: Tensor, task: str) -> Tensor:
         """(B, N, D) -> (B, classes)."""
-        return self.heads[task](tokens)
+        return self.heads[f"task_{task}"](tokens)
 
 
 class PredictorClassifier(AttentiveClassifier):
@@ -117,6 +118,8 @@ class PredictorTuning(PictureProbe):
         self.learning_rate, self.pretrained_factor, self.warmup_fraction = learning_rate, pretrained_factor, warmup_fraction
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
         self.tasks = num_classes if isinstance(num_classes, dict) else {ONLY: num_classes}
+        if odd := [name for name in self.tasks if not name.isidentifier()]:
+            raise ValueError(f"model.num_classes: {odd[0]!r} is no name for a task; use letters, digits and underscores.")
         self.names = {
             self._kind(arm, task): title if task == ONLY else f"{task}: {title}"
             for task in self.tasks
@@ -143,7 +146,7 @@ class PredictorTuning(PictureProbe):
                 for arm in self.titles
             }
         )
-        self.judged = nn.ModuleDict({task: SumMetric() for task in self.tasks})
+        self.judged = nn.ModuleDict({f"task_{task}": SumMetric() for task in self.tasks})
 
     def _kind(self, arm: str, task: str) -> str:
         return arm if task == ONLY else f"{arm}_{task}"
@@ -171,8 +174,9 @@ class PredictorTuning(PictureProbe):
         return torch.stack(list(losses.values())).sum()  # the arms share no parameter, so each is trained on its own
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        task = list(self.tasks)[dataloader_idx]
-        self.judged[task].update(len(batch.labels))
+        data: Any = self.trainer.datamodule
+        task = list(data.num_classes)[dataloader_idx] if len(self.tasks) > 1 else ONLY
+        self.judged[f"task_{task}"].update(len(batch.labels))
         for arm, logits in self.logits(batch.images, task).items():
             self.accuracies[self._kind(arm, task)].update(logits, batch.labels)
 
@@ -185,7 +189,7 @@ class PredictorTuning(PictureProbe):
         counts = []
         for task in self.tasks:
             kinds = [self._kind(arm, task) for arm in self.titles]
-            found, count = arm_accuracies({kind: self.accuracies[kind] for kind in kinds}, self.judged[task])
+            found, count = arm_accuracies({kind: self.accuracies[kind] for kind in kinds}, self.judged[f"task_{task}"])
             figures |= found
             counts.append(str(count))
         return figures, ", ".join(counts)

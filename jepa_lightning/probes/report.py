@@ -1,6 +1,7 @@
 """The report of a run: figures beside their controls, as JSON for programs and as a table for people."""
 
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -43,12 +44,22 @@ def save_report(directory: Path, report: dict[str, Any], title: str, notes: str,
     """
     command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.json").write_text(json.dumps(report | {"command": command}, indent=2) + "\n")
+    content = json.dumps(_without_nan(report | {"command": command}), indent=2, allow_nan=False)
+    (directory / "report.json").write_text(content + "\n")
     (directory / "report.md").write_text(f"# {title}\n\n{notes}\n\n{table}\n\nMade by `{command}`.\n")
     print(f"\n{table}\n")
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".md", ".mp4", ".png"):
             print(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """A report with null where a figure is not finite: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], judged: str) -> None:
