@@ -46,7 +46,7 @@ ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a 
 	$(RUN) fit --config configs/ijepa_cifar10_completion.yaml $(DATA)
 	$(RUN) test --config configs/ijepa_cifar10_completion.yaml --ckpt_path runs/ijepa_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
 
-iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/iwm_cifar10_cpu
+iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar10_cpu
 	$(RUN) fit --config configs/iwm_cifar10_cpu.yaml $(DATA)
 	$(RUN) test --config configs/iwm_cifar10_equivariance.yaml $(DATA)
 	$(RUN) fit --config configs/iwm_cifar10_predictor.yaml $(DATA)

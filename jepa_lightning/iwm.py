@@ -247,7 +247,7 @@ class IWM(PictureJEPA):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self._trainer, "datamodule", None)
         checkpoint["views"] = asdict(data.views) if getattr(data, "views", None) is not None else self.trained_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

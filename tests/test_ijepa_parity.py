@@ -16,8 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from callbacks.ema import update_average
+from datamodules import ImageBatch
 from jepa_lightning import IJEPA
 from jepa_lightning.losses import smooth_l1
+from jepa_lightning.masks import Masks
 from jepa_lightning.networks.vit import take
 from jepa_lightning.optim import parameter_groups
 
@@ -113,8 +115,9 @@ def test_features_predictions_targets_and_loss(jepa: IJEPA) -> None:
 
 def test_one_step_of_training_gives_the_same_weights_and_average(jepa: IJEPA) -> None:
     # The pairs as the module itself makes them, on the recorded masks.
-    jepa.masks.draw = lambda *_: Recorded()
-    pairs = jepa.target_pairs(Batch())
+    jepa.masks.draw = lambda *_: Masks(CONTEXT, TARGETS)
+    labels = torch.full((len(images()),), -1)
+    pairs = jepa.target_pairs(ImageBatch(images(), labels, (0, 0, 0)))
     optimizer = torch.optim.AdamW(parameter_groups([jepa.context_encoder, jepa.predictor], 0.04), lr=1e-3)
     jepa.prediction_loss(pairs).backward()
     trained = [p for network in (jepa.context_encoder, jepa.predictor) for p in network.parameters()]
@@ -152,17 +155,3 @@ def test_schedules_agree_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
             assert no_decay["weight_decay"] == 0 and no_decay["lr"] == decay["lr"]
         optimizer.step()
         schedule.step()
-
-
-class Recorded:
-    context, targets = CONTEXT, TARGETS
-
-    def to(self, device: torch.device) -> "Recorded":
-        return self
-
-
-class Batch:
-    images = images()
-
-    def generator(self) -> None:
-        return None
