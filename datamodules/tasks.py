@@ -49,7 +49,7 @@ class Tasks(LightningDataModule):
         folders: Task -> its pictures, all of one size. A name is a word of letters, digits and underscores.
 
     Raises:
-        ValueError: Fewer than two tasks, pictures of several sizes, or folders with views.
+        ValueError: Fewer than two tasks, a name that is no word, pictures of several sizes, or folders with views.
     """
 
     def __init__(self, folders: dict[str, ImageFolder]) -> None:

@@ -41,10 +41,10 @@ class EquivarianceProbe(PictureProbe):
 
     * Mean reciprocal rank by the protocol of `jepa_lightning.equivariance`, beside chance, an action-blind predictor and
       shuffled actions, and for each transformation.
-    * R2 of the action, read from the pooled features of a pair of views (ridge regression), beside
-      that of the untrained encoder, and beside that of the actions of other pairs.
+    * R2 of the action, read from the pooled features of a pair of views (ridge regression), beside that of the untrained
+      encoder, and beside that of the actions of other pairs.
     * Squared change of the pooled features under a colour jitter, relative to that between two pictures, beside that of the
-      untrained encoder: 0 would be invariance.
+      untrained encoder: 0 would be invariance. (With geometric views, the change includes the other crop.)
 
     Args:
         checkpoint: Of an IWM, written by `fit`.
