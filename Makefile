@@ -6,7 +6,7 @@ READY := .venv/.ready
 # For `make ijepa` and `make iwm`, pictures that are there already: make ijepa DATA="--data.root DIR"
 DATA ?=
 
-.PHONY: help install demo pendulum coordinates ijepa iwm test check format benchmark clean
+.PHONY: help install demo pendulum coordinates plan ijepa iwm test check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 	$(RUN) fit --config configs/pendulum_coordinates_decoder.yaml
 	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
 	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
+
+plan: $(READY) ## a world model of the driven pendulum, trained (unless it is there) and put to use: 20 minutes on 2 CPU cores, into runs/plan
+	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path last
+	$(RUN) fit --config configs/state_decoder.yaml --ckpt_path last
+	$(RUN) test --config configs/planning.yaml
 
 ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/ijepa_cifar10_cpu
 	$(RUN) fit --config configs/ijepa_cifar10_cpu.yaml $(DATA)
@@ -69,6 +74,7 @@ format: $(READY) ## put the code into shape
 
 benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/pendulum_data.py
+	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/ijepa.py
 	$(BIN)/python benchmarks/views.py
 

@@ -1,6 +1,6 @@
 """What data modules hand to modules: the contract between the two.
 
-Shapes: B samples, T windows in time, C channels, S image size, H W pixels.
+Shapes: B samples, T windows in time, A scalars of an action, C channels, S image size, H W pixels.
 """
 
 from typing import NamedTuple
@@ -25,6 +25,10 @@ class PendulumBatch(NamedTuple):
     states: Tensor
     """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
     only: no JEPA sees them in training."""
+
+    actions: Tensor | None = None
+    """(B, T - 1, A): what acts from the newest frame of window t until that of window t + 1, torques of shoulder and elbow
+    over their limits, in [-1, 1]. None of a free pendulum."""
 
 
 class ImageBatch(NamedTuple):

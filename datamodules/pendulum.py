@@ -4,6 +4,7 @@
 per cent of a training step. So nothing is cached on disk, and nothing can go stale.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from datamodules.physics import Pendulum, sample_initial_states
 from datamodules.randomness import seeded_generator
 from datamodules.rendering import check_picture, render
 from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader
+from datamodules.torques import driven_trajectories
 
 SPLITS = ("train", "val", "test")
 CLIP_STREAM = len(SPLITS)  # the seed's fourth use: where a clip starts
@@ -24,13 +26,14 @@ class Clips(Dataset[Tensor]):
     """Random clips of trajectories. Where a clip starts is a function of (seed, epoch, index).
 
     Args:
-        trajectories: (N, T, 4) states.
+        trajectories: (N, T, 4 or 6), see `DoublePendulum.trajectories`.
         length: Frames per clip.
+        stride: Clips start at its multiples.
         seed: Of the starts.
     """
 
-    def __init__(self, trajectories: Tensor, length: int, seed: int) -> None:
-        self.trajectories, self.length, self.seed = trajectories, length, seed
+    def __init__(self, trajectories: Tensor, length: int, stride: int, seed: int) -> None:
+        self.trajectories, self.length, self.stride, self.seed = trajectories, length, stride, seed
         self._starts: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -40,22 +43,26 @@ class Clips(Dataset[Tensor]):
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: list[tuple[int, int]]) -> Tensor:
-        """States of the clips named by (epoch, index): (B, length, 4)."""
+        """The clips named by (epoch, index): (B, length, 4 or 6)."""
         epoch = items[0][0]
         if self._starts[0] != epoch:
             last = self.trajectories.shape[1] - self.length
             generator = seeded_generator(self.seed, CLIP_STREAM, epoch)
-            self._starts = (epoch, torch.randint(0, last + 1, (len(self),), generator=generator))
+            starts = torch.randint(0, last // self.stride + 1, (len(self),), generator=generator)
+            self._starts = (epoch, starts * self.stride)
         index = torch.tensor([index for _, index in items])
         frames = self._starts[1][index][:, None] + torch.arange(self.length)
         return self.trajectories[index[:, None], frames]
 
 
 class DoublePendulum(ResumableDataModule):
-    """Trajectories of a double pendulum, observed as pixels or as coordinates of the two bobs.
+    """Trajectories of a double pendulum, free or driven by torques, observed as pixels or as coordinates of the two bobs.
 
-    Training, validation and test trajectories come from seeds of their own. Initial angles are uniform in [-pi, pi] and
-    angular velocities in [-2 pi, 2 pi].
+    Training, validation and test trajectories come from seeds of their own. Initial angles of a free pendulum are uniform
+    in [-pi, pi] and angular velocities in [-2 pi, 2 pi]; `datamodules.torques` says where a driven one starts.
+
+    Actions and frames: window t of a batch ends at its newest frame, and action t begins to act there and lasts until the
+    newest frame of window t + 1. So no action has moved anything that its window, or an earlier one, shows.
 
     Args:
         size: Number of training trajectories.
@@ -72,6 +79,11 @@ class DoublePendulum(ResumableDataModule):
         masses: Of the two bobs in kilograms.
         lengths: Of the two rods in metres.
         gravity: In metres per second squared.
+        torque_limits: Greatest torques of the shoulder and the elbow in newton metres; the pendulum swings freely if left
+            out. Each torque is drawn uniformly between its limits.
+        torque_frames: Frames that a torque is held.
+        stride: Frames from one window to the next, which is the time step of a model. Divides `torque_frames` if the
+            pendulum is driven, so that one action lies between two windows.
         batch_size: Trajectories per batch and process.
         num_workers: Processes that cut clips; the default does it in the training process, which costs less than
             sending them.
@@ -96,6 +108,9 @@ class DoublePendulum(ResumableDataModule):
         masses: tuple[float, float] = (1.0, 1.0),
         lengths: tuple[float, float] = (1.0, 1.0),
         gravity: float = 9.81,
+        torque_limits: tuple[float, float] | None = None,
+        torque_frames: int = 5,
+        stride: int = 1,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
@@ -106,6 +121,8 @@ class DoublePendulum(ResumableDataModule):
             "val_size": val_size,
             "test_size": test_size,
             "history": history,
+            "torque_frames": torque_frames,
+            "stride": stride,
             "batch_size": batch_size,
         }
         for name, value in counts.items():
@@ -114,16 +131,27 @@ class DoublePendulum(ResumableDataModule):
         if seed < 0 or num_workers < 0:
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
         for name, frames in (("sequence_length", sequence_length), ("test_sequence_length", test_sequence_length)):
-            if frames <= history:
+            if frames < history + stride:
                 raise ValueError(
-                    f"data.{name}={frames}: must exceed history={history}, or there is no later frame to predict."
+                    f"data.{name}={frames}: must be at least history={history} plus stride={stride}, or there is no later "
+                    "window to predict."
                 )
         clip_length = sequence_length if clip_length is None else clip_length
-        if not history < clip_length <= sequence_length:
+        if not history + stride <= clip_length <= sequence_length:
             raise ValueError(
-                f"data.clip_length={clip_length}: choose more than history={history} and at most "
+                f"data.clip_length={clip_length}: choose at least history={history} plus stride={stride} and at most "
                 f"sequence_length={sequence_length} frames."
             )
+        if torque_limits is not None:
+            if len(torque_limits) != 2 or not all(math.isfinite(limit) and limit > 0 for limit in torque_limits):
+                raise ValueError(
+                    f"data.torque_limits={torque_limits}: give two positive numbers in newton metres, of shoulder and elbow."
+                )
+            if torque_frames % stride:
+                raise ValueError(
+                    f"data.stride={stride} does not divide torque_frames={torque_frames}: several actions would lie between "
+                    "two windows. Change one of them."
+                )
         if observation not in ("pixels", "coordinates"):
             raise ValueError(f"data.observation={observation!r}: choose 'pixels' or 'coordinates'.")
         check_picture(image_size, channels)
@@ -132,42 +160,62 @@ class DoublePendulum(ResumableDataModule):
         self.num_frames = {"train": sequence_length, "val": sequence_length, "test": test_sequence_length}
         self.clip_length, self.history, self.observation = clip_length, history, observation
         self.image_size, self.channels = image_size, channels
+        self.torque_limits, self.torque_frames, self.stride = torque_limits, torque_frames, stride
+        self.action_dim = 0 if torque_limits is None else 2
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._trajectories: dict[str, Tensor] = {}
 
     def trajectories(self, split: str) -> Tensor:
-        """States of all trajectories of "train", "val" or "test", generated at the first call: (N, T, 4), float32.
+        """All trajectories of "train", "val" or "test", generated at the first call, float32.
 
         They are integrated in float64, in which the 120 frames of a test trajectory are exact to the eye.
+
+        Returns:
+            (N, T, 4) states, or (N, T, 6) of a driven pendulum: the state, and the action from it to the next frame.
         """
         if split not in self._trajectories:
             generator = seeded_generator(self.seed, SPLITS.index(split))
-            initial = sample_initial_states(self.sizes[split], generator)
-            self._trajectories[split] = self.pendulum.simulate(initial, self.num_frames[split], dtype=torch.float32)
+            count, frames = self.sizes[split], self.num_frames[split]
+            if self.torque_limits is None:
+                initial = sample_initial_states(count, generator)
+                self._trajectories[split] = self.pendulum.simulate(initial, frames, dtype=torch.float32)
+            else:
+                self._trajectories[split] = driven_trajectories(
+                    self.pendulum, self.torque_limits, count, frames, self.torque_frames, self.history - 1, generator
+                )
         return self._trajectories[split]
 
-    def observe(self, states: Tensor) -> PendulumBatch:
-        """Turn states into observations, on the device where the states are.
+    def observe(self, frames: Tensor) -> PendulumBatch:
+        """Turn frames into observations, on the device where they are.
 
         Args:
-            states: (B, F, 4) of consecutive frames.
+            frames: (B, F, 4 or 6), consecutive ones of `trajectories`. The first starts a window, and without an action
+                the batch has none.
 
         Returns:
-            A batch of T = F - history + 1 windows.
+            A batch of T = (F - history) // stride + 1 windows.
         """
-        if self.observation == "pixels":
-            frames = render(states, self.image_size, self.pendulum.lengths, self.channels)  # (B, F, C, S, S)
+        states = frames[..., :4]
+        newest = slice(self.history - 1, None, self.stride)
+        if self.stride < self.history:  # windows overlap: draw each frame once; what is unfolded is a view
+            windows = self._draw(states).unfold(1, self.history, self.stride).movedim(-1, 2)
         else:
-            frames = self.pendulum.positions(states)  # (B, F, 4)
-        windows = frames.unfold(1, self.history, 1).movedim(-1, 2).flatten(2, 3)  # a view: no frame is copied
-        return PendulumBatch(windows, states[:, self.history - 1 :])
+            windows = self._draw(states.unfold(1, self.history, self.stride).movedim(-1, 2))
+        actions = frames[:, newest, 4:][:, :-1] if frames.shape[-1] > 4 else None
+        return PendulumBatch(windows.flatten(2, 3), states[:, newest], actions)
+
+    def _draw(self, states: Tensor) -> Tensor:
+        """(..., 4) -> (..., C, S, S) pixels or (..., 4) coordinates."""
+        if self.observation == "pixels":
+            return render(states, self.image_size, self.pendulum.lengths, self.channels)
+        return self.pendulum.positions(states)
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
         return self.observe(batch)
 
     def make_train_loader(self) -> ResumableLoader:
         sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self.rank)
-        clips = Clips(self.trajectories("train"), self.clip_length, self.seed)
+        clips = Clips(self.trajectories("train"), self.clip_length, self.stride, self.seed)
         return ResumableLoader(clips, sampler, self.num_workers, pin_memory=self.on_gpu)
 
     def val_dataloader(self) -> DataLoader[Any]:

@@ -83,6 +83,34 @@ class Pendulum:
         x1, y1 = l1 * torch.sin(theta1), -l1 * torch.cos(theta1)
         return torch.stack([x1, y1, x1 + l2 * torch.sin(theta2), y1 - l2 * torch.cos(theta2)], dim=-1)
 
+    def reach(self, tip: tuple[float, float]) -> Tensor:
+        """A state at rest in which the second bob is at a place (of two, the one whose first rod is turned further).
+
+        Args:
+            tip: x and y in metres, relative to the pivot, y pointing up.
+
+        Returns:
+            (4,) in float64.
+
+        Raises:
+            ValueError: A place that the rods do not reach.
+        """
+        l1, l2 = self.lengths
+        distance = math.hypot(*tip)
+        if not abs(l1 - l2) - 1e-9 <= distance <= l1 + l2 + 1e-9:
+            raise ValueError(
+                f"The tip cannot be at ({tip[0]}, {tip[1]}): it reaches distances from {abs(l1 - l2):g} to {l1 + l2:g} m of "
+                f"the pivot, and this is {distance:.3g} m away."
+            )
+        direction = math.atan2(tip[0], -tip[1])
+        if distance < 1e-9:  # folded: every direction will do
+            return torch.tensor([0.0, math.pi, 0.0, 0.0], dtype=torch.float64)
+        first, second = (
+            math.acos(max(-1.0, min(1.0, (near**2 + distance**2 - far**2) / (2 * near * distance))))
+            for near, far in ((l1, l2), (l2, l1))
+        )
+        return torch.tensor([direction + first, direction - second, 0.0, 0.0], dtype=torch.float64)
+
     def accelerations(self, states: Tensor, torques: Tensor | None = None) -> Tensor:
         """Angular accelerations from the Lagrangian: the 2x2 system M(theta) a = forces, solved by hand.
 

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import callbacks  # noqa: F401  (short class names)
@@ -41,6 +42,9 @@ class JEPACommandLine(LightningCLI):
         last = Path(section.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         if section.get("ckpt_path") == "last" and last.is_file():
             section.ckpt_path = str(last)  # so that its model arguments are taken over, as those of any other path
+        elif section.get("ckpt_path") == "last" and self.config.get("subcommand") == "fit":
+            section.ckpt_path = None
+            rank_zero_info(f"There is no {last} to go on from: training starts at the beginning.")
         if section.get("ckpt_path") not in (None, "last", "best", "hpc", "registry"):
             checkpoint = read_checkpoint(section.ckpt_path)  # for its errors, before Lightning's
             if self.config.get("subcommand") == "fit" and "optimizer_states" not in checkpoint:
@@ -118,8 +122,12 @@ def check_writable(directory: Path) -> None:
 
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteLossError)
 
-# What jsonargparse adds to an error about a value that may be a class or nothing; the reason stands between.
-NOISE = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value", "Problem with given")
+# What jsonargparse adds to an error about a value that may be a class or nothing. Between these stand the reason and, if
+# it is short, "Given value: ...".
+NOISE = (
+    *("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Problem with given"),
+    *("Given value type", "Given value: NestedArg", "Given value: Namespace", "Given value: {"),
+)
 
 
 def readable(error: BaseException) -> str:

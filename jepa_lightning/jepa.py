@@ -53,8 +53,8 @@ class JEPA(LightningModule, ABC):
         momentum: Of the first target update, in [0, 1].
         final_momentum: What the momentum approaches at the last step, in [momentum, 1].
         momentum_schedule: Way from the one to the other.
-        regularizer: What keeps the features apart, "variance_hinge" or "vicreg"; None leaves that to the target encoder's
-            slowness alone, as I-JEPA does.
+        regularizer: What keeps the features apart, see `jepa_lightning.regularizers`; None leaves that to the target
+            encoder's slowness alone, as I-JEPA does.
         regularizer_weights: Weight of each of its terms, see `jepa_lightning.regularizers`.
         start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
         final_learning_rate: Where the cosine ends.
@@ -102,7 +102,7 @@ class JEPA(LightningModule, ABC):
         self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay, schedule_offset)
         if regularizer is None and regularizer_weights:
             raise ValueError(f"model.regularizer_weights={regularizer_weights} without a model.regularizer to weigh.")
-        self.regularizer = None if regularizer is None else Regularizer(regularizer, regularizer_weights)
+        self._regularizer_arguments = (regularizer, regularizer_weights)
 
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
         """Take the networks and make the target encoder, a frozen copy of the context encoder as initialised.
@@ -115,8 +115,14 @@ class JEPA(LightningModule, ABC):
         self.context_encoder = context_encoder
         self.predictor = predictor
         self.target_encoder = copy.deepcopy(context_encoder).requires_grad_(False).eval()
+        name, weights = self._regularizer_arguments
+        self.regularizer = None if name is None else Regularizer(name, dim, weights)
         self.target_statistics = FeatureStatistics(dim)
         self.context_statistics = FeatureStatistics(dim)
+
+    def trained_networks(self) -> list[nn.Module]:
+        """Whose parameters the optimizer moves."""
+        return [self.context_encoder, self.predictor]
 
     @abstractmethod
     def target_pairs(self, batch: Any) -> TargetPairs:
@@ -139,15 +145,19 @@ class JEPA(LightningModule, ABC):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         pairs = self.target_pairs(batch)
         prediction = self.prediction_loss(pairs)
-        loss = prediction
-        if self.regularizer is not None:
-            penalty, terms = self.regularizer(self.gather(pairs.features))
-            loss = prediction + penalty
-            self.log_dict({f"train/regularizer_{name}": term for name, term in terms.items()})
+        loss = prediction + self.auxiliary_loss(batch, pairs)
         check_finite(loss, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/prediction_loss", prediction)
         return loss
+
+    def auxiliary_loss(self, batch: Any, pairs: TargetPairs) -> Tensor:
+        """What is added to the prediction loss, a scalar: the regularizer, and what a subclass adds."""
+        if self.regularizer is None:
+            return pairs.predictions.new_zeros(())
+        penalty, terms = self.regularizer(self.gather(pairs.features), self.trainer.global_step)
+        self.log_dict({f"train/regularizer_{name}": term for name, term in terms.items()})
+        return penalty
 
     def gather(self, features: Tensor) -> Tensor:
         """Features of all processes, in rank order, with gradient: (B, T, D) -> (B * processes, T, D).
@@ -182,7 +192,7 @@ class JEPA(LightningModule, ABC):
             self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = parameter_groups([self.context_encoder, self.predictor], self.weight_decay)
+        groups = parameter_groups(self.trained_networks(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         total = total_optimizer_steps(self.trainer)
         schedule = warmup_cosine_schedule(

@@ -1,12 +1,14 @@
-"""A JEPA of the double pendulum: predict the features of later windows from those of one window.
+"""A JEPA of the double pendulum: predict the features of later windows from those of one window, and from what acts.
 
-Shapes: B batch, T windows in time, S starts, H horizon, D width.
+Shapes: B batch, T windows in time, S starts, H horizon, D width, A scalars of an action.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn import functional
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import ScheduleName
@@ -14,10 +16,11 @@ from datamodules.batches import PendulumBatch
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe
-from jepa_lightning.networks.conv import ConvEncoder
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
+from jepa_lightning.networks.windows import EncoderName, window_encoder
 from jepa_lightning.regularizers import RegularizerName
+from jepa_lightning.rollouts import later_features, next_actions, unroll
 
 LABELS = ("sin_theta1", "cos_theta1", "sin_theta2", "cos_theta2", "omega1", "omega2")
 
@@ -28,44 +31,43 @@ def state_labels(states: Tensor) -> Tensor:
     return torch.stack([theta1.sin(), theta1.cos(), theta2.sin(), theta2.cos(), omega1, omega2], dim=-1)
 
 
-def unroll(predictor: nn.Module, features: Tensor, horizon: int) -> Tensor:
-    """Apply the predictor to its own output, again and again.
+TargetMode = Literal["default", "vjepa2", "none"]
 
-    Args:
-        predictor: Features one frame later, (..., D) -> (..., D).
-        features: (..., D) to start from.
-        horizon: H steps.
-
-    Returns:
-        (..., H, D), the features 1 ... H frames later.
-    """
-    steps = []
-    for _ in range(horizon):
-        features = predictor(features)
-        steps.append(features)
-    return torch.stack(steps, dim=-2)
-
-
-def later_features(features: Tensor, horizon: int) -> Tensor:
-    """For every start that has H successors, these successors: (B, T, D) -> (B, T - H, H, D)."""
-    return features.unfold(1, horizon + 1, 1)[..., 1:].transpose(2, 3)  # unfold: (B, T - H, D, H + 1)
+MODES = {
+    "default": "predicts from the target encoder's features to the target encoder's features: the prediction loss trains "
+    "the predictor alone and sends no gradient to the encoder, which the auxiliary losses shape",
+    "vjepa2": "predicts from the context encoder's features to the target encoder's",
+    "none": "predicts from the context encoder's features to its own, detached; the target encoder is its copy after every "
+    "step, and momentum is not used",
+}
 
 
 class PendulumJEPA(JEPA):
     """Encode two frames, predict the features of the next ones by unrolling a residual predictor.
 
-    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. The context
-    encoder sees the starts alone, and the regularizer acts on its features of all of them; targets are the features that
-    the EMA encoder gives the later windows.
+    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. Of a driven
+    pendulum, the predictor is told the action of each step.
 
     Args:
-        observation: "pixels" for a convolutional encoder, "coordinates" for an MLP.
+        observation: "pixels" or "coordinates".
         image_size: Height and width of the pictures; as in the data. With coordinates, of those in the report.
         channels: 1 for grey, 3 for RGB; as in the data.
         history: Frames per window; as in the data.
         latent_dim: D, width of the features.
-        encoder_widths: Channels of the convolutions (pixels) or widths of the hidden layers (coordinates).
+        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.windows`; if left out, "cnn" for pixels and "mlp" for
+            coordinates.
+        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit".
         predictor_width: Width of the predictor's two hidden layers.
+        predictor_dropout: After each of them, in [0, 1). With dropout a resumed run is not the uncut one bit for bit.
+        action_dim: A, scalars of an action, 2 of a driven pendulum; 0 if nothing acts.
+        action_width: Width that a linear layer gives an action.
+        target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's features of each
+            start to the target encoder's of the later windows; the regularizer sees the starts. "default": from the target
+            encoder's features to the target encoder's, so that the prediction loss sends **no gradient to the encoder**,
+            which the auxiliary losses on the context encoder's features of all windows shape alone. "none": from the
+            context encoder's features to its own, detached, without an average: the target encoder is a copy.
+        inverse_dynamics: Weight of the error of telling the action between two consecutive windows from their features
+            (context encoder, a hidden layer of `predictor_width`), >= 0.
         horizon: H, prediction steps in the loss.
         step_decay: Step k of the horizon weighs k ** -step_decay in the loss, >= 0. At 0 all weigh alike, and the error of
             the far steps, many times that of the first, is nearly all that is learned from.
@@ -73,11 +75,11 @@ class PendulumJEPA(JEPA):
         warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
         weight_decay: Of kernels and matrices; biases and norms have none.
         final_weight_decay: Where a cosine takes the weight decay by the last step; `weight_decay` if left out.
-        momentum: Of the first target update, in [0, 1].
+        momentum: Of the first target update, in [0, 1]. Not used with `target_mode` "none".
         final_momentum: What the momentum approaches at the last step, in [momentum, 1].
         momentum_schedule: Way from the one to the other.
-        regularizer: What keeps the features apart: "variance_hinge" or "vicreg".
-        regularizer_weights: Weight of each of its terms: std for the hinge; std, cov and curvature for VICReg.
+        regularizer: What keeps the features apart, see `jepa_lightning.regularizers.Regularizer`; None for nothing.
+        regularizer_weights: Weight of each of its terms.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -92,8 +94,14 @@ class PendulumJEPA(JEPA):
         channels: int = 1,
         history: int = 2,
         latent_dim: int = 64,
+        encoder: EncoderName | None = None,
         encoder_widths: tuple[int, ...] = (16, 32, 64),
         predictor_width: int = 512,
+        predictor_dropout: float = 0.0,
+        action_dim: int = 0,
+        action_width: int = 32,
+        target_mode: TargetMode = "vjepa2",
+        inverse_dynamics: float = 0.0,
         horizon: int = 8,
         step_decay: float = 1.0,
         learning_rate: float = 4e-3,
@@ -103,12 +111,30 @@ class PendulumJEPA(JEPA):
         momentum: float = 0.99,
         final_momentum: float = 1.0,
         momentum_schedule: ScheduleName = "cosine",
-        regularizer: RegularizerName = "vicreg",
+        regularizer: RegularizerName | None = "vicreg",
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:
-        self.check_sizes(
-            latent_dim=latent_dim, predictor_width=predictor_width, horizon=horizon, history=history, channels=channels
-        )
+        sizes = {
+            "latent_dim": latent_dim,
+            "predictor_width": predictor_width,
+            "horizon": horizon,
+            "history": history,
+            "channels": channels,
+            "action_width": action_width,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+        if observation not in ("pixels", "coordinates"):
+            raise ValueError(f"model.observation={observation!r}: choose 'pixels' or 'coordinates'.")
+        if target_mode not in MODES:
+            raise ValueError(f"model.target_mode={target_mode!r}: choose one of {', '.join(get_args(TargetMode))}.")
+        if not 0 <= predictor_dropout < 1:
+            raise ValueError(f"model.predictor_dropout={predictor_dropout}: choose a part of the units in [0, 1).")
+        if action_dim < 0 or not inverse_dynamics >= 0:
+            raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
+        if inverse_dynamics and not action_dim:
+            raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to tell: set model.action_dim.")
         if not step_decay >= 0:
             raise ValueError(f"model.step_decay={step_decay}: must be >= 0; 0 weighs all steps of the horizon alike.")
         super().__init__(
@@ -116,41 +142,39 @@ class PendulumJEPA(JEPA):
             warmup_fraction=warmup_fraction,
             weight_decay=weight_decay,
             final_weight_decay=final_weight_decay,
-            momentum=momentum,
-            final_momentum=final_momentum,
+            momentum=0.0 if target_mode == "none" else momentum,
+            final_momentum=0.0 if target_mode == "none" else final_momentum,
             momentum_schedule=momentum_schedule,
             regularizer=regularizer,
             regularizer_weights=regularizer_weights,
         )
         self.save_hyperparameters()
         self.observation, self.image_size, self.channels, self.history = observation, image_size, channels, history
-        self.latent_dim, self.horizon, self.predictor_width = latent_dim, horizon, predictor_width
-        self.encoder_widths = tuple(encoder_widths)
+        self.latent_dim, self.horizon, self.target_mode = latent_dim, horizon, target_mode
+        self.encoder_name, self.encoder_widths = encoder, tuple(encoder_widths)
+        self.action_dim = action_dim
+        self._predictor = (predictor_width, action_dim, action_width, predictor_dropout)
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
         self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
         self.probe = RidgeProbe(latent_dim, len(LABELS))
-        self.error_over_steps = nn.ModuleDict(
-            {name: MeanMetric() for name in ("first", "last", "first_still", "last_still")}
-        )
-
-    @staticmethod
-    def check_sizes(**sizes: int) -> None:
-        """Raise a ValueError for a size below 1."""
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+        self.inverse_dynamics = inverse_dynamics
+        self.tell_action = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
+        compared = ("first", "last", "first_still", "last_still", *(("last_shuffled", "last_zero") if action_dim else ()))
+        self.error_over_steps = nn.ModuleDict({name: MeanMetric() for name in compared})
 
     def build_encoder(self) -> nn.Module:
         """A freshly initialised encoder: (N, window) -> (N, D)."""
-        if self.observation == "pixels":
-            return ConvEncoder(self.image_size, self.channels * self.history, self.encoder_widths, self.latent_dim)
-        if self.observation == "coordinates":
-            return mlp(4 * self.history, self.encoder_widths, self.latent_dim)
-        raise ValueError(f"model.observation={self.observation!r}: choose 'pixels' or 'coordinates'.")
+        pixels = self.observation == "pixels"
+        frame = (self.channels * self.history, self.image_size, self.image_size) if pixels else (4 * self.history,)
+        name = self.encoder_name or ("cnn" if pixels else "mlp")
+        return window_encoder(name, frame, self.encoder_widths, self.latent_dim)
 
     def build_predictor(self) -> nn.Module:
-        """A freshly initialised predictor: (..., D) -> (..., D)."""
-        return ResidualPredictor(self.latent_dim, self.predictor_width)
+        """A freshly initialised predictor: (..., D), and (..., A) if something acts -> (..., D)."""
+        return ResidualPredictor(self.latent_dim, *self._predictor)
+
+    def trained_networks(self) -> list[nn.Module]:
+        return [*super().trained_networks(), *([] if self.tell_action is None else [self.tell_action])]
 
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs.
@@ -162,16 +186,32 @@ class PendulumJEPA(JEPA):
         if data is None:
             return
         self.check_data(data)
-        clip_length = getattr(data, "clip_length", None)
-        if clip_length is not None and self.history + self.horizon > clip_length:
+        clip_length, stride = getattr(data, "clip_length", None), getattr(data, "stride", 1)
+        if clip_length is not None and self.history + self.horizon * stride > clip_length:
             raise ValueError(
                 f"model.horizon={self.horizon} steps from a window of history={self.history} frames do not fit into "
-                f"data.clip_length={clip_length} frames: lower the horizon to at most {clip_length - self.history} or "
-                "lengthen data.sequence_length and data.clip_length."
+                f"data.clip_length={clip_length} frames: lower the horizon to at most "
+                f"{(clip_length - self.history) // stride} or lengthen data.sequence_length and data.clip_length."
+            )
+        if self.inverse_dynamics and clip_length is not None and self.history + (1 + self._unseen) * stride > clip_length:
+            raise ValueError(
+                f"model.inverse_dynamics={self.inverse_dynamics} compares two windows that the context encoder sees, and "
+                f"clips of {clip_length} frames have one: lengthen data.clip_length by {stride}, or lower model.horizon."
             )
 
+    @property
+    def _unseen(self) -> int:
+        """Windows at the end of a clip that the context encoder does not see."""
+        return self.horizon if self.target_mode == "vjepa2" else 0
+
     def check_data(self, data: Any) -> None:
-        """Raise a ValueError if a data module gives observations that the encoder was not built for."""
+        """Raise a ValueError if a data module gives observations or actions that the networks were not built for."""
+        theirs = getattr(data, "action_dim", self.action_dim)
+        if self.action_dim != theirs:
+            raise ValueError(
+                f"model.action_dim={self.action_dim}, but the data's actions have {theirs} scalars: set model.action_dim to "
+                f"{theirs}, or data.torque_limits {'to the limits of two torques' if not theirs else 'to match'}."
+            )
         names = ["observation", "history"] + (["image_size", "channels"] if self.observation == "pixels" else [])
         for name in names:
             mine, theirs = getattr(self, name), getattr(data, name, None)
@@ -187,20 +227,36 @@ class PendulumJEPA(JEPA):
         """Features of the target encoder, without gradient: windows (B, T, ...) -> (B, T, D)."""
         return self.encode_windows(self.target_encoder, observations)
 
-    def forecast(self, features: Tensor, horizon: int) -> Tensor:
-        """Predicted features 1 ... H frames later: (..., D) -> (..., H, D)."""
-        return unroll(self.predictor, features, horizon)
+    def forecast(self, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
+        """Predicted features 1 ... H steps later: (..., D), and actions (..., H, A) if something acts -> (..., H, D)."""
+        return unroll(self.predictor, features, horizon, actions)
+
+    def on_fit_start(self) -> None:
+        rank_zero_info(f"target_mode {self.target_mode} {MODES[self.target_mode]}.")
 
     def target_pairs(self, batch: PendulumBatch) -> TargetPairs:
-        if batch.observations.shape[1] <= self.horizon:
+        windows, horizon = batch.observations, self.horizon
+        if windows.shape[1] <= horizon:
             raise ValueError(
-                f"model.horizon={self.horizon} needs clips of more than {self.horizon} windows; the batch has "
-                f"{batch.observations.shape[1]}."
+                f"model.horizon={horizon} needs clips of more than {horizon} windows; the batch has {windows.shape[1]}."
             )
-        context = self.encode_windows(self.context_encoder, batch.observations[:, : -self.horizon])  # (B, S, D)
-        target = self.encode(batch.observations)  # (B, T, D)
-        predictions = self.forecast(context, self.horizon)  # (B, S, H, D)
-        return TargetPairs(predictions, later_features(target, self.horizon), context, target)
+        seen = windows[:, : windows.shape[1] - self._unseen]
+        context = self.encode_windows(self.context_encoder, seen)  # (B, S or T, D)
+        target = context.detach() if self.target_mode == "none" else self.encode(windows)  # (B, T, D)
+        starts = (target if self.target_mode == "default" else context)[:, : windows.shape[1] - horizon]  # (B, S, D)
+        predictions = self.forecast(starts, horizon, next_actions(batch.actions, horizon))  # (B, S, H, D)
+        return TargetPairs(predictions, later_features(target, horizon), context, target)
+
+    def auxiliary_loss(self, batch: PendulumBatch, pairs: TargetPairs) -> Tensor:
+        """The regularizer, and how badly actions are told from the features around them."""
+        loss = super().auxiliary_loss(batch, pairs)
+        if self.tell_action is not None:
+            assert batch.actions is not None
+            around = torch.cat([pairs.features[:, :-1], pairs.features[:, 1:]], dim=-1)  # (B, S - 1, 2 D)
+            error = functional.mse_loss(self.tell_action(around), batch.actions[:, : around.shape[1]])
+            self.log("train/inverse_dynamics", error)
+            loss = loss + self.inverse_dynamics * error
+        return loss
 
     def prediction_loss(self, pairs: TargetPairs) -> Tensor:
         """Squared error, near steps first: see `step_decay`."""
@@ -214,11 +270,16 @@ class PendulumJEPA(JEPA):
         pairs = super().validation_step(batch, batch_idx)
         # Judged from target features to target features, as every later use of the model goes. "Still": nothing moves.
         start = pairs.target_features[:, : -self.horizon]  # (B, S, D)
-        forecast = self.forecast(start, self.horizon)
+        actions = next_actions(batch.actions, self.horizon)
+        forecast = self.forecast(start, self.horizon, actions)
         for name, step in (("first", 0), ("last", -1)):
             goal = pairs.targets[:, :, step]
             self.error_over_steps[name].update((forecast[:, :, step] - goal).square().mean())
             self.error_over_steps[f"{name}_still"].update((start - goal).square().mean())
+        if actions is not None:  # another trajectory's actions, and none
+            for name, others in (("shuffled", actions.roll(1, dims=0)), ("zero", torch.zeros_like(actions))):
+                error = self.forecast(start, self.horizon, others)[:, :, -1] - pairs.targets[:, :, -1]
+                self.error_over_steps[f"last_{name}"].update(error.square().mean())
         labels = state_labels(batch.states)
         for fit in (True, False):  # every other trajectory fits the probe, the rest judge it
             rows = slice(0 if fit else 1, None, 2)
@@ -230,6 +291,8 @@ class PendulumJEPA(JEPA):
         errors = {name: metric.compute() for name, metric in self.error_over_steps.items()}
         self.log("val/persistence_ratio_first", errors["first"] / errors["first_still"])
         self.log("val/persistence_ratio", errors["last"] / errors["last_still"], prog_bar=True)
+        for name in ("shuffled", "zero") if self.action_dim else ():
+            self.log(f"val/{name}_over_true", errors[f"last_{name}"] / errors["last"])
         if not self.trainer.sanity_checking:
             scores = dict(zip(LABELS, self.probe.compute(), strict=True))
             self.log_dict({f"val/linear_r2_{name}": score for name, score in scores.items()})

@@ -69,6 +69,8 @@ class PictureJEPA(JEPA, ABC):
         if training["regularizer"] == "vicreg":
             # Patches have no order in which they could move along straight lines.
             training["regularizer_weights"] = {"curvature": 0.0, **(training["regularizer_weights"] or {})}
+        if training["regularizer"] == "barlow_twins":
+            raise ValueError("model.regularizer='barlow_twins' compares two times of a sequence, and a picture has one.")
         super().__init__(**training)
         if loss not in LOSSES:
             raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")

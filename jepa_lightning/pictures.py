@@ -140,6 +140,17 @@ def forecast_figure(errors: dict[str, Tensor], frame_seconds: float, threshold: 
     return figure
 
 
+def steps_figure(errors: dict[str, Tensor], xlabel: str, ylabel: str) -> Figure:
+    """Errors over the steps of a roll-out: a line per name -> (K,), 1 ... K steps ahead."""
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    for name, error in errors.items():
+        axis.plot(np.arange(1, len(error) + 1), error.cpu(), marker=".", label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    axis.legend()
+    return figure
+
+
 def side_by_side(panels: dict[str, Tensor], first_frame: int = 0, zoom: int = 4) -> np.ndarray:
     """Video frames of several sequences next to each other, titled and numbered.
 

@@ -1,7 +1,7 @@
 """What keeps features from collapsing: terms on the context encoder's output, where they have a gradient.
 
 Placed on the EMA targets they would be constants, and placed on predictions they shape the predictor alone.
-Statistics are taken in float32 over all samples of all processes. Shapes: B samples, T times, D width.
+Statistics are taken in float32 over all samples of all processes. Shapes: B samples, T times, D width, P projections.
 """
 
 from typing import Literal
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RegularizerName = Literal["variance_hinge", "vicreg"]
+RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "dino_centring"]
+
+CENTRE_MOMENTUM = 0.9
+"""Of the centre of `dino_centring`, as in Caron et al. 2021."""
+
+NUM_PROJECTIONS = 256
+"""Directions in which `sigreg` looks at the features, new ones each optimizer step."""
 
 
 def variance_hinge(features: Tensor) -> Tensor:
@@ -58,50 +64,140 @@ def curvature(features: Tensor) -> Tensor:
     return (features[:, 2:] - 2 * features[:, 1:-1] + features[:, :-2]).square().mean()
 
 
-TERMS = {"variance_hinge": ("std",), "vicreg": ("std", "cov", "curvature")}
-DEFAULT_WEIGHTS = {"variance_hinge": {"std": 0.1}, "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0}}
+def similarity_in_time(features: Tensor) -> Tensor:
+    """Mean squared difference of consecutive features, VICReg's invariance with the next time as the other view.
+
+    Args:
+        features: (B, T, D).
+
+    Returns:
+        Scalar; zero if T < 2.
+    """
+    if features.shape[1] < 2:
+        return features.new_zeros(())
+    return features.diff(dim=1).square().mean()
+
+
+def cross_correlation_penalties(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Barlow Twins (Zbontar et al. 2021, equation 1) divided by D: how far the cross-correlation is from the identity.
+
+    It knows nothing of the features' scale: a prediction loss may shrink them as long as they stay above 0.01.
+
+    Args:
+        first: (N, D), N >= 2.
+        second: (N, D), other views of the same samples.
+
+    Returns:
+        Mean of (1 - C_ii)^2, and sum of C_ij^2 off the diagonal over D.
+    """
+    units = [(z - z.mean(dim=0)) / (z.var(dim=0, unbiased=False) + 1e-4).sqrt() for z in (first, second)]
+    correlation = units[0].T @ units[1] / len(first)
+    diagonal = correlation.diagonal()
+    return (1 - diagonal).square().mean(), (correlation.square().sum() - diagonal.square().sum()) / len(diagonal)
+
+
+def gaussian_distance(features: Tensor, projections: Tensor) -> Tensor:
+    """How far the features are from a standard normal distribution, seen along lines (SIGReg, Balestriero & LeCun 2025).
+
+    Along each line, the squared distance of the empirical characteristic function from exp(-t^2 / 2), under the weight
+    exp(-t^2 / 2): the statistic of Epps and Pulley over the number of samples, which is left out so that its weight does
+    not depend on the batch. The integral is a trapezoid rule of 17 knots from -5 to 5, which are folded onto 9.
+
+    Args:
+        features: (N, D).
+        projections: (D, P), unit vectors.
+
+    Returns:
+        Scalar: the mean over P; 0.41 where all features are zero.
+    """
+    knots = torch.linspace(0, 5, 9, device=features.device)
+    goal = (-knots.square() / 2).exp()
+    phases = (features @ projections)[..., None] * knots  # (N, P, 9)
+    distance = (phases.cos().mean(dim=0) - goal).square() + phases.sin().mean(dim=0).square()  # (P, 9)
+    return 2 * torch.trapezoid(distance * goal, knots, dim=-1).mean()
+
+
+def random_directions(dim: int, step: int) -> Tensor:
+    """(D, P) unit vectors, a function of the optimizer step: a resumed run and all processes draw the same ones."""
+    generator = torch.Generator().manual_seed(step)
+    return F.normalize(torch.randn(dim, NUM_PROJECTIONS, generator=generator), dim=0)
+
+
+DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
+    "variance_hinge": {"std": 0.1},
+    "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
+    "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
+    "sigreg": {"gauss": 10.0},
+    "dino_centring": {"centring": 1.0},
+}
 
 
 class Regularizer(nn.Module):
     """A weighted sum of terms over the encoded sequence.
 
-    "variance_hinge" is the recipe of the first pendulum JEPA, 0.1 * ReLU(1 - std). "vicreg" is VICReg (Bardes et al.
-    2022) over several times of the sequence, with weights per term: `std` (the hinge), `cov` (covariance, divided by D)
-    and `curvature` (second difference in time). VICReg itself has no such third term: it compares two views instead.
+    * "variance_hinge" is the recipe of the first pendulum JEPA, `std`: 0.1 * ReLU(1 - std).
+    * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `std` (the hinge),
+      `cov` (covariance, divided by D), `sim` (difference of consecutive features, 0 unless asked for: it penalises fast
+      motion) and `curvature` (second difference in time), which VICReg does not have.
+    * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
+    * "sigreg": `gauss`, the distance from a standard normal distribution along random lines.
+    * "dino_centring": `centring`, the squared distance of the batch mean from its own moving average. It does **not**
+      prevent collapse, a constant feature satisfies it, and is here to show that: the collapse alarm must catch it.
 
     Args:
-        name: "variance_hinge" or "vicreg".
+        name: One of these.
+        dim: D.
         weights: Weight of each term, >= 0; terms left out keep their default.
 
     Raises:
         ValueError: An unknown name or term, or a negative weight.
     """
 
-    def __init__(self, name: RegularizerName, weights: dict[str, float] | None = None) -> None:
+    centre: Tensor
+
+    def __init__(self, name: RegularizerName, dim: int, weights: dict[str, float] | None = None) -> None:
         super().__init__()
-        if name not in TERMS:
-            raise ValueError(f"model.regularizer={name!r}: choose one of {', '.join(TERMS)}.")
+        if name not in DEFAULT_WEIGHTS:
+            raise ValueError(f"model.regularizer={name!r}: choose one of {', '.join(DEFAULT_WEIGHTS)}.")
         for term, weight in (weights or {}).items():
-            if term not in TERMS[name]:
+            if term not in DEFAULT_WEIGHTS[name]:
                 raise ValueError(
-                    f"model.regularizer_weights names {term!r}: regularizer {name!r} has {', '.join(TERMS[name])}."
+                    f"model.regularizer_weights names {term!r}: regularizer {name!r} has {', '.join(DEFAULT_WEIGHTS[name])}."
                 )
             if not weight >= 0:
                 raise ValueError(f"model.regularizer_weights: {term}={weight} must be >= 0.")
+        self.name = name
         self.weights = DEFAULT_WEIGHTS[name] | (weights or {})
+        if name == "dino_centring":
+            self.register_buffer("centre", torch.zeros(dim))
 
-    def forward(self, features: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, features: Tensor, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum and the unweighted terms.
 
         Args:
             features: (B, T, D) from the context encoder, of all processes.
+            step: Optimizer step, which random directions are a function of.
         """
         with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            flat = features.flatten(0, 1)  # (B * T, D)
-            terms = {"std": variance_hinge(flat)}
-            if "cov" in self.weights:
-                terms["cov"] = covariance_penalty(flat)
-                terms["curvature"] = curvature(features)
+            terms = self._terms(features.float(), step)
             total = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         return total, terms
+
+    def _terms(self, features: Tensor, step: int) -> dict[str, Tensor]:
+        flat = features.flatten(0, 1)  # (B * T, D)
+        if self.name == "barlow_twins":
+            first, second = (features[:, :-1], features[:, 1:]) if features.shape[1] > 1 else (features, features)
+            penalties = cross_correlation_penalties(first.flatten(0, 1), second.flatten(0, 1))
+            return dict(zip(("invariance", "redundancy"), penalties, strict=True))
+        if self.name == "sigreg":
+            return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step).to(flat.device))}
+        if self.name == "dino_centring":
+            mean = flat.mean(dim=0)
+            distance = (mean - self.centre).square().mean()
+            with torch.no_grad():
+                self.centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
+            return {"centring": distance}
+        terms = {"std": variance_hinge(flat)}
+        if self.name == "vicreg":
+            terms |= {"cov": covariance_penalty(flat), "curvature": curvature(features), "sim": similarity_in_time(features)}
+        return terms

@@ -61,6 +61,24 @@ def small_model(**changes: Any) -> PendulumJEPA:
     return PendulumJEPA(**(SMALL_MODEL | changes))
 
 
+SMALL_DRIVEN: dict[str, Any] = {
+    "torque_limits": (10.0, 5.0),
+    "stride": 5,
+    "history": 3,
+    "sequence_length": 40,
+    "clip_length": 23,
+    "test_sequence_length": 60,
+}
+
+
+def small_driven_data(**changes: Any) -> DoublePendulum:
+    return small_data(**(SMALL_DRIVEN | changes))
+
+
+def small_driven_model(**changes: Any) -> PendulumJEPA:
+    return small_model(**({"history": 3, "horizon": 2, "action_dim": 2} | changes))
+
+
 def write_pictures(folder: Path, count: int, size: tuple[int, int] = (20, 24), hue: int = 0) -> None:
     """Noise over a colour, so that classes differ, as files 0000.jpg ..."""
     folder.mkdir(parents=True, exist_ok=True)

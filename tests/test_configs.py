@@ -44,13 +44,39 @@ def test_both_phases_of_a_run(name: str, tmp_path: Path) -> None:
         assert (tmp_path / file).stat().st_size > 100, file
 
 
-PENDULUM_OVERLAYS = [path for path in sorted((CONFIGS / "overlays").glob("*.yaml")) if not path.stem.startswith("iwm")]
+OVERLAYS = [path for path in sorted((CONFIGS / "overlays").glob("*.yaml")) if not path.stem.startswith("iwm")]
 
 
-@pytest.mark.parametrize("overlay", PENDULUM_OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_every_overlay_of_a_pendulum(overlay: Path, tmp_path: Path) -> None:
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.check_val_every_n_epoch", "1"]
-    run(tmp_path, "fit", CONFIGS / "pendulum.yaml", "--config", str(overlay), *few)
+    base = "pendulum_actions" if overlay.stem.startswith(("mode", "aux")) else "pendulum"
+    run(tmp_path, "fit", CONFIGS / f"{base}.yaml", "--config", str(overlay), *few)
+    asked = yaml.safe_load(overlay.read_text())["model"]["init_args"]
+    weights = asked.pop("regularizer_weights", None)
+    jepa = load_jepa(tmp_path / "checkpoints" / "last.ckpt")
+    assert asked.items() <= dict(jepa.hparams).items()
+    if base == "pendulum_actions" and "regularizer" in asked:
+        assert jepa.hparams["regularizer_weights"] == ({"curvature": 0.0, "sim": 0.05} if weights else None)
+
+
+def test_planning_from_torques_to_report(tmp_path: Path) -> None:
+    few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
+    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "last")
+    jepa = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(jepa, weights_only=True)["global_step"] == 2
+    written = jepa.stat().st_mtime_ns
+    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "last")
+    assert torch.load(jepa, weights_only=True)["global_step"] == 2, "a finished run is not trained again"
+    assert jepa.stat().st_mtime_ns >= written
+    run(tmp_path / "decoder", "fit", CONFIGS / "state_decoder.yaml", "--model.checkpoint", str(jepa), *few)
+    decoder = tmp_path / "decoder" / "checkpoints" / "best.ckpt"
+    chosen = ["--model.checkpoint", str(jepa), "--model.decoder", str(decoder)]
+    chosen += ["--model.num_episodes", "3", "--model.num_swing_ups", "2", "--data.test_sequence_length", "60"]
+    chosen += ["--model.planner.num_samples", "8", "--model.planner.num_iterations", "2", "--model.planner.num_elites", "2"]
+    run(tmp_path, "test", CONFIGS / "planning.yaml", *chosen)
+    for file in ("report.json", "report.md", "plan.mp4", "rollouts.png", "rollouts_decoded.png"):
+        assert (tmp_path / file).stat().st_size > 100, file
 
 
 def test_both_phases_of_ijepa(tmp_path: Path) -> None:
@@ -183,6 +209,9 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
         "iwm_cifar10_predictor",
         "iwm_cifar10_completion",
         "iwm_tasks",
+        "pendulum_actions",
+        "state_decoder",
+        "planning",
         *SMALL_IWMS,
     }
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == names
@@ -199,7 +228,7 @@ def test_no_config_repeats_a_default() -> None:
     import datamodules
     import jepa_lightning.probes
 
-    for path in CONFIGS.rglob("*.yaml"):
+    for path in CONFIGS.glob("*.yaml"):  # an overlay may undo another one, so it may name a default
         for section in ("model", "data"):
             content = yaml.safe_load(path.read_text()).get(section, {})
             name = content.get("class_path", "PendulumJEPA" if section == "model" else "DoublePendulum")

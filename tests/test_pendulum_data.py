@@ -113,7 +113,7 @@ def test_held_out_data_is_seen_once_and_in_order() -> None:
         ({"size": 0}, "data.size=0"),
         ({"val_size": -1}, "data.val_size=-1"),
         ({"history": 0}, "data.history=0"),
-        ({"sequence_length": 2}, "data.sequence_length=2: must exceed history=2"),
+        ({"sequence_length": 2}, "data.sequence_length=2: must be at least history=2 plus stride=1"),
         ({"clip_length": 11}, "data.clip_length=11"),
         ({"clip_length": 2}, "data.clip_length=2"),
         ({"image_size": 4}, "image_size=4"),

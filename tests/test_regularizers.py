@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from jepa_lightning.regularizers import Regularizer, covariance_penalty, curvature, variance_hinge
+from jepa_lightning.regularizers import (
+    DEFAULT_WEIGHTS,
+    Regularizer,
+    covariance_penalty,
+    cross_correlation_penalties,
+    curvature,
+    gaussian_distance,
+    random_directions,
+    similarity_in_time,
+    variance_hinge,
+)
 
 
 def test_variance_hinge_is_zero_from_a_standard_deviation_of_one() -> None:
@@ -36,29 +46,92 @@ def test_curvature_is_zero_on_straight_lines_and_counts_bends() -> None:
     assert curvature(torch.randn(2, 2, 3)) == 0
 
 
+def test_similarity_in_time_is_the_squared_step() -> None:
+    steps = torch.tensor([[[0.0, 0.0], [1.0, 2.0], [1.0, 2.0]]])
+    torch.testing.assert_close(similarity_in_time(steps), torch.tensor((1.0 + 4.0) / 4))
+    assert similarity_in_time(steps[:, :1]) == 0
+
+
+def test_cross_correlation_of_equal_views_leaves_redundancy() -> None:
+    features = torch.randn(2000, 3)
+    features[:, 2] = features[:, 1]  # a copy
+    invariance, redundancy = cross_correlation_penalties(features, features)
+    assert invariance < 1e-6
+    assert redundancy == pytest.approx(2 / 3, abs=0.05), "two entries off the diagonal are 1, over D"
+    scaled = cross_correlation_penalties(features, 7 * features + 3)
+    torch.testing.assert_close(torch.stack(scaled), torch.stack([invariance, redundancy]), rtol=1e-3, atol=1e-4)
+    unrelated, _ = cross_correlation_penalties(features, torch.randn(2000, 3))
+    assert unrelated == pytest.approx(1, abs=0.1)
+
+
+def test_gaussian_distance_is_least_for_a_standard_normal() -> None:
+    torch.manual_seed(0)
+    normal, lines = torch.randn(4000, 16), random_directions(16, step=0)
+    torch.testing.assert_close(lines.norm(dim=0), torch.ones(lines.shape[1]))
+    best = gaussian_distance(normal, lines)
+    assert best < 1e-3
+    # Of zeros: the integral of (1 - exp(-t^2 / 2))^2 exp(-t^2 / 2) over all t.
+    exact = (2 * torch.pi) ** 0.5 * (1 - 2 / 2**0.5 + 1 / 3**0.5)
+    assert gaussian_distance(torch.zeros(10, 16), lines).item() == pytest.approx(exact, rel=0.01)
+    for other in (0.3 * normal, 3 * normal, normal + 1, normal[:, :1].expand(-1, 16)):
+        assert gaussian_distance(other, lines) > 5 * best
+
+
+def test_random_directions_are_a_function_of_the_step() -> None:
+    assert torch.equal(random_directions(5, 3), random_directions(5, 3))
+    assert not torch.equal(random_directions(5, 3), random_directions(5, 4))
+
+
+def test_dino_centring_is_satisfied_by_a_constant() -> None:
+    """The reason why it cannot prevent a collapse, and the reason why it is here."""
+    regularizer = Regularizer("dino_centring", 4)
+    constant = torch.full((8, 2, 4), 3.0, requires_grad=True)
+    values = [regularizer(constant)[0] for _ in range(60)]
+    assert values[0] > 1 and values[-1] < 1e-3
+    assert "centre" in regularizer.state_dict()
+
+
+@pytest.mark.parametrize("name", ["variance_hinge", "vicreg", "barlow_twins", "sigreg"])
+def test_each_of_the_others_pulls_a_nearly_constant_batch_apart(name: str) -> None:
+    torch.manual_seed(0)
+    features = 1e-2 * torch.randn(32, 4, 6)
+    features.requires_grad_()
+    optimizer = torch.optim.Adam([features], lr=0.02)
+    before = features.detach().flatten(0, 1).std(dim=0).mean()
+    for step in range(150):
+        optimizer.zero_grad()
+        Regularizer(name, 6)(features, step)[0].backward()
+        optimizer.step()
+    after = features.detach().flatten(0, 1).std(dim=0).mean()
+    assert after > 5 * before
+
+
 def test_weights_add_the_terms_up() -> None:
     features = torch.randn(4, 5, 3)
-    total, terms = Regularizer("vicreg", {"std": 2.0, "cov": 0.5, "curvature": 3.0})(features)
-    torch.testing.assert_close(total, 2 * terms["std"] + 0.5 * terms["cov"] + 3 * terms["curvature"])
-    total, terms = Regularizer("variance_hinge")(features)
+    total, terms = Regularizer("vicreg", 3, {"std": 2.0, "cov": 0.5, "curvature": 3.0, "sim": 0.1})(features)
+    torch.testing.assert_close(total, 2 * terms["std"] + 0.5 * terms["cov"] + 3 * terms["curvature"] + 0.1 * terms["sim"])
+    total, terms = Regularizer("variance_hinge", 3)(features)
     torch.testing.assert_close(total, 0.1 * variance_hinge(features.flatten(0, 1)))
     assert set(terms) == {"std"}
 
 
-def test_statistics_are_in_float32_under_autocast() -> None:
+@pytest.mark.parametrize("name", DEFAULT_WEIGHTS)
+def test_statistics_are_in_float32_under_autocast(name: str) -> None:
+    features = torch.randn(4, 5, 3).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        total, _ = Regularizer("vicreg")(torch.randn(4, 5, 3).bfloat16())
+        total, _ = Regularizer(name, 3)(features)
     assert total.dtype == torch.float32
+    torch.testing.assert_close(total, Regularizer(name, 3)(features.float())[0])
 
 
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg"),
+        ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centring"),
         ("variance_hinge", {"cov": 1.0}, "'cov': regularizer 'variance_hinge' has std"),
         ("vicreg", {"std": -1.0}, "std=-1.0 must be >= 0"),
     ],
 )
 def test_wrong_names_and_weights_are_refused(name: str, weights: dict | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Regularizer(name, weights)
+        Regularizer(name, 3, weights)

@@ -98,3 +98,54 @@ class PatchDecoder(nn.Module):
         size = self.patch_size
         cut = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, C, rows, size, columns, size)
         return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+class LatentDecoder(nn.Module):
+    """A transformer that paints a picture from a single feature.
+
+    A learned query per patch asks what lies there; the feature answers through several memory tokens. With one token, as an
+    earlier system had it, the attention would have nothing to choose from.
+
+    Args:
+        dim: D, width of the feature.
+        image_size: S, a multiple of `patch_size`.
+        channels: C of the picture.
+        width: Of the transformer.
+        depth: Number of its layers.
+        patch_size: Height and width of a patch in pixels.
+        num_memory_tokens: What the feature is spread over.
+
+    Raises:
+        ValueError: Patches that do not tile the picture.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        image_size: int,
+        channels: int,
+        width: int,
+        depth: int,
+        patch_size: int = 8,
+        num_memory_tokens: int = 8,
+    ) -> None:
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(
+                f"image_size={image_size}: this decoder paints patches of {patch_size} pixels; choose a multiple."
+            )
+        self.channels, self.patch_size, self.side = channels, patch_size, image_size // patch_size
+        self.remember = nn.Sequential(nn.Linear(dim, num_memory_tokens * width), nn.Unflatten(1, (num_memory_tokens, width)))
+        self.queries = nn.Parameter(sincos_positions((self.side, self.side), width))
+        layer = nn.TransformerDecoderLayer(
+            width, max(1, width // 32), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerDecoder(layer, depth, norm=nn.LayerNorm(width))
+        self.paint = nn.Linear(width, channels * patch_size**2)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, D) -> (N, C, S, S)."""
+        memory = self.remember(features)
+        patches = self.paint(self.layers(self.queries.expand(len(features), -1, -1), memory))  # (N, P, C * patch pixels)
+        cut = patches.view(-1, self.side, self.side, self.channels, self.patch_size, self.patch_size)
+        return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns

@@ -18,7 +18,7 @@ from jepa_lightning.networks.vit import sincos_positions
 
 
 class ResidualPredictor(nn.Module):
-    """The features one frame later: z + f(LayerNorm(z)).
+    """The features one step later: z + f(LayerNorm(z), action).
 
     The last layer of f starts at zero, so that an untrained predictor says "nothing changes" and its unrolled
     predictions stay finite at any horizon.
@@ -26,18 +26,26 @@ class ResidualPredictor(nn.Module):
     Args:
         dim: D, width of the features.
         hidden_dim: Width of the two hidden layers.
+        action_dim: A, scalars of an action; 0 where nothing acts.
+        action_width: Width that a linear layer gives an action before it joins the features.
+        dropout: After each hidden layer.
     """
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, action_dim: int = 0, action_width: int = 32, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.change = mlp(dim, (hidden_dim, hidden_dim), dim)
+        if action_dim:
+            self.embed_action = nn.Linear(action_dim, action_width)
+        self.change = mlp(dim + (action_width if action_dim else 0), (hidden_dim, hidden_dim), dim, dropout)
         for parameter in self.change[-1].parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return features + self.change(self.norm(features))
+    def forward(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
+        """(..., D), and (..., A) if something acts -> (..., D)."""
+        inputs = self.norm(features)
+        if actions is not None:
+            inputs = torch.cat([inputs, self.embed_action(actions)], dim=-1)
+        return features + self.change(inputs)
 
 
 class MaskedPredictor(nn.Module):

@@ -7,8 +7,10 @@ from jepa_lightning.probes.decoder import DecoderProbe
 from jepa_lightning.probes.equivariance import EquivarianceProbe
 from jepa_lightning.probes.finetuning import FineTuning
 from jepa_lightning.probes.neighbours import NeighbourProbe
+from jepa_lightning.probes.planning import PlanningProbe
 from jepa_lightning.probes.predictor_tuning import PredictorTuning
 from jepa_lightning.probes.state import StateProbe
+from jepa_lightning.probes.state_decoder import StateDecoder
 
 __all__ = [
     "AttentiveProbe",
@@ -18,6 +20,8 @@ __all__ = [
     "FineTuning",
     "LinearProbe",
     "NeighbourProbe",
+    "PlanningProbe",
     "PredictorTuning",
+    "StateDecoder",
     "StateProbe",
 ]

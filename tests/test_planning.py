@@ -1,0 +1,300 @@
+"""Planning: the search finds what is best, the world does what physics says, and the probe judges both."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import parameters_equal, small_data, small_driven_data, small_driven_model, small_model, trainer
+
+from jepa_lightning.planning import Planner, latent_cost
+from jepa_lightning.probes import PlanningProbe, StateDecoder
+from jepa_lightning.probes.episodes import (
+    Imagination,
+    Oracle,
+    Planning,
+    Random,
+    World,
+    Zero,
+    distances,
+    reaching_task,
+    run,
+    standing_task,
+)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def bowl(goals: torch.Tensor):
+    """Least at a sequence of its own for each episode: goals (E, H, A)."""
+    return lambda actions: (actions - goals[:, None]).square().sum(dim=(2, 3))
+
+
+@pytest.mark.parametrize("method", ["cem", "mppi"])
+def test_the_search_finds_the_best_sequence_of_each_episode(method: str) -> None:
+    goals = torch.rand(6, 4, 2, generator=seeded()) * 1.6 - 0.8
+    found = Planner(method=method).plan(bowl(goals), torch.zeros(6, 4, 2), seeded(1))
+    assert (found - goals).abs().max() < 0.1
+    again = Planner(method=method).plan(bowl(goals), torch.zeros(6, 4, 2), seeded(1))
+    assert torch.equal(found, again), "same generator, same plan"
+
+
+@pytest.mark.parametrize("method", ["cem", "mppi"])
+def test_plans_respect_the_limits(method: str) -> None:
+    goals = torch.full((2, 3, 2), 5.0)
+    judged = []
+
+    def cost(actions: torch.Tensor) -> torch.Tensor:
+        judged.append(actions.abs().amax().item())
+        return bowl(goals)(actions)
+
+    found = Planner(method=method).plan(cost, torch.zeros(2, 3, 2), seeded())
+    assert max(judged) <= 1 and found.abs().max() <= 1
+    assert found.min() > 0.9
+
+
+def test_a_good_guess_is_not_forgotten() -> None:
+    goals = torch.full((1, 10, 2), 0.5)
+    short = Planner(
+        num_samples=20, num_iterations=1, num_further_iterations=1, num_elites=2, method="mppi", temperature=0.01
+    )
+    found = short.plan(bowl(goals), goals, seeded(), further=True)
+    assert (found - goals).abs().max() < 0.05
+
+
+def test_further_plans_take_fewer_rounds() -> None:
+    calls: list[int] = []
+
+    def cost(actions: torch.Tensor) -> torch.Tensor:
+        calls.append(actions.shape[1])
+        return actions.sum(dim=(2, 3))
+
+    planner = Planner(num_iterations=7, num_further_iterations=3)
+    planner.plan(cost, torch.zeros(1, 2, 2), seeded())
+    assert calls == [300] * 7
+    planner.plan(cost, torch.zeros(1, 2, 2), seeded(), further=True)
+    assert len(calls) == 10
+
+
+@pytest.mark.parametrize("kind", ["last", "summed"])
+def test_latent_cost_is_the_distance_of_the_roll_out_from_the_goal(kind: str) -> None:
+    """Also in parts, which is how a CPU computes it."""
+    model = small_driven_model()
+    for parameter in model.predictor.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    start, goal, actions = torch.randn(30, 8), torch.randn(30, 8), torch.rand(30, 300, 4, 2) * 2 - 1
+    with torch.no_grad():
+        costs = latent_cost(model.predictor, start, goal, kind)(actions)
+        for episode, sample in ((0, 0), (17, 299), (29, 5)):
+            steps = model.forecast(start[episode], 4, actions[episode, sample])  # (H, D)
+            errors = (steps - goal[episode]).square().mean(dim=-1)
+            torch.testing.assert_close(costs[episode, sample], errors[-1] if kind == "last" else errors.sum())
+
+
+def test_the_world_does_what_physics_says_and_shows_what_the_data_module_shows() -> None:
+    data = small_driven_data(observation="pixels", image_size=32)
+    task = standing_task(data, 3, (0.0, 2.0), seeded())
+    world = World(data, task.starts)
+    actions = torch.tensor([[1.0, -1.0], [0.0, 0.0], [-0.5, 0.3]])
+    before = world.states
+    world.act(actions)
+    torques = (actions.double() * torch.tensor([10.0, 5.0]))[:, None].expand(-1, 5, -1)
+    assert torch.equal(world.frames[:, -5:], data.pendulum.simulate(before, 6, torques)[:, 1:])
+    assert world.frames.shape == (3, 3 + 5, 4)
+    assert torch.equal(world.window(), data.observe(world.frames[:, -3:].float()).observations)
+    still = data.observe(task.goals.float()).observations
+    assert torch.equal(still[:, 0, 0], still[:, 0, 2]), "the goal of standing is three times the same picture"
+    tips = data.pendulum.positions(task.goals)[..., 2:]
+    torch.testing.assert_close(tips, torch.tensor([0.0, 2.0], dtype=torch.float64).expand_as(tips))
+
+
+def test_goals_were_reached_and_no_episode_starts_at_its_own() -> None:
+    data = small_driven_data()
+    task = reaching_task(data, 40, 5, 0.25, seeded())
+    assert task.starts.shape == task.goals.shape == (40, 3, 4)
+    assert (distances(data, task.starts[:, -1], task.goals[:, -1]).amax(dim=-1) > 0.25).all()
+    again = reaching_task(data, 40, 5, 0.25, seeded())
+    assert torch.equal(task.goals, again.goals)
+
+
+def test_who_knows_the_physics_reaches_goals_and_who_does_nothing_does_not() -> None:
+    data = small_driven_data()
+    task = reaching_task(data, 20, 5, 0.25, seeded())
+    goals = task.goals[:, -1]
+
+    def success(controller: Any) -> float:
+        world = run(data, task, controller, 5)
+        assert world.frames.shape[1] == 3 + 25
+        return (distances(data, world.states, goals).amax(dim=-1) < 0.25).double().mean().item()
+
+    planner = Planner(num_samples=64, num_iterations=10)
+
+    def oracle(noise: tuple[float, float]) -> Planning:
+        return Planning(planner, Oracle(goals, noise, seeded(1)), 5, seeded(2), deadline=5, every=5)
+
+    assert success(oracle((0.0, 0.0))) >= 0.95
+    assert success(oracle((1.0, 5.0))) <= 0.5
+    assert success(Zero()) <= 0.4 and success(Random(seeded(3))) <= 0.4
+
+
+def test_plans_end_at_the_deadline_and_go_on_from_the_last_one() -> None:
+    data, lengths, guesses = small_driven_data(), [], []
+
+    class Spy(Planner):
+        def plan(self, cost, guess, generator, further=False):
+            lengths.append((guess.shape[1], further))
+            guesses.append(guess)
+            return torch.rand(guess.shape, generator=generator)
+
+    task = standing_task(data, 2, (0.0, 2.0), seeded())
+    run(data, task, Planning(Spy(), lambda world: None, 8, seeded(), deadline=5, every=2), 5)
+    assert lengths == [(5, False), (3, True), (1, True)]
+    lengths.clear(), guesses.clear()
+    controller = Planning(Spy(), lambda world: None, 4, seeded())
+    run(data, task, controller, 3)
+    assert lengths == [(4, False), (4, True), (4, True)]
+    first = torch.rand(2, 4, 2, generator=seeded())
+    assert torch.equal(guesses[1][:, :3], first[:, 1:]) and not guesses[1][:, 3].any()
+
+
+def test_a_perfect_world_model_reaches_goals() -> None:
+    """The way from pixels to success, with features that are the state and a predictor that is the physics."""
+    data = small_driven_data()
+    model = small_driven_model(latent_dim=4)
+
+    class Physics(torch.nn.Module):
+        def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+            torques = (actions * torch.tensor([10.0, 5.0])).flatten(0, -2)[:, None].expand(-1, 5, -1)
+            return data.pendulum.simulate(states.flatten(0, -2), 6, torques, substeps=2)[:, -1].view_as(states)
+
+    model.predictor = Physics()
+    task = reaching_task(data, 10, 5, 0.25, seeded())
+    model.encode = lambda windows: windows  # the world below shows states
+    planner = Planner(num_samples=200, num_iterations=25)
+    imagination = Imagination(model, task.goals[:, -1:].float(), planner)
+
+    class Seer(World):
+        def window(self) -> torch.Tensor:
+            return self.frames[:, -1:].float()
+
+    world = Seer(data, task.starts)
+    controller = Planning(planner, imagination, 5, seeded(), deadline=5, every=5)
+    for step in range(5):
+        world.act(controller(world, step))
+    assert (distances(data, world.states, task.goals[:, -1]).amax(dim=-1) < 0.25).double().mean() >= 0.8
+    imagined = torch.cat(controller.imagined, dim=1)
+    torch.testing.assert_close(imagined[:, -1].double(), world.states, rtol=1e-2, atol=2e-2)
+
+
+def saved(tmp_path: Path, **changes: Any) -> str:
+    model = small_driven_model(**changes)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(model, small_driven_data())
+    run.save_checkpoint(tmp_path / "jepa.ckpt")
+    return str(tmp_path / "jepa.ckpt")
+
+
+FEW = Planner(num_samples=8, num_iterations=2, num_further_iterations=1, num_elites=2)
+
+
+def test_probe_writes_what_its_report_promises(tmp_path: Path) -> None:
+    probe = PlanningProbe(saved(tmp_path), planner=FEW, num_episodes=4, num_swing_ups=2)
+    trainer(tmp_path).test(probe, small_driven_data(test_size=4), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    figures = report["planning"]
+    for name in ("success", "standard_error", "zero_torque", "random_torque", "oracle", "noisy_oracle", "swing_up"):
+        assert 0 <= figures[name] <= 1, name
+    assert figures["episodes"] == 4 and figures["oracle"] == 1.0
+    # A predictor whose last layer is near zero hardly listens to actions.
+    assert report["actions"]["shuffled_over_true"] == pytest.approx(1, abs=0.2)
+    assert set(report["actions"]) >= {"shuffled_over_true", "zero_over_true"}
+    assert (tmp_path / "rollouts.png").exists() and "true dynamics" in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "plan.mp4").exists(), "there is no decoder"
+
+
+@pytest.mark.parametrize("source", ["online", "target", "predicted"])
+def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> None:
+    probe = StateDecoder(saved(tmp_path, image_size=16), embedding_source=source, width=32, depth=1, learning_rate=3e-3)
+    before = {name: value.clone() for name, value in probe.jepa.state_dict().items()}
+    data = small_driven_data(size=80, val_size=40, batch_size=40, image_size=16)
+    losses: list[float] = []
+    probe.on_train_batch_end = lambda outputs, *_: losses.append(outputs["loss"].item())
+    run = trainer(tmp_path, max_epochs=60, limit_val_batches=1.0, check_val_every_n_epoch=60)
+    run.fit(probe, data)
+    metrics = run.callback_metrics
+    assert metrics["val/loss"] == metrics[f"val/mse_{source}"]
+    assert metrics["val/mse_over_mean"] > 0
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4]), losses[::10]
+    assert all(torch.equal(value, before[name]) for name, value in probe.jepa.state_dict().items())
+    assert not any(module.training for module in probe.jepa.modules())
+    assert {"val/iou_online", "val/iou_target", "val/iou_predicted", "val/iou_still"} <= set(metrics)
+    assert (tmp_path / "reconstruction.png").exists()
+
+
+def test_predicted_features_are_decoded_to_the_frame_that_they_predict(tmp_path: Path) -> None:
+    probe = StateDecoder(saved(tmp_path), embedding_source="predicted", width=32, depth=1)
+    data = small_driven_data()
+    batch = data.observe(data.trajectories("train")[:2, :23])
+    target = probe.jepa.encode(batch.observations)
+    expected = probe.jepa.forecast(target[:, 0], 1, batch.actions[:, :1])[:, 0]
+    torch.testing.assert_close(probe.features(batch, "predicted")[:, 0], expected)
+    assert torch.equal(probe.features(batch, "target"), target[:, 1:])
+
+
+def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
+    checkpoint = saved(tmp_path)
+
+    def fit(epochs: int, ckpt_path: Path | None = None) -> StateDecoder:
+        torch.manual_seed(0)
+        probe = StateDecoder(checkpoint, width=32, depth=1)
+        run = trainer(tmp_path, max_epochs=epochs, max_steps=-1)
+        run.fit(probe, small_driven_data(), ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "decoder.ckpt")
+        return probe
+
+    fitted = fit(1)
+    assert parameters_equal(fit(1, tmp_path / "decoder.ckpt"), fitted), "a finished run that is resumed changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_episodes": 0}, "model.num_episodes=0"),
+        ({"goal": (2.0, 2.0)}, r"The tip cannot be at \(2.0, 2.0\)"),
+    ],
+)
+def test_wrong_tasks_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).test(PlanningProbe(saved(tmp_path), **change), small_driven_data(), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "adam"}, "planner.method='adam': choose one of cem, mppi"),
+        ({"cost": "first"}, "planner.cost='first': choose one of last, summed"),
+        ({"num_iterations": 0}, "planner.num_iterations=0"),
+        ({"num_elites": 301}, "choose 2 to num_samples=300"),
+        ({"temperature": 0.0}, "planner.temperature=0.0"),
+    ],
+)
+def test_wrong_planners_are_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Planner(**change)
+
+
+def test_what_cannot_be_planned_or_decoded_is_refused(tmp_path: Path) -> None:
+    free = small_model()
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(free, small_data())
+    run.save_checkpoint(tmp_path / "free.ckpt")
+    for probe in (StateDecoder, PlanningProbe):
+        with pytest.raises(ValueError, match=f"without actions, and {probe.__name__} needs them"):
+            probe(str(tmp_path / "free.ckpt"))
+    with pytest.raises(ValueError, match="model.embedding_source='both'"):
+        StateDecoder(saved(tmp_path), embedding_source="both")
+    with pytest.raises(ValueError, match="data's actions have 0 scalars"):
+        trainer(tmp_path).test(PlanningProbe(saved(tmp_path)), small_driven_data(torque_limits=None), verbose=False)
