@@ -40,7 +40,7 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 
 plan: $(READY) ## a world model of the driven pendulum, trained (unless it is there) and put to use: 20 minutes on 2 CPU cores, into runs/plan
 	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path last
-	$(RUN) fit --config configs/state_decoder.yaml --ckpt_path last
+	$(RUN) fit --config configs/state_decoder.yaml
 	$(RUN) test --config configs/planning.yaml
 
 ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/ijepa_cifar10_cpu

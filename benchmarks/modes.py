@@ -108,6 +108,6 @@ if __name__ == "__main__":
         figures, _ = run(encoder, "vjepa2", AUXILIARY["none"], 0)
         print(row(encoder, "-", "untrained", figures, False), flush=True)
         for auxiliary, settings in AUXILIARY.items():
-            for mode in ("vjepa2", "default", "none"):
+            for mode in ("vjepa2", "default", "none") if auxiliary != "none" else ("vjepa2", "none"):  # "default" is refused
                 figures, alarm = run(encoder, mode, settings, arguments.steps)
                 print(row(encoder, mode, auxiliary, figures, alarm), flush=True)

@@ -160,10 +160,23 @@ class DoublePendulum(ResumableDataModule):
         self.num_frames = {"train": sequence_length, "val": sequence_length, "test": test_sequence_length}
         self.clip_length, self.history, self.observation = clip_length, history, observation
         self.image_size, self.channels = image_size, channels
-        self.torque_limits, self.torque_frames, self.stride = torque_limits, torque_frames, stride
+        self.torque_limits = None if torque_limits is None else (float(torque_limits[0]), float(torque_limits[1]))
+        self.torque_frames, self.stride = torque_frames, stride
         self.action_dim = 0 if torque_limits is None else 2
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self._trajectories: dict[str, Tensor] = {}
+
+    @property
+    def dynamics(self) -> dict[str, Any]:
+        """What a world model of this data learns the laws of: physics, torques and the time step."""
+        return {
+            "masses": tuple(self.pendulum.masses),
+            "lengths": tuple(self.pendulum.lengths),
+            "gravity": self.pendulum.gravity,
+            "torque_limits": self.torque_limits,
+            "torque_frames": self.torque_frames if self.torque_limits else None,
+            "stride": self.stride,
+        }
 
     def trajectories(self, split: str) -> Tensor:
         """All trajectories of "train", "val" or "test", generated at the first call, float32.

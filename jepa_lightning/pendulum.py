@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics import MeanMetric
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import PendulumBatch
@@ -20,7 +19,7 @@ from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
 from jepa_lightning.networks.windows import EncoderName, window_encoder
 from jepa_lightning.regularizers import RegularizerName
-from jepa_lightning.rollouts import later_features, next_actions, unroll
+from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
 
 LABELS = ("sin_theta1", "cos_theta1", "sin_theta2", "cos_theta2", "omega1", "omega2")
 
@@ -43,7 +42,7 @@ MODES = {
 
 
 class PendulumJEPA(JEPA):
-    """Encode two frames, predict the features of the next ones by unrolling a residual predictor.
+    """Encode a few frames, predict the features of later ones by unrolling a residual predictor.
 
     Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. Of a driven
     pendulum, the predictor is told the action of each step.
@@ -56,7 +55,8 @@ class PendulumJEPA(JEPA):
         latent_dim: D, width of the features.
         encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.windows`; if left out, "cnn" for pixels and "mlp" for
             coordinates.
-        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit".
+        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; if
+            left out, 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
         predictor_width: Width of the predictor's two hidden layers.
         predictor_dropout: After each of them, in [0, 1). With dropout a resumed run is not the uncut one bit for bit.
         action_dim: A, scalars of an action, 2 of a driven pendulum; 0 if nothing acts.
@@ -86,6 +86,8 @@ class PendulumJEPA(JEPA):
     """
 
     step_weights: Tensor
+    trained_on: dict[str, Any]
+    """`dynamics` of the data that it was trained on, if it comes from a checkpoint."""
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class PendulumJEPA(JEPA):
         history: int = 2,
         latent_dim: int = 64,
         encoder: EncoderName | None = None,
-        encoder_widths: tuple[int, ...] = (16, 32, 64),
+        encoder_widths: tuple[int, ...] | None = None,
         predictor_width: int = 512,
         predictor_dropout: float = 0.0,
         action_dim: int = 0,
@@ -135,6 +137,11 @@ class PendulumJEPA(JEPA):
             raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
         if inverse_dynamics and not action_dim:
             raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to tell: set model.action_dim.")
+        if target_mode == "default" and regularizer is None and not inverse_dynamics:
+            raise ValueError(
+                "model.target_mode='default' without a regularizer or inverse_dynamics: nothing would train the encoder, "
+                "because the prediction loss sends it no gradient. Choose another mode, or an auxiliary loss."
+            )
         if not step_decay >= 0:
             raise ValueError(f"model.step_decay={step_decay}: must be >= 0; 0 weighs all steps of the horizon alike.")
         super().__init__(
@@ -151,23 +158,22 @@ class PendulumJEPA(JEPA):
         self.save_hyperparameters()
         self.observation, self.image_size, self.channels, self.history = observation, image_size, channels, history
         self.latent_dim, self.horizon, self.target_mode = latent_dim, horizon, target_mode
-        self.encoder_name, self.encoder_widths = encoder, tuple(encoder_widths)
-        self.action_dim = action_dim
+        self.encoder_name = encoder or ("cnn" if observation == "pixels" else "mlp")
+        self.encoder_widths = None if encoder_widths is None else tuple(encoder_widths)
+        self.action_dim, self.trained_on = action_dim, {}
         self._predictor = (predictor_width, action_dim, action_width, predictor_dropout)
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
         self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
         self.probe = RidgeProbe(latent_dim, len(LABELS))
         self.inverse_dynamics = inverse_dynamics
         self.tell_action = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
-        compared = ("first", "last", "first_still", "last_still", *(("last_shuffled", "last_zero") if action_dim else ()))
-        self.error_over_steps = nn.ModuleDict({name: MeanMetric() for name in compared})
+        self.forecast_errors = ForecastErrors(acted=action_dim > 0)
 
     def build_encoder(self) -> nn.Module:
         """A freshly initialised encoder: (N, window) -> (N, D)."""
         pixels = self.observation == "pixels"
         frame = (self.channels * self.history, self.image_size, self.image_size) if pixels else (4 * self.history,)
-        name = self.encoder_name or ("cnn" if pixels else "mlp")
-        return window_encoder(name, frame, self.encoder_widths, self.latent_dim)
+        return window_encoder(self.encoder_name, frame, self.encoder_widths, self.latent_dim)
 
     def build_predictor(self) -> nn.Module:
         """A freshly initialised predictor: (..., D), and (..., A) if something acts -> (..., D)."""
@@ -193,11 +199,18 @@ class PendulumJEPA(JEPA):
                 f"data.clip_length={clip_length} frames: lower the horizon to at most "
                 f"{(clip_length - self.history) // stride} or lengthen data.sequence_length and data.clip_length."
             )
-        if self.inverse_dynamics and clip_length is not None and self.history + (1 + self._unseen) * stride > clip_length:
-            raise ValueError(
-                f"model.inverse_dynamics={self.inverse_dynamics} compares two windows that the context encoder sees, and "
-                f"clips of {clip_length} frames have one: lengthen data.clip_length by {stride}, or lower model.horizon."
-            )
+        needed = (
+            {} if self.regularizer is None else {f"regularizer {self.regularizer.name!r}": self.regularizer.needed_times}
+        )
+        needed |= {"inverse_dynamics": 2} if self.inverse_dynamics else {}
+        for name, times in needed.items():
+            seen = times if clip_length is None else (clip_length - self.history) // stride + 1 - self._unseen
+            if seen < times:
+                raise ValueError(
+                    f"model.{name} compares {times} windows, and of a clip of {clip_length} frames the context encoder sees "
+                    f"{seen}: lengthen data.clip_length by {(times - seen) * stride}, lower model.horizon, or set the "
+                    "weight of what compares them (curvature needs 3; sim, inverse_dynamics and barlow_twins 2) to 0."
+                )
 
     @property
     def _unseen(self) -> int:
@@ -217,6 +230,24 @@ class PendulumJEPA(JEPA):
             mine, theirs = getattr(self, name), getattr(data, name, None)
             if theirs is not None and mine != theirs:
                 raise ValueError(f"The model has {name}={mine} but data.{name}={theirs}: set both to the same value.")
+        dynamics = getattr(data, "dynamics", {})
+        for name, value in self.trained_on.items():
+            theirs = dynamics.get(name, value)
+            if theirs != value:
+                raise ValueError(
+                    f"The model was trained on data.{name}={value}, and now data.{name}={theirs}: set it to that."
+                )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        data: Any = getattr(self._trainer, "datamodule", None)
+        checkpoint["trained_on"] = getattr(data, "dynamics", self.trained_on)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.trained_on = checkpoint.get("trained_on", {})
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if data is not None:  # Lightning calls `setup` before it reads the checkpoint
+            self.check_data(data)
 
     def encode_windows(self, encoder: nn.Module, windows: Tensor) -> Tensor:
         """Apply an encoder at all times: (B, T, ...) -> (B, T, D)."""
@@ -239,6 +270,11 @@ class PendulumJEPA(JEPA):
         if windows.shape[1] <= horizon:
             raise ValueError(
                 f"model.horizon={horizon} needs clips of more than {horizon} windows; the batch has {windows.shape[1]}."
+            )
+        if (0 if batch.actions is None else batch.actions.shape[-1]) != self.action_dim:
+            given = "none" if batch.actions is None else f"some of {batch.actions.shape[-1]} scalars"
+            raise ValueError(
+                f"model.action_dim={self.action_dim} needs actions of that many scalars; the batch has {given}."
             )
         seen = windows[:, : windows.shape[1] - self._unseen]
         context = self.encode_windows(self.context_encoder, seen)  # (B, S or T, D)
@@ -268,18 +304,9 @@ class PendulumJEPA(JEPA):
 
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)
-        # Judged from target features to target features, as every later use of the model goes. "Still": nothing moves.
-        start = pairs.target_features[:, : -self.horizon]  # (B, S, D)
-        actions = next_actions(batch.actions, self.horizon)
-        forecast = self.forecast(start, self.horizon, actions)
-        for name, step in (("first", 0), ("last", -1)):
-            goal = pairs.targets[:, :, step]
-            self.error_over_steps[name].update((forecast[:, :, step] - goal).square().mean())
-            self.error_over_steps[f"{name}_still"].update((start - goal).square().mean())
-        if actions is not None:  # another trajectory's actions, and none
-            for name, others in (("shuffled", actions.roll(1, dims=0)), ("zero", torch.zeros_like(actions))):
-                error = self.forecast(start, self.horizon, others)[:, :, -1] - pairs.targets[:, :, -1]
-                self.error_over_steps[f"last_{name}"].update(error.square().mean())
+        # Judged from target features to target features, as every later use of the model goes.
+        starts, actions = pairs.target_features[:, : -self.horizon], next_actions(batch.actions, self.horizon)
+        self.forecast_errors.update(lambda z, a: self.forecast(z, self.horizon, a), starts, pairs.targets, actions)
         labels = state_labels(batch.states)
         for fit in (True, False):  # every other trajectory fits the probe, the rest judge it
             rows = slice(0 if fit else 1, None, 2)
@@ -288,13 +315,9 @@ class PendulumJEPA(JEPA):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        errors = {name: metric.compute() for name, metric in self.error_over_steps.items()}
-        self.log("val/persistence_ratio_first", errors["first"] / errors["first_still"])
-        self.log("val/persistence_ratio", errors["last"] / errors["last_still"], prog_bar=True)
-        for name in ("shuffled", "zero") if self.action_dim else ():
-            self.log(f"val/{name}_over_true", errors[f"last_{name}"] / errors["last"])
+        for name, ratio in self.forecast_errors.compute().items():
+            self.log(f"val/{name}", ratio, prog_bar=name == "persistence_ratio")
         if not self.trainer.sanity_checking:
             scores = dict(zip(LABELS, self.probe.compute(), strict=True))
             self.log_dict({f"val/linear_r2_{name}": score for name, score in scores.items()})
-        for metric in (*self.error_over_steps.values(), self.probe):
-            metric.reset()
+        self.probe.reset()

@@ -163,6 +163,7 @@ class Regularizer(nn.Module):
             if term not in DEFAULT_WEIGHTS[name]:
                 raise ValueError(
                     f"model.regularizer_weights names {term!r}: regularizer {name!r} has {', '.join(DEFAULT_WEIGHTS[name])}."
+                    " If the weights come from a YAML for another one, set model.regularizer_weights to null."
                 )
             if not weight >= 0:
                 raise ValueError(f"model.regularizer_weights: {term}={weight} must be >= 0.")
@@ -170,6 +171,13 @@ class Regularizer(nn.Module):
         self.weights = DEFAULT_WEIGHTS[name] | (weights or {})
         if name == "dino_centring":
             self.register_buffer("centre", torch.zeros(dim))
+
+    @property
+    def needed_times(self) -> int:
+        """T that the terms compare."""
+        if self.name == "vicreg":
+            return 3 if self.weights["curvature"] else 2 if self.weights["sim"] else 1
+        return 2 if self.name == "barlow_twins" else 1
 
     def forward(self, features: Tensor, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted sum and the unweighted terms.
@@ -186,8 +194,7 @@ class Regularizer(nn.Module):
     def _terms(self, features: Tensor, step: int) -> dict[str, Tensor]:
         flat = features.flatten(0, 1)  # (B * T, D)
         if self.name == "barlow_twins":
-            first, second = (features[:, :-1], features[:, 1:]) if features.shape[1] > 1 else (features, features)
-            penalties = cross_correlation_penalties(first.flatten(0, 1), second.flatten(0, 1))
+            penalties = cross_correlation_penalties(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
             return dict(zip(("invariance", "redundancy"), penalties, strict=True))
         if self.name == "sigreg":
             return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step).to(flat.device))}

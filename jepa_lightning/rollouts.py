@@ -1,10 +1,13 @@
-"""Roll-outs: a predictor applied to its own output, and what it should have said.
+"""Roll-outs: a predictor applied to its own output, what it should have said, and how far it is off.
 
 Shapes: B batch, T windows in time, H horizon, D width, A scalars of an action.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
@@ -34,3 +37,54 @@ def later_features(features: Tensor, horizon: int) -> Tensor:
 def next_actions(actions: Tensor | None, horizon: int) -> Tensor | None:
     """For every start that has H successors, the actions on the way: (B, T - 1, A) -> (B, T - H, H, A)."""
     return None if actions is None else actions.unfold(1, horizon, 1).transpose(2, 3)
+
+
+class ForecastErrors(nn.Module):
+    """Squared errors of forecasts one step and H steps ahead, beside those of predicting no change and of other actions.
+
+    Args:
+        acted: Whether something acts.
+    """
+
+    def __init__(self, acted: bool) -> None:
+        super().__init__()
+        self.acted = acted
+        others = ("shuffled", "zero") if acted else ()
+        self.errors = nn.ModuleDict({name: MeanMetric() for name in ("first", "last", "first_still", "last_still", *others)})
+
+    def update(
+        self, forecast: Callable[[Tensor, Tensor | None], Tensor], starts: Tensor, targets: Tensor, actions: Tensor | None
+    ) -> None:
+        """Judge forecasts.
+
+        Args:
+            forecast: Starts and actions -> (B, S, H, D).
+            starts: (B, S, D).
+            targets: (B, S, H, D), what the features will be.
+            actions: (B, S, H, A), or None of a free pendulum.
+        """
+        error = forecast(starts, actions) - targets
+        change = starts[:, :, None] - targets
+        for name, step in (("first", 0), ("last", -1)):
+            self.errors[name].update(error[:, :, step].square().mean())
+            self.errors[f"{name}_still"].update(change[:, :, step].square().mean())
+        if actions is not None and len(actions) > 1:  # another trajectory's, and none
+            for name, others in (("shuffled", actions.roll(1, dims=0)), ("zero", torch.zeros_like(actions))):
+                self.errors[name].update((forecast(starts, others) - targets)[:, :, -1].square().mean())
+
+    def compute(self) -> dict[str, Tensor]:
+        """Ratios by name, and start anew.
+
+        persistence_ratio, persistence_ratio_first: over the error of predicting no change, at the last and first step.
+        shuffled_over_true, zero_over_true: error under other actions over that under the true ones, at the last step.
+        """
+        errors = {name: metric.compute() for name, metric in self.errors.items() if metric.update_called}
+        for metric in self.errors.values():
+            metric.reset()
+        ratios = {
+            "persistence_ratio_first": errors["first"] / errors["first_still"],
+            "persistence_ratio": errors["last"] / errors["last_still"],
+        }
+        for name in {"shuffled", "zero"} & errors.keys():
+            ratios[f"{name}_over_true"] = errors[name] / errors["last"]
+        return ratios

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from callbacks import CollapseAlarm, CollapseWarning
 from datamodules import PendulumBatch
 from jepa_lightning.checkpoints import load_jepa
+from jepa_lightning.networks.decoder import LatentDecoder
+from jepa_lightning.optim import parameter_groups
 
 MODES = ("default", "vjepa2", "none")
 
@@ -216,7 +218,8 @@ def test_every_encoder_reads_windows(encoder: str, widths: tuple[int, ...], obse
     pairs = model.target_pairs(batch(observation=observation, image_size=32))
     assert pairs.features.shape == (3, 3, 8)
     model.prediction_loss(pairs).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.context_encoder.parameters())
+    learned = [p for p in model.context_encoder.parameters() if p.requires_grad]
+    assert learned and all(p.grad is not None and p.grad.abs().sum() > 0 for p in learned)
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -231,6 +234,7 @@ def test_dropout_acts_in_training_alone() -> None:
     ("change", "message"),
     [
         ({"target_mode": "byol"}, "model.target_mode='byol': choose one of default, vjepa2, none"),
+        ({"target_mode": "default", "regularizer": None}, "nothing would train the encoder"),
         ({"regularizer": "barlow"}, "model.regularizer='barlow': choose one of"),
         ({"predictor_dropout": 1.0}, "model.predictor_dropout=1.0"),
         ({"action_dim": -1}, "model.action_dim=-1"),
@@ -253,7 +257,9 @@ def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
         ({"action_dim": 3}, {}, "model.action_dim=3, but the data's actions have 2 scalars"),
         ({}, {"torque_limits": None}, "model.action_dim=2, but the data's actions have 0 scalars"),
         ({"horizon": 5}, {}, r"model.horizon=5 .* data.clip_length=23 frames: lower the horizon to at most 4"),
-        ({"horizon": 4, "inverse_dynamics": 1.0}, {}, "lengthen data.clip_length by 5"),
+        ({"horizon": 4, "inverse_dynamics": 1.0, "regularizer": None}, {}, "inverse_dynamics compares 2 windows"),
+        ({"horizon": 4, "regularizer": "barlow_twins"}, {}, "the context encoder sees 1: lengthen data.clip_length by 5"),
+        ({"horizon": 3}, {}, "regularizer 'vicreg' compares 3 windows"),
     ],
 )
 def test_model_and_data_that_do_not_fit_are_refused(tmp_path: Path, model: dict, data: dict, message: str) -> None:
@@ -264,3 +270,33 @@ def test_model_and_data_that_do_not_fit_are_refused(tmp_path: Path, model: dict,
 def test_a_free_model_refuses_driven_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.action_dim=0, but the data's actions have 2 scalars"):
         trainer(tmp_path, max_steps=1).fit(small_model(), small_data(torque_limits=(1.0, 1.0)))
+
+
+def test_data_of_another_step_is_refused_on_resume(tmp_path: Path) -> None:
+    """Lightning reads the checkpoint after `setup`."""
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(small_driven_model(), small_driven_data())
+    run.save_checkpoint(tmp_path / "jepa.ckpt")
+    for subcommand in ("fit", "validate"):
+        with pytest.raises(ValueError, match="trained on data.stride=5, and now data.stride=1"):
+            getattr(trainer(tmp_path, max_steps=2, limit_val_batches=1.0), subcommand)(
+                small_driven_model(), datamodule=small_driven_data(stride=1), ckpt_path=tmp_path / "jepa.ckpt"
+            )
+
+
+def test_a_batch_without_the_actions_that_are_needed_is_refused() -> None:
+    with pytest.raises(ValueError, match="action_dim=2 needs actions of that many scalars; the batch has none"):
+        small_driven_model().target_pairs(batch()._replace(actions=None))
+    with pytest.raises(ValueError, match="action_dim=0 needs .* some of 2 scalars"):
+        small_driven_model(action_dim=0).target_pairs(batch())
+
+
+def test_position_tables_have_no_weight_decay() -> None:
+    model = small_driven_model(encoder="vit", encoder_widths=(32,), observation="pixels", image_size=32)
+    decay, free = parameter_groups(model.trained_networks(), 0.1)
+    held = {id(p) for group in (decay, free) for p in group["params"]}
+    positions = model.context_encoder.pos_embed
+    assert id(positions) not in held and not positions.requires_grad
+    decoder = LatentDecoder(8, 16, 1, width=32, depth=2)
+    assert id(decoder.query_token) in {id(p) for p in parameter_groups([decoder], 0.1)[1]["params"]}
+    assert not torch.equal(decoder.layers[0].linear1.weight, decoder.layers[1].linear1.weight)

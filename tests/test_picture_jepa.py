@@ -9,6 +9,8 @@ from conftest import FAMILIES, parameters_equal, run_script, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_ema import Shadow
 
+import jepa_lightning.equivariance
+import jepa_lightning.iwm
 from callbacks import CollapseAlarm, CollapseWarning
 from jepa_lightning.checkpoints import load_jepa
 
@@ -37,13 +39,18 @@ def test_compiled_networks_train_to_the_same_weights(
     """Traced, and run by torch itself: a test needs no C++ compiler. Masks of several shapes among the steps."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
-    results = []
+    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.equivariance, "BANK_SIZE", 16)
+    results, losses = [], []
     for compiled in (False, True):
         jepa = model(image_size=32, compile_networks=compiled, momentum=0.9)
-        trainer(tmp_path, max_epochs=2).fit(jepa, data(pictures, image_size=32))
+        run = trainer(tmp_path, max_epochs=2, limit_val_batches=1)
+        run.fit(jepa, data(pictures, image_size=32))
         results.append(jepa.state_dict())
+        losses.append(run.callback_metrics["val/loss"])
     assert results[0].keys() == results[1].keys(), "names in checkpoints stay"
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

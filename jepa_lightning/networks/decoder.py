@@ -5,6 +5,7 @@ error a sigmoid is driven so far towards zero in the first steps that its gradie
 """
 
 import math
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -136,16 +137,20 @@ class LatentDecoder(nn.Module):
             )
         self.channels, self.patch_size, self.side = channels, patch_size, image_size // patch_size
         self.remember = nn.Sequential(nn.Linear(dim, num_memory_tokens * width), nn.Unflatten(1, (num_memory_tokens, width)))
-        self.queries = nn.Parameter(sincos_positions((self.side, self.side), width))
-        layer = nn.TransformerDecoderLayer(
-            width, max(1, width // 32), 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        self.query_token = nn.Parameter(sincos_positions((self.side, self.side), width))
+        settings: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(width, max(1, width // 32), 4 * width, **settings) for _ in range(depth)
         )
-        self.layers = nn.TransformerDecoder(layer, depth, norm=nn.LayerNorm(width))
+        self.norm = nn.LayerNorm(width)
         self.paint = nn.Linear(width, channels * patch_size**2)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, C, S, S)."""
         memory = self.remember(features)
-        patches = self.paint(self.layers(self.queries.expand(len(features), -1, -1), memory))  # (N, P, C * patch pixels)
+        tokens = self.query_token.expand(len(features), -1, -1)
+        for layer in self.layers:
+            tokens = layer(tokens, memory)
+        patches = self.paint(self.norm(tokens))  # (N, P, C * patch pixels)
         cut = patches.view(-1, self.side, self.side, self.channels, self.patch_size, self.patch_size)
         return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns

@@ -9,15 +9,17 @@ from torch import nn
 
 from jepa_lightning.networks.conv import ConvEncoder
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.vit import attend_plainly
+from jepa_lightning.networks.vit import attend_plainly, sincos_positions
 
 EncoderName = Literal["cnn", "mlp", "vit"]
 
 PATCH_SIZE, HEAD_WIDTH = 8, 32
 """Of the vision transformer, in pixels and in channels."""
 
+DEFAULT_WIDTHS = {"cnn": (16, 32, 64), "mlp": (512, 512), "vit": (96, 96, 96, 96)}
 
-def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int, ...], output_dim: int) -> nn.Module:
+
+def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int, ...] | None, output_dim: int) -> nn.Module:
     """A freshly initialised encoder: (N, *shape) -> (N, output_dim).
 
     Args:
@@ -25,7 +27,7 @@ def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int,
             of 8 pixels, averaged over the patches.
         shape: Of one window: (history * C, S, S) in pixels, or (history * 4,) coordinates.
         widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of the transformer,
-            all alike.
+            all alike; if left out, those of `DEFAULT_WIDTHS`.
         output_dim: D.
 
     Raises:
@@ -33,6 +35,7 @@ def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int,
     """
     if name not in get_args(EncoderName):
         raise ValueError(f"model.encoder={name!r}: choose one of {', '.join(get_args(EncoderName))}.")
+    widths = DEFAULT_WIDTHS[name] if widths is None else widths
     if not widths or min(widths) < 1:
         raise ValueError(f"model.encoder_widths={widths}: give whole numbers of at least 1, one a layer.")
     if name == "mlp":
@@ -67,5 +70,7 @@ def _vision_transformer(image_size: int, channels: int, widths: tuple[int, ...],
         num_heads=widths[0] // HEAD_WIDTH,
         norm_layer=norm,
     )
+    side = image_size // PATCH_SIZE
+    network.pos_embed = nn.Parameter(sincos_positions((side, side), widths[0])[None], requires_grad=False)
     attend_plainly(network)
     return network

@@ -17,6 +17,10 @@ ORACLE_SUBSTEPS = 2
 """Runge-Kutta steps per frame of a planner that knows the physics; the world itself takes more."""
 
 
+MOST_DRAWS = 20
+"""How often as many motions as there are episodes are drawn in search of goals that are not where they start."""
+
+
 class Task(NamedTuple):
     """Where episodes begin and where they should lead."""
 
@@ -76,13 +80,16 @@ class Zero:
 
 
 class Random:
-    """Draws actions as the training data has them."""
+    """Draws actions, and holds them, as the training data does."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
+        self.action = torch.empty(0)
 
     def __call__(self, world: World, step: int) -> Tensor:
-        return random_actions(len(world.states), 1, 1, self.generator)[:, 0]
+        if step % (world.data.torque_frames // world.data.stride) == 0:
+            self.action = random_actions(len(world.states), 1, 1, self.generator)[:, 0]
+        return self.action
 
 
 class Planning:
@@ -211,18 +218,26 @@ def reaching_task(data: Any, num_episodes: int, num_steps: int, radius: float, g
         num_steps: Actions between start and goal.
         radius: In metres.
         generator: On the CPU.
+
+    Raises:
+        ValueError: Random torques lead nowhere.
     """
-    count, history = 2 * num_episodes, data.history
-    frames = torch.full((count,), WARM_UP_FRAMES)
-    begin = after_warm_up(data.pendulum, data.torque_limits, frames, data.torque_frames, generator)
-    length = history + num_steps * data.stride
-    actions = random_actions(count, length - 1, data.torque_frames, generator, first=history - 1)
-    path = data.pendulum.simulate(begin, length, actions * actions.new_tensor(data.torque_limits))
-    starts, goals = path[:, :history], path[:, -history:]
-    away = (distances(data, starts[:, -1], goals[:, -1]) > radius).any(dim=-1)
-    if away.sum() < num_episodes:
-        raise ValueError(f"radius={radius}: nearly every episode starts at its goal. Choose a smaller one.")
-    return Task(starts[away][:num_episodes], goals[away][:num_episodes])
+    history, length = data.history, data.history + num_steps * data.stride
+    found: list[Tensor] = []
+    for _ in range(MOST_DRAWS):
+        frames = torch.full((num_episodes,), WARM_UP_FRAMES)
+        begin = after_warm_up(data.pendulum, data.torque_limits, frames, data.torque_frames, generator)
+        actions = random_actions(num_episodes, length - 1, data.torque_frames, generator, first=history - 1)
+        path = data.pendulum.simulate(begin, length, actions * actions.new_tensor(data.torque_limits))
+        away = (distances(data, path[:, history - 1], path[:, -1]) > radius).any(dim=-1)
+        found.append(path[away])
+        if sum(len(part) for part in found) >= num_episodes:
+            paths = torch.cat(found)[:num_episodes]
+            return Task(paths[:, :history], paths[:, -history:])
+    raise ValueError(
+        f"Of {MOST_DRAWS * num_episodes} random motions hardly any leads more than {radius} m away: with data.lengths="
+        f"{data.pendulum.lengths} and data.torque_limits={data.torque_limits} there is nothing to reach."
+    )
 
 
 def standing_task(data: Any, num_episodes: int, tip: tuple[float, float], generator: torch.Generator) -> Task:

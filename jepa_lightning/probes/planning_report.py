@@ -48,10 +48,12 @@ def planning_table(report: dict[str, Any]) -> str:
     swing = planning["swing_up_details"]
     lines += [
         "",
-        "| swing-up | success | zero torque | random torque | median of the highest tip, m |",
-        "| :-- | --: | --: | --: | --: |",
+        f"| tip to ({', '.join(f'{place:g}' for place in swing['goal'])}) m, from hanging | success | zero torque | "
+        "random torque | median of the highest tip, m | median of its least distance, m |",
+        "| :-- | --: | --: | --: | --: | --: |",
         f"| {swing['episodes']} episodes | {planning['swing_up']:.2f} ({swing['standard_error']:.2f}) | "
-        f"{swing['zero_torque']:.2f} | {swing['random_torque']:.2f} | {swing['median_highest']:.2f} |",
+        f"{swing['zero_torque']:.2f} | {swing['random_torque']:.2f} | {swing['median_highest']:.2f} | "
+        f"{swing['median_nearest']:.2f} |",
         "",
         "| error of features, steps ahead | 1 | 2 | 5 | 10 |",
         "| :-- | --: | --: | --: | --: |",

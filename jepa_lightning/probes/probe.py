@@ -85,7 +85,10 @@ class PendulumProbe(LightningModule, ABC):
         states = data.trajectories("train")[:CONTROL_FIT_TRAJECTORIES].to(self.device)
         last = states.shape[1] - self.jepa.history
         parts = [data.observe(states[:, start : start + self.jepa.history]) for start in (0, last // 2, last)]
-        return PendulumBatch(*(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)))
+        observations, true_states = (
+            torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("observations", "states")
+        )
+        return PendulumBatch(observations, true_states)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by

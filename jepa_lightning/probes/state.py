@@ -52,6 +52,11 @@ class StateProbe(PendulumProbe):
     ) -> None:
         super().__init__(checkpoint, encoder)
         self.save_hyperparameters()
+        if self.jepa.action_dim:
+            raise ValueError(
+                f"{checkpoint} holds a model of a driven pendulum, and StateProbe judges forecasts of a free one. Its "
+                "linear readouts stand in the validation; PlanningProbe (configs/planning.yaml) judges what it predicts."
+            )
         for name, value in (("hidden_dim", hidden_dim), ("num_steps", num_steps), ("control_steps", control_steps)):
             if value < 1:
                 raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
@@ -81,6 +86,17 @@ class StateProbe(PendulumProbe):
             return
         for name in ("random_encoder", "pca"):  # the very controls that the decoders were trained on
             self.encoders[name].load_state_dict(self.decoder.encoders[name].state_dict())
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module.
+
+        Raises:
+            ValueError: As for every probe, and windows that are several frames apart.
+        """
+        super().setup(stage)
+        stride = getattr(getattr(self.trainer, "datamodule", None), "stride", 1)
+        if stride != 1:
+            raise ValueError(f"data.stride={stride}: the report counts in frames, so StateProbe needs a stride of 1.")
 
     def configure_optimizers(self) -> None:
         return None

@@ -121,24 +121,25 @@ class StateDecoder(LightningModule):
         if self.trainer.ckpt_path is None:  # a resumed run has its scales
             data: Any = self.trainer.datamodule
             frames = data.trajectories("train")[:256, : data.clip_length].to(self.device)
-            self.decoder.fit_scale(self.features(data.observe(frames), self.source).flatten(0, 1))
+            self.decoder.fit_scale(self.features(data.observe(frames), self.source)[self.source].flatten(0, 1))
 
     @torch.no_grad()
-    def features(self, batch: PendulumBatch, source: EmbeddingSource) -> Tensor:
-        """Features of one kind, of all windows but the first: (B, T - 1, D)."""
-        if source == "online":
-            return self.jepa.encode_windows(self.jepa.context_encoder, batch.observations[:, 1:])
-        target = self.jepa.encode(batch.observations)
-        if source == "target":
-            return target[:, 1:]
-        return self.jepa.predictor(target[:, :-1], batch.actions)
+    def features(self, batch: PendulumBatch, *sources: EmbeddingSource) -> dict[EmbeddingSource, Tensor]:
+        """Features of some kinds, of all windows but the first: source -> (B, T - 1, D)."""
+        found: dict[EmbeddingSource, Tensor] = {}
+        if "online" in sources:
+            found["online"] = self.jepa.encode_windows(self.jepa.context_encoder, batch.observations[:, 1:])
+        if "target" in sources or "predicted" in sources:
+            target = self.jepa.encode(batch.observations)
+            found |= {"target": target[:, 1:], "predicted": self.jepa.predictor(target[:, :-1], batch.actions)}
+        return found
 
     def decode(self, features: Tensor) -> Tensor:
         """Pictures: (..., D) -> (..., C, S, S)."""
         return self.decoder(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
     def training_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
-        decoded = self.decode(self.features(batch, self.source))
+        decoded = self.decode(self.features(batch, self.source)[self.source])
         loss = F.mse_loss(decoded, true_pictures(self.jepa, self.trainer.datamodule, batch.states[:, 1:]))
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -146,7 +147,8 @@ class StateDecoder(LightningModule):
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> None:
         truth = true_pictures(self.jepa, self.trainer.datamodule, batch.states)  # (B, T, C, S, S)
         goal = truth[:, 1:].flatten(0, 1)
-        decoded = {source: self.decode(self.features(batch, source)) for source in get_args(EmbeddingSource)}
+        features = self.features(batch, *get_args(EmbeddingSource))
+        decoded = {source: self.decode(features[source]) for source in get_args(EmbeddingSource)}
         for source, pictures in decoded.items():
             self.errors[source].update((pictures.flatten(0, 1) - goal).square().mean())
             self.overlaps[source].update(intersection_over_union(pictures.flatten(0, 1), goal))
