@@ -63,6 +63,12 @@ class MLPDecoder(nn.Module):
         return self.layers(features)
 
 
+def tiled(patches: Tensor, grid: tuple[int, int], channels: int, size: int) -> Tensor:
+    """Pictures from their patches, channels first in each: (B, N, C * size * size) -> (B, C, H, W)."""
+    cut = patches.view(-1, *grid, channels, size, size)
+    return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns
+
+
 class PatchDecoder(nn.Module):
     """A small vision transformer that paints a picture from the features of its patches.
 
@@ -90,9 +96,7 @@ class PatchDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(B, N, D) -> (B, C, H, W)."""
         tokens = self.norm(self.blocks(self.embed(features) + self.positions))
-        height, width = self.grid
-        pixels = self.paint(tokens).view(-1, height, width, self.channels, self.patch_size, self.patch_size)
-        return pixels.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns
+        return tiled(self.paint(tokens), self.grid, self.channels, self.patch_size)
 
     def patches(self, images: Tensor) -> Tensor:
         """Pictures cut into patches, channels first: (B, C, H, W) -> (B, N, C * patch pixels)."""
@@ -151,6 +155,4 @@ class LatentDecoder(nn.Module):
         tokens = self.query_token.expand(len(features), -1, -1)
         for layer in self.layers:
             tokens = layer(tokens, memory)
-        patches = self.paint(self.norm(tokens))  # (N, P, C * patch pixels)
-        cut = patches.view(-1, self.side, self.side, self.channels, self.patch_size, self.patch_size)
-        return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # C, then rows, then columns
+        return tiled(self.paint(self.norm(tokens)), (self.side, self.side), self.channels, self.patch_size)
