@@ -85,6 +85,11 @@ def test_which_windows_the_regularizer_sees() -> None:
     assert seen == {"default": 5, "vjepa2": 3, "none": 5}
 
 
+def test_the_target_encoder_stays_in_eval_mode(mode: str) -> None:
+    model = small_driven_model(target_mode=mode).train()
+    assert not any(module.training for module in model.target_encoder.modules()) and model.context_encoder.training
+
+
 class Watch(Callback):
     """Target equal to context at the start, in eval mode while training; what the momentum was."""
 

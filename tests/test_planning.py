@@ -116,10 +116,10 @@ def test_the_world_does_what_physics_says_and_shows_what_the_data_module_shows()
 
 def test_goals_were_reached_and_no_episode_starts_at_its_own() -> None:
     data = small_driven_data()
-    task = reaching_task(data, 40, 5, 0.25, seeded())
-    assert task.starts.shape == task.goals.shape == (40, 3, 4)
+    task = reaching_task(data, 400, 5, 0.25, seeded())  # a few in a hundred would
+    assert task.starts.shape == task.goals.shape == (400, 3, 4)
     assert (distances(data, task.starts[:, -1], task.goals[:, -1]).amax(dim=-1) > 0.25).all()
-    again = reaching_task(data, 40, 5, 0.25, seeded())
+    again = reaching_task(data, 400, 5, 0.25, seeded())
     assert torch.equal(task.goals, again.goals)
 
 
