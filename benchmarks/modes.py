@@ -1,6 +1,6 @@
 """Target modes, auxiliary losses and encoders of the driven pendulum, side by side in short runs.
 
-    python benchmarks/modes.py [--steps 1000] [--encoders cnn mlp vit]
+    python benchmarks/modes.py [--steps 1000] [--encoders cnn mlp vit] [--auxiliary VICReg "DINO centring"]
 
 Prints a Markdown table, a row as soon as its run has ended: linear R2 of held-out trajectories from the target encoder
 (the least of sines and cosines, then both velocities), error of the features 3 steps ahead over persistence and over that
@@ -86,6 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--encoders", nargs="+", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--auxiliary", nargs="+", choices=AUXILIARY, default=list(AUXILIARY))
     arguments = parser.parse_args()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     for encoder in arguments.encoders:
         figures, _ = run(data, encoder, "vjepa2", AUXILIARY["none"], 0)
         print(row(encoder, "-", "untrained", figures, False), flush=True)
-        for auxiliary, settings in AUXILIARY.items():
+        for auxiliary in arguments.auxiliary:
             for mode in ("vjepa2", "default", "none") if auxiliary != "none" else ("vjepa2", "none"):  # "default" is refused
-                figures, alarm = run(data, encoder, mode, settings, arguments.steps)
+                figures, alarm = run(data, encoder, mode, AUXILIARY[auxiliary], arguments.steps)
                 print(row(encoder, mode, auxiliary, figures, alarm), flush=True)
