@@ -51,6 +51,7 @@ OVERLAYS = [path for path in sorted((CONFIGS / "overlays").glob("*.yaml")) if no
 def test_every_overlay_of_a_pendulum(overlay: Path, tmp_path: Path) -> None:
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--trainer.check_val_every_n_epoch", "1"]
     base = "pendulum" if overlay.stem in ("rgb", "variance_hinge") else "pendulum_actions"
+    few += ["--trainer.default_root_dir", str(tmp_path)]  # the overlay has one of its own, and what comes last counts
     run(tmp_path, "fit", CONFIGS / f"{base}.yaml", "--config", str(overlay), *few)
     asked = yaml.safe_load(overlay.read_text())["model"]["init_args"]
     weights = asked.pop("regularizer_weights", None)
