@@ -13,6 +13,7 @@ from torch.nn import functional
 from callbacks.schedules import ScheduleName
 from datamodules.batches import PendulumBatch
 from jepa_lightning.jepa import JEPA, TargetPairs
+from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe
 from jepa_lightning.networks.mlp import mlp
@@ -20,15 +21,6 @@ from jepa_lightning.networks.predictor import ResidualPredictor
 from jepa_lightning.networks.windows import EncoderName, window_encoder
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
-
-LABELS = ("sin_theta1", "cos_theta1", "sin_theta2", "cos_theta2", "omega1", "omega2")
-
-
-def state_labels(states: Tensor) -> Tensor:
-    """What probes read out: sine and cosine of both angles, and both angular velocities, (..., 4) -> (..., 6)."""
-    theta1, theta2, omega1, omega2 = states.unbind(-1)
-    return torch.stack([theta1.sin(), theta1.cos(), theta2.sin(), theta2.cos(), omega1, omega2], dim=-1)
-
 
 TargetMode = Literal["default", "vjepa2", "none"]
 
@@ -186,7 +178,8 @@ class PendulumJEPA(JEPA):
         """Compare with the data module before anything runs.
 
         Raises:
-            ValueError: A horizon longer than the clips, or observations that the encoder was not built for.
+            ValueError: Clips too short for the horizon or for a loss that compares windows, or observations or actions that
+                the networks were not built for.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None:
@@ -199,10 +192,9 @@ class PendulumJEPA(JEPA):
                 f"data.clip_length={clip_length} frames: lower the horizon to at most "
                 f"{(clip_length - self.history) // stride} or lengthen data.sequence_length and data.clip_length."
             )
-        needed = (
-            {} if self.regularizer is None else {f"regularizer {self.regularizer.name!r}": self.regularizer.needed_times}
-        )
-        needed |= {"inverse_dynamics": 2} if self.inverse_dynamics else {}
+        needed = {"inverse_dynamics": 2} if self.inverse_dynamics else {}
+        if self.regularizer is not None:
+            needed[f"regularizer {self.regularizer.name!r}"] = self.regularizer.needed_times
         for name, times in needed.items():
             seen = times if clip_length is None else (clip_length - self.history) // stride + 1 - self._unseen
             if seen < times:

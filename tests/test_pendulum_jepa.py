@@ -9,8 +9,10 @@ from conftest import small_data, small_model, trainer
 
 from datamodules import PendulumBatch
 from jepa_lightning.jepa import TargetPairs
+from jepa_lightning.labels import state_labels
 from jepa_lightning.losses import NonFiniteLossError, squared_error, step_weights
-from jepa_lightning.pendulum import PendulumJEPA, later_features, state_labels, unroll
+from jepa_lightning.pendulum import PendulumJEPA
+from jepa_lightning.rollouts import later_features, unroll
 
 
 def batch(model: PendulumJEPA, count: int = 3, frames: int = 8) -> PendulumBatch:

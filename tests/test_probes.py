@@ -9,12 +9,13 @@ import torch
 from conftest import small_data, small_model, trainer
 
 from datamodules.physics import Pendulum
+from jepa_lightning.labels import state_labels
 from jepa_lightning.networks.predictor import ResidualPredictor
-from jepa_lightning.pendulum import state_labels, unroll
 from jepa_lightning.probes import DecoderProbe, StateProbe
 from jepa_lightning.probes.controls import PCA, RandomEncoder
 from jepa_lightning.probes.evaluation import Scene, constant_velocity, intersection_over_union, state_from_labels
 from jepa_lightning.probes.readout import LinearReadout, MLPReadout, fit_predictor
+from jepa_lightning.rollouts import unroll
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from datamodules.batches import PendulumBatch
 from datamodules.physics import FRAME_SECONDS, Pendulum
 from datamodules.rendering import render
 from jepa_lightning.checkpoints import read_checkpoint
+from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.metrics import FeatureStatistics, r2_score, valid_prediction_time
-from jepa_lightning.pendulum import LABELS, state_labels
 from jepa_lightning.pictures import forecast_figure, reconstruction_figure, show_in_tensorboard, side_by_side, write_video
 from jepa_lightning.probes.report import write_report
 

@@ -10,12 +10,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from datamodules.batches import PendulumBatch
+from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.metrics import r2_score
-from jepa_lightning.pendulum import LABELS, state_labels, unroll
 from jepa_lightning.probes.decoder import load_decoder
 from jepa_lightning.probes.evaluation import evaluate
 from jepa_lightning.probes.probe import PendulumProbe
 from jepa_lightning.probes.readout import LinearReadout, MLPReadout, fit_predictor
+from jepa_lightning.rollouts import unroll
 
 
 class StateProbe(PendulumProbe):
