@@ -3,6 +3,8 @@
 from callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from callbacks.collapse import CollapseAlarm, CollapseWarning
 from callbacks.ema import EMAUpdate
+from callbacks.error_log import ErrorLog
+from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ProgressLines
 from callbacks.stopwatch import Stopwatch
 from callbacks.weight_decay import WeightDecaySchedule
@@ -12,7 +14,10 @@ __all__ = [
     "CollapseAlarm",
     "CollapseWarning",
     "EMAUpdate",
+    "ErrorLog",
+    "Interrupted",
     "LastCheckpoint",
+    "Preemption",
     "ProgressLines",
     "Stopwatch",
     "WeightDecaySchedule",

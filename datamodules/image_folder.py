@@ -4,6 +4,9 @@ Workers decode and crop to uint8; the device turns that into normalised floats, 
 Shapes: B batch, C channels, H W pixels.
 """
 
+import hashlib
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,14 @@ from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.pictures import HeldOutPictures, HeldOutViews, TrainingPictures, TrainingViews
 from datamodules.randomness import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
-from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader, already_collated
+from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
 from datamodules.transformations import ViewMaker, Views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageFolder(ResumableDataModule):
+class ImageFolder(SingleLoaderDataModule):
     """Pictures in folders, with or without classes.
 
     The training pictures are those of root/train, or of root if there is no such folder: in a sub-folder per class, or
@@ -140,13 +143,30 @@ class ImageFolder(ResumableDataModule):
 
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]
-        sampler = EpochBatches(len(train.labels), self.batch_size, self.seed, *self.rank)
         pictures: TrainingPictures | TrainingViews
         if self.views is None:
             pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment)
         else:
             pictures = TrainingViews(train, self.image_size, self.seed, self._view_maker())
-        return ResumableLoader(pictures, sampler, self.num_workers, pin_memory=self.on_gpu)
+        return ResumableLoader(pictures, self.train_sampler(len(pictures)), **self.loader_settings())
+
+    def order(self) -> dict[str, Any]:
+        return {
+            "pictures": self._fingerprint,
+            "image_size": self.image_size,
+            "crop_scale": self.crop_scale,
+            "flip": self.flip,
+            "rand_augment": self.rand_augment,
+            "views": None if self.views is None else asdict(self.views),
+            "seed": self.seed,
+        }
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Tells one set of training pictures from another, wherever the folder lies."""
+        train = self._samples["train"]
+        names = hashlib.sha256(b"\0".join(path.rsplit(b"/", 1)[-1] for path in train.paths.tolist()))
+        return f"{len(train.labels)} ({names.hexdigest()[:12]})"
 
     def _view_maker(self) -> ViewMaker:
         assert self.views is not None

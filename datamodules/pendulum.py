@@ -15,7 +15,7 @@ from datamodules.batches import PendulumBatch
 from datamodules.physics import Pendulum, sample_initial_states
 from datamodules.randomness import seeded_generator
 from datamodules.rendering import check_picture, render
-from datamodules.resumable import EpochBatches, ResumableDataModule, ResumableLoader
+from datamodules.resumable import ResumableLoader, SingleLoaderDataModule
 from datamodules.torques import driven_trajectories
 
 SPLITS = ("train", "val", "test")
@@ -55,7 +55,7 @@ class Clips(Dataset[Tensor]):
         return self.trajectories[index[:, None], frames]
 
 
-class DoublePendulum(ResumableDataModule):
+class DoublePendulum(SingleLoaderDataModule):
     """Trajectories of a double pendulum, free or driven by torques, observed as pixels or as coordinates of the two bobs.
 
     Training, validation and test trajectories come from seeds of their own. Initial angles of a free pendulum are uniform
@@ -227,9 +227,16 @@ class DoublePendulum(ResumableDataModule):
         return self.observe(batch)
 
     def make_train_loader(self) -> ResumableLoader:
-        sampler = EpochBatches(self.sizes["train"], self.batch_size, self.seed, *self.rank)
         clips = Clips(self.trajectories("train"), self.clip_length, self.stride, self.seed)
-        return ResumableLoader(clips, sampler, self.num_workers, pin_memory=self.on_gpu)
+        return ResumableLoader(clips, self.train_sampler(len(clips)), **self.loader_settings())
+
+    def order(self) -> dict[str, Any]:
+        return {
+            "size": self.sizes["train"],
+            "sequence_length": self.num_frames["train"],
+            "clip_length": self.clip_length,
+            "seed": self.seed,
+        }
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._held_out_loader("val")

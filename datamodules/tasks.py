@@ -1,14 +1,14 @@
 """Several folders of pictures at once, a task each."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
 
 from datamodules.batches import ImageBatch
 from datamodules.image_folder import ImageFolder
-from datamodules.resumable import ResumableLoader
+from datamodules.resumable import ResumableDataModule, ResumableLoader
 
 
 class Passes:
@@ -29,17 +29,20 @@ class Passes:
         self.started += 1
         return iter(self.loader)
 
+    def start_at(self, epoch: int, batch: int, batches_per_epoch: int) -> None:
+        """Go on as if so many epochs and batches of the longest loader lay behind."""
+        self.started = epoch * math.ceil(batches_per_epoch / len(self)) + batch // len(self)
+        self.loader.start_at(batch % len(self))
+
     def state_dict(self) -> dict[str, int]:
-        """Passes that were started, and batches handed out in the last one."""
-        return {"started": self.started, **self.loader.state_dict()}
+        """Nothing, see `ResumableLoader`."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next pass after the batches that were handed out; a finished pass is followed by the next."""
-        self.loader.load_state_dict({"taken": state["taken"]})
-        self.started = state["started"] - (state["taken"] % len(self.loader) > 0)
+        """Nothing, see `ResumableLoader`."""
 
 
-class Tasks(LightningDataModule):
+class Tasks(ResumableDataModule):
     """Train on several labelled folders side by side: a batch of each at every step, by name.
 
     An epoch is as long as that of the largest; the others start again, in another order and with other crops. Validation and
@@ -65,7 +68,7 @@ class Tasks(LightningDataModule):
             raise ValueError("data.folders: tasks have labels, not views; leave data.views out.")
         self.folders = folders
         self._passes: dict[str, Passes] = {}
-        self._resumed: dict[str, Any] = {}
+        self.batch_size = sum(folder.batch_size for folder in folders.values())
         self.image_size = next(iter(sizes.values()))
 
     @property
@@ -84,19 +87,25 @@ class Tasks(LightningDataModule):
             folder.trainer = self.trainer
             folder.setup(stage)
 
+    def make_train_loaders(self) -> dict[str, Passes]:
+        """The loader of each task."""
+        return {name: Passes(folder.make_train_loader()) for name, folder in self.folders.items()}
+
     def train_dataloader(self) -> CombinedLoader:
-        self._passes = {name: Passes(folder.make_train_loader()) for name, folder in self.folders.items()}
-        for name, state in self._resumed.items():
-            self._passes[name].load_state_dict(state)
-        self._resumed = {}
+        self._passes, length = self.make_train_loaders(), self.batches_per_epoch()
+        for passes in self._passes.values():
+            passes.start_at(*self.resumed, length)
         return CombinedLoader(self._passes, "max_size_cycle")
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position in each folder, for the checkpoint."""
-        return {name: passes.state_dict() for name, passes in self._passes.items()}
+    def shut_down(self) -> None:
+        for passes in self._passes.values():
+            passes.loader.shut_down()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumed = state_dict
+    def epoch_length(self) -> int:
+        return max(len(passes) for passes in self.make_train_loaders().values())
+
+    def order(self) -> dict[str, Any]:
+        return {name: folder.order() for name, folder in self.folders.items()}
 
     def val_dataloader(self) -> dict[str, Any]:
         return {name: folder.val_dataloader() for name, folder in self.folders.items()}

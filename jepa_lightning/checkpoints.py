@@ -21,29 +21,44 @@ from safetensors.torch import save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from callbacks.checkpointing import is_local
 from jepa_lightning import layouts
 from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.layouts import State
 from jepa_lightning.picture_jepa import PictureJEPA
-from jepa_lightning.storage import AtomicCheckpointIO, read_file
+from jepa_lightning.storage import FORMAT_VERSION, AtomicCheckpointIO, class_name, read_file, read_url
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
+
+SHARDED = "meta.pt"
+"""File of a sharded checkpoint's folder that is written last, and holds all that is not a tensor."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint's content, read without running any code in it (weights_only).
 
+    Args:
+        path: Of a file, of the folder of a sharded checkpoint (all but its weights is read), or a URL.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is truncated, damaged, or no Lightning checkpoint.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not is_local(path):
+        checkpoint = read_url(str(path))
+    elif Path(path).is_dir():
+        if not (Path(path) / SHARDED).is_file():
+            raise ValueError(f"{path} is a folder without {SHARDED}: not a checkpoint, or one that was not finished.")
+        checkpoint = {"state_dict": {}, "optimizer_states": []} | read_file(Path(path) / SHARDED)
+    elif Path(path).is_file():
+        checkpoint = read_file(Path(path))
+    else:
         raise FileNotFoundError(f"No checkpoint at {path}. Train first, or give the path of an existing .ckpt file.")
-    checkpoint = read_file(path)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint or "hyper_parameters" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of this application: it has no state_dict with hyper_parameters.")
+    if (version := checkpoint.get("format_version", 0)) > FORMAT_VERSION:
+        raise ValueError(f"{path} has format {version}, and this version reads up to {FORMAT_VERSION}: update it.")
     return checkpoint
 
 
@@ -71,11 +86,22 @@ def load_probe(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleTy
 
 
 def _load(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
-    name = read_checkpoint(path).get("class")
+    checkpoint = read_checkpoint(path)
+    if not checkpoint["state_dict"]:
+        raise ValueError(
+            f"{path} is sharded: make one file of it with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
+        )
+    name = checkpoint.get("class")
     # Only classes that are already imported: a file never chooses what to import.
-    found = next((cls for cls in _family(kind) if cls.__name__ == name), None)
-    if found is None:
-        raise ValueError(f"{path} holds {name or 'a model of unknown class'}, not a {kind.__name__}.")
+    known = {class_name(cls): cls for cls in _family(kind)}
+    known |= {cls.__name__: cls for cls in known.values() if cls.__module__.startswith("jepa_lightning.")}  # older files
+    if name not in known:
+        raise ValueError(
+            f"{path} holds {name or 'a model of unknown class'}, not a {kind.__name__}. (If it is a class of your own, "
+            "import it first.)"
+        )
+    found = known[name]
     try:
         return found.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     except (RuntimeError, TypeError, KeyError) as error:

@@ -6,32 +6,44 @@ A class may be named without its package (`class_path: PendulumJEPA`), because t
 """
 
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
-from callbacks import BestCheckpoint, LastCheckpoint, ProgressLines, Stopwatch
+from callbacks import BestCheckpoint, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
+from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
 from jepa_lightning import probes  # noqa: F401  (short class names)
 from jepa_lightning.checkpoints import read_checkpoint
-from jepa_lightning.losses import NonFiniteLossError
+from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.storage import AtomicCheckpointIO
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 
 
 class JEPACommandLine(LightningCLI):
-    """LightningCLI with this application's defaults: where a run is written, what is monitored, what is saved."""
+    """LightningCLI with this application's defaults: where a run is written, what is monitored, what is saved.
+
+    `--ckpt_path last` is the newest checkpoint of the run directory that can be read, and an error if there is none;
+    `--ckpt_path auto` begins at the start then.
+    """
+
+    config: Any
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
@@ -39,19 +51,47 @@ class JEPACommandLine(LightningCLI):
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(Path("runs") / section.model.class_path.rsplit(".", 1)[-1])
         self._asked_model = section.get("model")
-        last = Path(section.trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-        if section.get("ckpt_path") == "last" and last.is_file():
-            section.ckpt_path = str(last)  # so that its model arguments are taken over, as those of any other path
-        elif section.get("ckpt_path") == "last" and self.config.get("subcommand") == "fit":
-            section.ckpt_path = None
-            rank_zero_info(f"There is no {last} to go on from: training starts at the beginning.")
-        if section.get("ckpt_path") not in (None, "last", "best", "hpc", "registry"):
-            checkpoint = read_checkpoint(section.ckpt_path)  # for its errors, before Lightning's
-            if self.config.get("subcommand") == "fit" and "optimizer_states" not in checkpoint:
-                raise ValueError(
-                    f"{section.ckpt_path} holds weights alone, as an import does: probes can read it, but there is no "
-                    "training in it to go on with."
+        fit = self.config.get("subcommand") == "fit"
+        asked = section.get("ckpt_path")
+        if asked is None and fit and requeued(section.trainer.default_root_dir):
+            asked = "last"
+        if asked in ("last", "auto"):
+            section.ckpt_path = newest_checkpoint(section.trainer.default_root_dir)
+            if section.ckpt_path is None and asked == "last":
+                raise FileNotFoundError(
+                    f"There is no checkpoint in {checkpoint_folder(section.trainer.default_root_dir)} to go on from: check "
+                    "--trainer.default_root_dir, or begin at the start with --ckpt_path auto."
                 )
+            if section.ckpt_path is None:
+                rank_zero_info(f"There is no checkpoint in {section.trainer.default_root_dir} yet: training starts.")
+        if section.get("ckpt_path") not in (None, "best", "hpc", "registry"):
+            self._check_checkpoint(section, fit)
+
+    def _check_checkpoint(self, section: Any, fit: bool) -> None:
+        """Read a checkpoint for its errors, before Lightning's, and before anything that it names is imported.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It cannot be read, is of another class than the configuration, or has nothing to go on with.
+        """
+        checkpoint = read_checkpoint(section.ckpt_path)
+        if fit and "optimizer_states" not in checkpoint:
+            raise ValueError(
+                f"{section.ckpt_path} holds weights alone, as an import does: probes can read it, but there is no "
+                "training in it to go on with."
+            )
+        hparams = checkpoint["hyper_parameters"]
+        theirs, ours = hparams.get("_class_path"), section.get("model", {}).get("class_path")
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"{section.ckpt_path} holds a {theirs}, and the configuration says {ours or 'nothing'}: give the --config "
+                "of its run."
+            )
+        if not is_local(section.ckpt_path) or Path(section.ckpt_path).is_dir():
+            # LightningCLI takes over the model's arguments from files alone.
+            arguments = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
+            model = {"class_path": theirs or ours, "dict_kwargs": arguments}
+            self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""
@@ -73,20 +113,56 @@ class JEPACommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         section = self._section()
-        root = Path(section.trainer.default_root_dir)
-        check_writable(root)
+        root = section.trainer.default_root_dir
+        if is_local(root):
+            check_writable(Path(root))
+        trainer = self.config_init[self.config.subcommand].trainer
+        if trainer.barebones:  # Lightning's measure of its own overhead: nothing beside it
+            kwargs |= {"logger": False, "log_every_n_steps": 0}
+            return super().instantiate_trainer(**kwargs)
         if section.trainer.get("logger") in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
-        trainer = self.config_init[self.config.subcommand].trainer
-        defaults: list[Callback] = [Stopwatch(), ProgressLines()]
+        defaults: list[Callback] = [Stopwatch(), ProgressLines(), ErrorLog()]
         if trainer.enable_checkpointing is not False:
-            defaults += [BestCheckpoint(), LastCheckpoint()]
+            defaults += [BestCheckpoint(), LastCheckpoint(), Preemption()]
         if trainer.logger is not False:
             defaults.append(LearningRateMonitor("step", log_weight_decay=True))
         given = {type(callback) for callback in as_list(trainer.callbacks)}
         self.trainer_defaults["callbacks"] = [callback for callback in defaults if type(callback) not in given]
-        kwargs.setdefault("plugins", [*as_list(trainer.plugins), AtomicCheckpointIO()])
+        plugins = as_list(trainer.plugins)
+        if not (isinstance(trainer.strategy, ModelParallelStrategy) or trainer.strategy == "model_parallel"):
+            kwargs.setdefault("plugins", with_atomic_writing(plugins))
         return super().instantiate_trainer(**kwargs)
+
+
+def requeued(root: str) -> bool:
+    """Whether a batch system has started this job again after its signal had it saved."""
+    return SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt"))
+
+
+def newest_checkpoint(root: str) -> str | None:
+    """The newest checkpoint of a run directory that can be read; a warning names those that cannot.
+
+    Args:
+        root: Path or URL.
+    """
+    for path in checkpoints_to_resume(root):
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"{error} The one before it is taken.", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def with_atomic_writing(plugins: list[Any]) -> list[Any]:
+    """Plugins with our writer of checkpoints among them, inside of Lightning's asynchronous one if that is asked for."""
+    given = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
+    for plugin in given:
+        if isinstance(plugin, AsyncCheckpointIO) and plugin.checkpoint_io is None:
+            plugin.checkpoint_io = AtomicCheckpointIO()
+    return plugins if given else [*plugins, AtomicCheckpointIO()]
 
 
 def as_list(value: Any) -> list[Any]:
@@ -120,7 +196,7 @@ def check_writable(directory: Path) -> None:
         ) from error
 
 
-USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteLossError)
+USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)
 
 # What jsonargparse adds to an error about a value that may be a class or nothing. Between these stand the reason and, if
 # it is short, "Given value: ...".
@@ -173,5 +249,12 @@ def main(args: ArgsType = None) -> None:
     except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"error: {readable(error)}\n({TRACEBACK_VARIABLE}=1 shows where it was raised)", file=sys.stderr)
+        where = " ".join(getattr(error, "__notes__", [f"{TRACEBACK_VARIABLE}=1 shows where it was raised"]))
+        print(f"error: {readable(error)}\n({where})", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
+    except SIGTERMException:  # Lightning's own answer, which says 0
+        sys.exit(128 + signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):  # Lightning exits with 1
+            sys.exit(128 + signal.SIGINT)
+        raise

@@ -16,10 +16,12 @@ from callbacks.collapse import CollapseAlarm
 from callbacks.ema import EMAUpdate
 from callbacks.schedules import ScheduleName, total_optimizer_steps
 from callbacks.weight_decay import WeightDecaySchedule
-from jepa_lightning.losses import check_finite, squared_error
+from jepa_lightning.finite import FiniteGuard, check_weights
+from jepa_lightning.losses import squared_error
 from jepa_lightning.metrics import FeatureStatistics
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.regularizers import Regularizer, RegularizerName
+from jepa_lightning.storage import sign
 
 
 class TargetPairs(NamedTuple):
@@ -98,6 +100,7 @@ class JEPA(LightningModule, ABC):
         self._schedule_offset = schedule_offset
         self.weight_decay = weight_decay
         self.final_weight_decay = weight_decay if final_weight_decay is None else final_weight_decay
+        self._finite = FiniteGuard()
         self._ema = EMAUpdate(momentum, final_momentum, momentum_schedule)
         self._weight_decay_schedule = WeightDecaySchedule(self.weight_decay, self.final_weight_decay, schedule_offset)
         if regularizer is None and regularizer_weights:
@@ -146,7 +149,6 @@ class JEPA(LightningModule, ABC):
         pairs = self.target_pairs(batch)
         prediction = self.prediction_loss(pairs)
         loss = prediction + self.auxiliary_loss(batch, pairs)
-        check_finite(loss, self.trainer.global_step)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/prediction_loss", prediction)
         return loss
@@ -185,11 +187,16 @@ class JEPA(LightningModule, ABC):
         self.context_statistics.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps:  # when Lightning writes its logs
-            return
-        for name, module in (("encoder", self.context_encoder), ("predictor", self.predictor)):
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
+        logging = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # when Lightning writes its logs
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else that leaves out what is not finite
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._finite.check(gradients, optimizer, self.trainer.global_step)
+            if logging:
+                self._finite.raise_if_found()
+        if logging:
+            for name, module in (("encoder", self.context_encoder), ("predictor", self.predictor)):
+                gradients = [p.grad for p in module.parameters() if p.grad is not None]
+                self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = parameter_groups(self.trained_networks(), self.weight_decay)
@@ -201,7 +208,9 @@ class JEPA(LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
+        self._finite.raise_if_found()
+        check_weights(self.parameters(), checkpoint["global_step"])
+        sign(self, checkpoint)
 
     def configure_callbacks(self) -> list[Callback]:
         """EMA and schedules, which no run may lack, and the alarm unless the Trainer has its own."""

@@ -32,28 +32,3 @@ def step_weights(horizon: int, decay: float) -> Tensor:
     """Weights proportional to k ** -decay for the steps k = 1 ... H, with a mean of 1: (H,)."""
     weights = torch.arange(1, horizon + 1, dtype=torch.float32) ** -decay
     return weights / weights.mean()
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
-
-
-def check_finite(loss: Tensor, step: int) -> None:
-    """Stop before a NaN reaches the weights.
-
-    This waits for the device once per batch, which costs a fraction of a millisecond; in return no checkpoint holds
-    weights that went through a NaN loss.
-
-    Args:
-        loss: Scalar.
-        step: Optimizer step that would follow, for the message.
-
-    Raises:
-        NonFiniteLossError: The loss is NaN or infinite.
-    """
-    if not torch.isfinite(loss):
-        raise NonFiniteLossError(
-            f"The loss is {loss.item()} at optimizer step {step}; training stopped before the weights took part in it. "
-            "The last checkpoint is good. Lower model.learning_rate, set trainer.gradient_clip_val, or train in a "
-            "wider precision, then resume with --ckpt_path last."
-        )

@@ -14,6 +14,7 @@ from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.networks.vit import attend_plainly
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
+from jepa_lightning.storage import sign
 
 
 class PictureProbe(LightningModule, ABC):
@@ -108,4 +109,4 @@ class PictureProbe(LightningModule, ABC):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
+        sign(self, checkpoint)

@@ -14,6 +14,7 @@ from datamodules.batches import PendulumBatch
 from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.probes.controls import PCA, RandomEncoder
+from jepa_lightning.storage import sign
 
 CONTROL_FIT_TRAJECTORIES = 1_000
 CONTROL_SEED = 12345
@@ -91,7 +92,7 @@ class PendulumProbe(LightningModule, ABC):
         return PendulumBatch(observations, true_states)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
+        sign(self, checkpoint)
 
     @torch.no_grad()
     def features(self, batch: PendulumBatch) -> dict[str, Tensor]:

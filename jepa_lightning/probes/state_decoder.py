@@ -23,6 +23,7 @@ from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.pictures import rows_figure, show_in_tensorboard
 from jepa_lightning.probes.decoder import StandardizedDecoder
 from jepa_lightning.probes.evaluation import intersection_over_union
+from jepa_lightning.storage import sign
 
 EmbeddingSource = Literal["online", "target", "predicted"]
 
@@ -180,7 +181,7 @@ class StateDecoder(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["class"] = type(self).__name__  # what `jepa_lightning.checkpoints` goes by
+        sign(self, checkpoint)
 
 
 def load_state_decoder(path: str) -> StateDecoder:
