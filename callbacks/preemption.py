@@ -34,11 +34,11 @@ class Preemption(Checkpoint):
     """Answer SIGTERM, SIGUSR1 and Ctrl-C: finish the optimizer step, save, exit with 143, 138 or 130.
 
     A signal's handler only takes note. At the end of the batch all processes agree that one of them was told to end, and
-    save last.ckpt, or under SLURM with requeueing and its requeue signal (SIGUSR1 unless the SLURMEnvironment says
-    otherwise) an hpc checkpoint, from which the same command goes on when the job has been requeued. The exit code is never 0, so
-    that a chain of commands stops. With a single process, a validation is left at its next batch; several finish it,
-    since they may be at different batches of it. What ends before training has begun, or outside of it, ends at once.
-    A second Ctrl-C ends without saving.
+    save last.ckpt, or, under SLURM with requeueing and its requeue signal (SIGUSR1 unless the SLURMEnvironment says
+    otherwise), an hpc checkpoint, from which the same command goes on when the job has been requeued. The exit code is
+    never 0, so that a chain of commands stops. With a single process, a validation is left at its next batch; several
+    finish it, since they may be at different batches of it. What ends before training has begun, or outside of it, ends at
+    once. A second Ctrl-C ends without saving.
     """
 
     def __init__(self) -> None:

@@ -95,7 +95,7 @@ class ResumableLoader:
         self._first_batch = batch
 
     def shut_down(self) -> None:
-        """End the workers now. (Lightning does so for the loaders that it knows, and Python's exit waits for workers.)"""
+        """End the workers now, as Lightning does for the loaders that it knows: Python's exit would wait for them."""
         if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
             self.loader._iterator = None

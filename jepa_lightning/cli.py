@@ -31,6 +31,7 @@ from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is
 from jepa_lightning import probes  # noqa: F401  (short class names)
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.finite import NonFiniteError
+from jepa_lightning.messages import readable
 from jepa_lightning.storage import AtomicCheckpointIO
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
@@ -198,24 +199,6 @@ def check_writable(directory: Path) -> None:
 
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)
 
-# What jsonargparse adds to an error about a value that may be a class or nothing. Between these stand the reason and, if
-# it is short, "Given value: ...".
-NOISE = (
-    *("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Problem with given"),
-    *("Given value type", "Given value: NestedArg", "Given value: Namespace", "Given value: {"),
-)
-
-
-def readable(error: BaseException) -> str:
-    """The message of what a user can mend, without the wrapping that says which types were tried."""
-    while str(error).startswith(NOISE[0]) and isinstance(error.__cause__, USER_ERRORS):
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines()]
-    kept = [
-        line.removeprefix("- ") for line in lines if line and not line.startswith(NOISE) and not line[2:].startswith(NOISE)
-    ]
-    return "\n  ".join(kept)
-
 
 def main(args: ArgsType = None) -> None:
     """Run the command line.
@@ -250,7 +233,7 @@ def main(args: ArgsType = None) -> None:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         where = " ".join(getattr(error, "__notes__", [f"{TRACEBACK_VARIABLE}=1 shows where it was raised"]))
-        print(f"error: {readable(error)}\n({where})", file=sys.stderr)
+        print(f"error: {readable(error, USER_ERRORS)}\n({where})", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except SIGTERMException:  # Lightning's own answer, which says 0
         sys.exit(128 + signal.SIGTERM)
