@@ -24,7 +24,7 @@ class UnreadableFiles:
     """
 
     def __init__(self, count: int, token: str | None = None) -> None:
-        self.count = count
+        self.count = max(1, count)  # a file of no bytes cannot be mapped
         self.path = Path(tempfile.gettempdir()) / f"unreadable-{token or uuid4().hex}"
         self._map()
         weakref.finalize(self, _remove, self.path, os.getpid())

@@ -25,6 +25,7 @@ def test_flags_are_shared_and_counted(tmp_path: Path) -> None:
     assert spawned.add(0) == 2 and len(flags) == 2 and 0 in flags and 1 not in flags
     other = UnreadableFiles(5)
     assert len(other) == 0, "of another data set"
+    assert len(UnreadableFiles(0)) == 0, "a list may name all pictures, and leave none for validation"
 
 
 def test_flags_go_with_their_owner_and_not_with_a_worker() -> None:
