@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from callbacks.ema import update_average
+from datamodules.decoding import read_picture
 from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, normalise
 from datamodules.pictures import TrainingPictures
-from datamodules.samples import Samples, read_picture
+from datamodules.samples import Samples
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor

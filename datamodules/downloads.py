@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from torchvision import datasets
 
+from datamodules.new_folder import new_folder
+
 DatasetName = Literal["cifar10", "stl10", "imagenette"]
 
 # Name -> the data set's training part and its held-out part, downloaded into a folder.
@@ -20,7 +22,8 @@ SOURCES: dict[str, Callable[[str, bool], Any]] = {
 def download(name: DatasetName, root: Path) -> None:
     """Let torchvision download a data set, and write it as root/train/CLASS/* and root/val/CLASS/*.
 
-    The folder appears when all is there; one that is there already is kept. Pictures are written without loss (PNG),
+    The folder appears when all is there; one that is there already is kept. See `new_folder` for what a killed run leaves:
+    archives and pictures alike lie there until then. Pictures are written without loss (PNG),
     photographs that come as files are copied as they are. STL-10's unlabelled pictures are left out.
 
     Args:
@@ -34,20 +37,16 @@ def download(name: DatasetName, root: Path) -> None:
         raise ValueError(f"data.download={name!r}: choose one of {', '.join(SOURCES)}.")
     if root.exists():
         return
-    archive, unfinished = root.with_name(root.name + ".download"), root.with_name(root.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for folder in archive.glob("*/"):  # unpacked by a run that was cut, perhaps in part; the archives are kept
-        shutil.rmtree(folder)
-    for split, train in (("train", True), ("val", False)):
-        print(f"Downloading {name}, {split} pictures, into {root} ...", flush=True)
-        dataset = SOURCES[name](str(archive), train)
-        classes = [name if isinstance(name, str) else name[0] for name in dataset.classes]
-        for class_name in classes:
-            (unfinished / split / class_name).mkdir(parents=True, exist_ok=True)
-        for number in range(len(dataset)):
-            _write(dataset, number, unfinished / split, classes)
-    unfinished.rename(root)
-    shutil.rmtree(archive)
+    with new_folder(root) as folder:
+        archive = folder.with_name("archive")
+        for split, train in (("train", True), ("val", False)):
+            print(f"Downloading {name}, {split} pictures, into {root} (by way of {folder.parent}) ...", flush=True)
+            dataset = SOURCES[name](str(archive), train)
+            classes = [name if isinstance(name, str) else name[0] for name in dataset.classes]
+            for class_name in classes:
+                (folder / split / class_name).mkdir(parents=True)
+            for number in range(len(dataset)):
+                _write(dataset, number, folder / split, classes)
 
 
 def _write(dataset: Any, number: int, folder: Path, classes: list[str]) -> None:

@@ -5,24 +5,29 @@ Shapes: B batch, C channels, H W pixels.
 """
 
 import hashlib
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
-from datamodules.pictures import HeldOutPictures, HeldOutViews, TrainingPictures, TrainingViews
+from datamodules.pictures import HeldOutLoader, HeldOutPictures, HeldOutViews, TrainingPictures, TrainingViews
 from datamodules.randomness import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
-from datamodules.samples import Samples, draw_per_class, part_of, read_list, scan
+from datamodules.samples import Samples, Scan, describe, draw_per_class, part_of, read_list, scan
 from datamodules.transformations import ViewMaker, Views
+from datamodules.unreadable import UnreadableFiles
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -32,7 +37,10 @@ class ImageFolder(SingleLoaderDataModule):
 
     The training pictures are those of root/train, or of root if there is no such folder: in a sub-folder per class, or
     without classes and sub-folders. Those of root/val are for validation; if there is no such folder, `val_fraction` of the
-    training pictures is held out instead. `test` reads what validation reads.
+    training pictures is held out instead, though never the only picture of a class. `test` reads what validation reads.
+
+    What is found and what is left out, and why, is said when the folders are read. A file that cannot be decoded is named
+    once in a run and left out: in training another picture stands in, held-out pictures are that many fewer.
 
     Args:
         root: Folder of the pictures.
@@ -50,7 +58,9 @@ class ImageFolder(SingleLoaderDataModule):
         views: Hand out pairs of views and the action that leads from one to the other, as IWM needs them; see
             `datamodules.transformations.Views`.
         batch_size: Pictures per batch and process.
-        num_workers: Processes that decode; 0 decodes in the training process.
+        num_workers: Processes that decode, as long as the run lasts; 0 decodes in the training process.
+        prefetch_factor: Batches that each of them has ready, at least 1; torch's 2 if left out.
+        timeout: Seconds to wait for a batch before the run ends with an error, for file systems that hang; 0 waits for ever.
         seed: Of splits, subsets, orders, crops and masks.
 
     Raises:
@@ -71,6 +81,8 @@ class ImageFolder(SingleLoaderDataModule):
         download: DatasetName | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
+        prefetch_factor: int | None = None,
+        timeout: float = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -88,6 +100,11 @@ class ImageFolder(SingleLoaderDataModule):
             raise ValueError(f"data.flip={flip}: give a probability in [0, 1].")
         if seed < 0 or num_workers < 0:
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
+        if (prefetch_factor is not None and prefetch_factor < 1) or not timeout >= 0:
+            raise ValueError(
+                f"data.prefetch_factor={prefetch_factor}, data.timeout={timeout}: give at least 1 batch, and seconds >= 0."
+            )
+        self.prefetch_factor, self.timeout = prefetch_factor, timeout
         self.val_fraction, self.fraction, self.file_list = val_fraction, fraction, file_list
         self.crop_scale, self.flip, self.rand_augment = crop_scale, flip, rand_augment
         if views is not None and rand_augment:
@@ -101,6 +118,7 @@ class ImageFolder(SingleLoaderDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.classes: list[str] = []
         self._samples: dict[str, Samples] = {}
+        self._unreadable: dict[str, UnreadableFiles] = {}
 
     @property
     def num_classes(self) -> int:
@@ -113,41 +131,78 @@ class ImageFolder(SingleLoaderDataModule):
             download(self.download, self.root)
 
     def setup(self, stage: str) -> None:
-        """Find the pictures.
+        """Find the pictures: on rank 0, which tells the others, so that all have the same files in the same order.
 
         Raises:
             FileNotFoundError: A folder, a list or a picture of it is missing.
-            ValueError: No pictures, an empty class, or classes that differ between training and validation.
+            ValueError: No pictures, an empty class, classes that differ between training and validation, or a list that
+                leads out of the folder.
         """
         if self._samples:
             return
+        self._samples, self.classes, token = self._told_by_rank_zero(self._find)
+        self._unreadable = {
+            split: UnreadableFiles(len(samples.labels), f"{token}-{split}") for split, samples in self._samples.items()
+        }
+
+    def _told_by_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, in all processes; an error of its is raised in all of them, so that none waits for it."""
+        if self.trainer is None:
+            return make()
+        made, error = None, None
+        if self.trainer.is_global_zero:
+            try:
+                made = make()
+            except Exception as caught:
+                error = caught
+        made, error = self.trainer.strategy.broadcast((made, error))
+        if error is not None:
+            raise error
+        return made
+
+    def _find(self) -> tuple[dict[str, Samples], list[str], str]:
+        """The samples by split, the names of the classes, and what names this run's flags of unreadable files."""
         split = (self.root / "val").is_dir()
         folder = self.root / "train" if (self.root / "train").is_dir() else self.root
-        train, self.classes = scan(folder)
+        everything = self._scan(folder)
+        train, classes = everything.samples, everything.classes
         if split:
-            val, _ = scan(self.root / "val", self.classes or None)
+            val = self._scan(self.root / "val", classes or None).samples
         else:
-            held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM))
-            if held_out.all():
+            held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM), spare=1)
+            if not held_out.any():
                 raise ValueError(f"{folder} has too few pictures to hold out {self.val_fraction:.0%} of each class.")
             val, train = part_of(train, held_out), part_of(train, ~held_out)
+            if alone := len(classes) - len(val.labels.unique()) if classes else 0:
+                rank_zero_info(f"{alone} of {len(classes)} classes have one picture each, which is not held out.")
         if self.file_list is not None:
-            train = read_list(Path(self.file_list), folder, self.classes)
+            train = read_list(Path(self.file_list), folder, everything.samples)
             if not split:
                 val = part_of(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
         if self.fraction < 1:
             train = part_of(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
         # In one mixed order, so that the first batches of a validation have all classes.
         order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
-        self._samples = {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}
+        return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, uuid4().hex
+
+    def _scan(self, folder: Path, classes: list[str] | None = None) -> Scan:
+        """What a folder holds, which is also said."""
+        found = scan(folder, classes)
+        holds, left_out = describe(folder, found)
+        rank_zero_info(holds)
+        if left_out:
+            warnings.warn(left_out, stacklevel=2)
+        return found
 
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]
         pictures: TrainingPictures | TrainingViews
         if self.views is None:
-            pictures = TrainingPictures(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment)
+            pictures = TrainingPictures(
+                train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment, self._unreadable["train"]
+            )
         else:
-            pictures = TrainingViews(train, self.image_size, self.seed, self._view_maker())
+            pictures = TrainingViews(train, self.image_size, self.seed, self._view_maker(), self._unreadable["train"])
         return ResumableLoader(pictures, self.train_sampler(len(pictures)), **self.loader_settings())
 
     def order(self) -> dict[str, Any]:
@@ -174,19 +229,21 @@ class ImageFolder(SingleLoaderDataModule):
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
         """The training pictures as validation would see them, uncropped, in order, all of them in every process."""
-        pictures = HeldOutPictures(self._samples["train"], self.image_size, self.seed)
-        return DataLoader(pictures, batch_size=self.batch_size, collate_fn=already_collated, num_workers=self.num_workers)
+        pictures = HeldOutPictures(self._samples["train"], self.image_size, self.seed, self._unreadable["train"])
+        return HeldOutLoader(pictures, batch_size=self.batch_size, collate_fn=already_collated, **self.loader_settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        held_out = (self._samples["val"], self.image_size, self.seed)
-        pictures = HeldOutPictures(*held_out) if self.views is None else HeldOutViews(*held_out, self._view_maker())
-        return DataLoader(
+        held_out, unreadable = (self._samples["val"], self.image_size, self.seed), self._unreadable["val"]
+        if self.views is None:
+            pictures = HeldOutPictures(*held_out, unreadable)
+        else:
+            pictures = HeldOutViews(*held_out, self._view_maker(), unreadable)
+        return HeldOutLoader(
             pictures,
             batch_size=self.batch_size,
             sampler=self.held_out_sampler("validation", pictures),
             collate_fn=already_collated,
-            num_workers=self.num_workers,
-            pin_memory=self.on_gpu,
+            **self.loader_settings(),
         )
 
     def test_dataloader(self) -> DataLoader[Any]:

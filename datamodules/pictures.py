@@ -5,24 +5,30 @@ Shapes: H W pixels.
 
 import itertools
 import math
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, ViewBatch
+from datamodules.decoding import read_picture
 from datamodules.randomness import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM, seeded_generator
-from datamodules.samples import Samples, read_picture
+from datamodules.samples import Samples, printable
 from datamodules.transformations import Pair, Place, ViewMaker
+from datamodules.unreadable import UnreadableFiles
 
 CENTRE_CROP = 0.875
 """Side of the central crop that held-out pictures are cut to, as a fraction of the resized picture: 224 of 256."""
+
+LONGEST = 16
+"""How much of a long picture is resized, in sides of the central crop: for a square crop, more than all of it unless one
+side is 14 times the other. What lies beyond never shows, and could be as much as a million times what does."""
 
 
 class UnreadableImageWarning(UserWarning):
@@ -36,31 +42,38 @@ class Pictures(Dataset[Any]):
         samples: Files and classes.
         image_size: H and W in pixels.
         seed: First part of each batch's key.
+        unreadable: Which files are known to be bad, shared with all that read the same; flags of its own if left out.
     """
 
-    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, samples: Samples, image_size: tuple[int, int], seed: int, unreadable: UnreadableFiles | None = None
+    ) -> None:
         self.samples, self.image_size, self.seed = samples, image_size, seed
-        self._unreadable: set[int] = set()
+        self.unreadable = UnreadableFiles(len(samples.labels)) if unreadable is None else unreadable
 
     def __len__(self) -> int:
         return len(self.samples.labels)
 
     def decode(self, index: int) -> Tensor | None:
-        """One picture in RGB, uint8 (3, H, W), None if its file cannot be read: then a warning names it, once."""
-        if index in self._unreadable:
+        """One picture in RGB, uint8 (3, H, W), or None if its file cannot be read.
+
+        Then a warning names it and says why, once among all processes that share the flags, and nobody tries it again.
+        """
+        if index in self.unreadable:
             return None
-        path = self.samples.paths[index].decode()
+        path = self.samples.paths[index]
         try:
             return read_picture(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
-            self._unreadable.add(index)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            warnings.warn(
-                f"{path} cannot be decoded and is left out ({reason}). {len(self._unreadable)} of {len(self)} so far in "
-                "this process.",
-                UnreadableImageWarning,
-                stacklevel=2,
-            )
+        except Exception as error:  # whatever damage does to a library, one file never ends a run
+            count = self.unreadable.add(index)
+            if count is not None:
+                reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+                warnings.warn(
+                    printable(f"{os.fsdecode(path)} cannot be decoded and is left out ({reason}). ")
+                    + f"{count} of {len(self)} so far.",
+                    UnreadableImageWarning,
+                    stacklevel=2,
+                )
             return None
 
     def collate(self, images: list[Tensor], indices: list[int], key: tuple[int, ...]) -> ImageBatch:
@@ -93,6 +106,7 @@ class TrainingPictures(Pictures):
         crop_scale: Area of a crop, least and greatest fraction of the picture.
         flip: Probability of a mirror image.
         rand_augment: Two random distortions per picture.
+        unreadable: As in `Pictures`.
     """
 
     def __init__(
@@ -103,8 +117,9 @@ class TrainingPictures(Pictures):
         crop_scale: tuple[float, float],
         flip: float,
         rand_augment: bool = False,
+        unreadable: UnreadableFiles | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed)
+        super().__init__(samples, image_size, seed, unreadable)
         # Of tensors: torch resizes its uint8 pictures several times faster than Pillow does its own.
         steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
         self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
@@ -127,10 +142,18 @@ class TrainingViews(Pictures):
         image_size: H and W in pixels.
         seed: Of the views.
         maker: Makes them.
+        unreadable: As in `Pictures`.
     """
 
-    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int, maker: ViewMaker) -> None:
-        super().__init__(samples, image_size, seed)
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        maker: ViewMaker,
+        unreadable: UnreadableFiles | None = None,
+    ) -> None:
+        super().__init__(samples, image_size, seed, unreadable)
         self.maker = maker
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ViewBatch:
@@ -169,26 +192,16 @@ def augmented(
 class HeldOutPictures(Pictures):
     """The middle of each picture, resized."""
 
-    def __getitems__(self, indices: list[int]) -> ImageBatch:
-        """The pictures at these indices, without those that cannot be read.
-
-        Raises:
-            ValueError: Not one of them can be read.
-        """
+    def __getitems__(self, indices: list[int]) -> ImageBatch | None:
+        """The pictures at these indices, without those that cannot be read; None if not one of them can."""
         images, kept = self.readable(indices)
+        if not kept:
+            return None
         return self.collate([self.centre(image) for image in images], kept, (self.seed, HELD_OUT_STREAM, indices[0]))
 
     def readable(self, indices: list[int]) -> tuple[list[Tensor], list[int]]:
-        """Those of the pictures that can be read, uncut, and their indices.
-
-        Raises:
-            ValueError: Not one of them can be read.
-        """
+        """Those of the pictures that can be read, uncut, and their indices."""
         decoded = [(image, index) for index in indices if (image := self.decode(index)) is not None]
-        if not decoded:
-            raise ValueError(
-                f"None of {len(indices)} held-out pictures can be decoded, first {self.samples.paths[indices[0]]!r}."
-            )
         return [image for image, _ in decoded], [index for _, index in decoded]
 
     def centre(self, image: Tensor) -> Tensor:
@@ -196,6 +209,8 @@ class HeldOutPictures(Pictures):
         height, width = self.image_size
         if image.shape[1:] != (height, width):
             scale = max(height / image.shape[1], width / image.shape[2]) / CENTRE_CROP
+            longest = [math.ceil(LONGEST * side / scale) for side in self.image_size]  # in pixels of the file
+            image = vision.center_crop(image, [min(sides) for sides in zip(image.shape[1:], longest, strict=True)])
             image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
             image = vision.center_crop(image, [height, width])
         return image
@@ -211,19 +226,25 @@ class HeldOutViews(HeldOutPictures):
         image_size: H and W in pixels.
         seed: Of the views.
         maker: Makes them.
+        unreadable: As in `Pictures`.
     """
 
-    def __init__(self, samples: Samples, image_size: tuple[int, int], seed: int, maker: ViewMaker) -> None:
-        super().__init__(samples, image_size, seed)
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        maker: ViewMaker,
+        unreadable: UnreadableFiles | None = None,
+    ) -> None:
+        super().__init__(samples, image_size, seed, unreadable)
         self.maker = maker
 
-    def __getitems__(self, indices: list[int]) -> ViewBatch:  # type: ignore[override]
-        """The pictures at these indices, without those that cannot be read.
-
-        Raises:
-            ValueError: Not one of them can be read.
-        """
+    def __getitems__(self, indices: list[int]) -> ViewBatch | None:  # type: ignore[override]
+        """The pictures at these indices, without those that cannot be read; None if not one of them can."""
         images, kept = self.readable(indices)
+        if not kept:
+            return None
         middles, pairs = [self.centre(image) for image in images], []
         with torch.random.fork_rng(devices=[]):
             for image, middle, index in zip(images, middles, kept, strict=True):
@@ -231,3 +252,25 @@ class HeldOutViews(HeldOutPictures):
                 geometric = self.maker.views.geometric
                 pairs.append(self.maker.pair(image) if geometric else self.maker.pair(middle, Place(0, 0, *self.image_size)))
         return self.collate_views(pairs, middles, kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+
+
+class HeldOutLoader(DataLoader[Any]):
+    """A DataLoader over held-out pictures that leaves out a batch of which not one picture can be read.
+
+    No other picture takes the place of an unreadable one: it would count twice.
+
+    Raises:
+        ValueError: While it is iterated over: all batches were left out.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        empty = True
+        for batch in super().__iter__():
+            if batch is not None:
+                empty = False
+                yield batch
+        if empty:
+            raise ValueError(
+                f"Not one of the {len(self.sampler)} held-out pictures of this process can be decoded: "  # type: ignore[arg-type]
+                "repair the files that the warnings name, or choose another data.root."
+            )

@@ -1,12 +1,12 @@
 """Pictures made by code, for trying things out where no pictures are at hand."""
 
-import shutil
 from collections.abc import Callable
 
 import torch
 from PIL import Image, ImageDraw
 
 from datamodules.image_folder import ImageFolder
+from datamodules.new_folder import new_folder
 from datamodules.randomness import seeded_generator
 from datamodules.transformations import Views
 
@@ -107,14 +107,13 @@ class Shapes(ImageFolder):
         self.size = size
 
     def prepare_data(self) -> None:
-        """Draw the pictures beside the folder, which appears when all are there."""
+        """Draw the pictures into a folder that appears when all are there; see `new_folder` for what a killed run leaves."""
         if self.root.exists():
             return
-        unfinished = self.root.with_name(self.root.name + ".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for number in range(self.size):
-            name = sorted(SHAPES)[number % len(SHAPES)]
-            path = unfinished / name / f"{number:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_shape(name, self.image_size[0], seeded_generator(self.seed, number)).save(path)
-        unfinished.rename(self.root)
+        with new_folder(self.root) as folder:
+            for name in SHAPES:
+                (folder / name).mkdir()
+            for number in range(self.size):
+                name = sorted(SHAPES)[number % len(SHAPES)]
+                image = draw_shape(name, self.image_size[0], seeded_generator(self.seed, number))
+                image.save(folder / name / f"{number:06d}.png")

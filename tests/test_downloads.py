@@ -7,6 +7,7 @@ from conftest import small_pictures, write_pictures
 from PIL import Image
 
 from datamodules import downloads
+from datamodules.new_folder import new_folder
 
 
 class Pixels:
@@ -68,10 +69,50 @@ def test_a_download_that_breaks_off_leaves_no_folder(tmp_path: Path, monkeypatch
     monkeypatch.setitem(downloads.SOURCES, "cifar10", broken)
     with pytest.raises(OSError, match="the line is dead"):
         downloads.download("cifar10", tmp_path / "pictures")
-    assert not (tmp_path / "pictures").exists()
+    assert not list(tmp_path.iterdir()), "nothing is left lying about"
     monkeypatch.setitem(downloads.SOURCES, "cifar10", Pixels)
     downloads.download("cifar10", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "val" / "dog").is_dir()
+
+
+def test_what_is_not_ours_is_never_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(downloads.SOURCES, "cifar10", Pixels)
+    mine = [tmp_path / name / "mine" / "thesis.txt" for name in ("pictures.part", "pictures.download")]
+    for file in mine:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    downloads.download("cifar10", tmp_path / "pictures")
+    assert all(file.exists() for file in mine) and (tmp_path / "pictures" / "train").is_dir()
+
+
+def test_several_nodes_make_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, files = tmp_path / "pictures", []
+
+    def overtaken(where: str, train: bool) -> Pixels:
+        if not train and not root.exists():  # another node starts later, and is ready before this one
+            downloads.download("cifar10", root)
+            files.extend(path.stat().st_ino for path in root.rglob("*.png"))
+        return Pixels(where, train)
+
+    calls = iter([overtaken, overtaken, Pixels, Pixels])
+    monkeypatch.setitem(downloads.SOURCES, "cifar10", lambda where, train: next(calls)(where, train))
+    downloads.download("cifar10", root)
+    assert files == [path.stat().st_ino for path in root.rglob("*.png")], "the first one stays as it is"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pictures"], "the other one is dropped"
+
+
+def test_a_folder_that_cannot_be_named_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), new_folder(tmp_path / "file"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_new_folder_is_open_to_whom_a_folder_is_open_to(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "deep" / "new"):
+        pass
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "deep" / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_unknown_names_are_refused(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from conftest import small_pictures, write_pictures
 from PIL import ExifTags, Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from datamodules.decoding import read_picture
 from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, normalise
 from datamodules.pictures import UnreadableImageWarning
-from datamodules.samples import read_picture
 
 
 def ready(root: Path, **changes):

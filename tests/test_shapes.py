@@ -28,9 +28,10 @@ def test_a_run_that_was_cut_while_drawing_leaves_no_folder(tmp_path: Path, monke
 
     data = Shapes(str(tmp_path / "shapes"), size=20)
     monkeypatch.setattr(Image.Image, "save", fail)
+    (tmp_path / "shapes.part").mkdir()
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
-    assert not (tmp_path / "shapes").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes.part"], "what is not ours is kept"
 
 
 def test_shapes_stand_out_and_are_a_function_of_the_generator() -> None:
