@@ -19,7 +19,7 @@ from datamodules.randomness import BLOCK_SIZE_STREAM, seeded_generator
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.metrics import OnlineClassifiers
+from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.networks.predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
 from jepa_lightning.pictures import (
