@@ -58,6 +58,7 @@ class AttentiveProbe(ClassificationProbe):
         encoder: Whose features are read: the target encoder's or the context encoder's.
         learning_rates: Peaks of the grid, for AdamW.
         weight_decays: Of the grid.
+        baselines: Beside it the same on the untrained network's patches.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -65,6 +66,7 @@ class AttentiveProbe(ClassificationProbe):
     """
 
     names = {"attentive": "attention over the patches", "untrained": "untrained encoder, the same"}  # noqa: RUF012
+    own = ("attentive",)
 
     def __init__(
         self,
@@ -73,8 +75,9 @@ class AttentiveProbe(ClassificationProbe):
         encoder: Literal["target", "context"] = "target",
         learning_rates: tuple[float, ...] = (3e-4, 1e-3),
         weight_decays: tuple[float, ...] = (0.05,),
+        baselines: bool = True,
     ) -> None:
-        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays)
+        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays, baselines)
         self.save_hyperparameters()
 
     def make_head(self, name: str, num_classes: int) -> nn.Module:
@@ -82,7 +85,8 @@ class AttentiveProbe(ClassificationProbe):
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
-        return {"attentive": self.encoder(images), "untrained": self.untrained(images)}
+        found = {"attentive": self.encoder(images)}
+        return found | {"untrained": self.untrained(images)} if self.baselines else found
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
