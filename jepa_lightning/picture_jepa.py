@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
@@ -16,10 +15,10 @@ from torchmetrics import MeanMetric
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, batch_generator
 from datamodules.randomness import BLOCK_SIZE_STREAM, seeded_generator
+from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.networks.predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
 from jepa_lightning.pictures import (
@@ -27,8 +26,9 @@ from jepa_lightning.pictures import (
     mark_blocks,
     nearest_pictures,
     rows_figure,
-    show_in_tensorboard,
+    show,
     to_colours,
+    wants_figures,
 )
 
 SHOWN = 8
@@ -182,14 +182,12 @@ class PictureJEPA(JEPA, ABC):
         features = self.picture_features(batch, pairs)
         if bool((batch.labels >= 0).all()):
             self.classifiers.update(features, batch.labels)
-        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if batch_idx == 0 and wants_figures(self.trainer) and not self.trainer.sanity_checking:
             self._show(batch, features)
         return pairs
 
     def _show(self, batch: Any, features: Tensor) -> None:
-        """Pictures for TensorBoard: masks, what the features look like, and which pictures they hold for alike."""
-        if not isinstance(self.logger, TensorBoardLogger):
-            return
+        """Figures: masks, what the features look like, and which pictures they hold for alike."""
         grid, (seen, whole) = self.target_encoder.grid, self.views(batch)
         masks = self.draw_masks(batch)  # those of `target_pairs`
         visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)
@@ -199,9 +197,9 @@ class PictureJEPA(JEPA, ABC):
             "masks": mark_blocks(to_colours(seen[:SHOWN]), marked[0], marked[1], grid),
             "features": feature_colours(self.encode(whole[:SHOWN]), grid, self.image_size),
         }
-        show_in_tensorboard(self.logger, "masks and features", rows_figure(shown), self.global_step)
+        show(self.trainer, "masks and features", rows_figure(shown), self.global_step)
         alike = rows_figure(nearest_pictures(to_colours(batch.images), features, SHOWN))
-        show_in_tensorboard(self.logger, "nearest pictures", alike, self.global_step)
+        show(self.trainer, "nearest pictures", alike, self.global_step)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

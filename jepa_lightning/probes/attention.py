@@ -10,7 +10,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from datamodules.batches import ImageBatch
-from jepa_lightning.pictures import heat, rows_figure, show_in_tensorboard, to_colours
+from jepa_lightning.pictures import heat, rows_figure, show, to_colours, wants_figures
 from jepa_lightning.probes.classification import ClassificationProbe
 
 SHOWN = 8
@@ -90,16 +90,16 @@ class AttentiveProbe(ClassificationProbe):
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if batch_idx == 0 and wants_figures(self.trainer) and not self.trainer.sanity_checking:
             self._show(batch.images[:SHOWN])
 
     def _show(self, images: Tensor) -> None:
-        """Where the first classifier looks, to TensorBoard."""
+        """Where the first classifier looks, as a figure."""
         head: Any = self.heads["attentive_0"]
         pictures = to_colours(images)
         weights = head.attention(self.encoder(images).float())
         figure = rows_figure({"picture": pictures, "attention": heat(pictures, weights, self.encoder.grid)})
-        show_in_tensorboard(self.logger, "attention", figure, self.global_step)
+        show(self.trainer, "attention", figure, self.global_step)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups)
