@@ -65,6 +65,67 @@ class FeatureStatistics(Metric):
         }
 
 
+class ErrorOverMean(Metric):
+    """Squared error of predicted features over that of an answer that knows the mean of each place alone.
+
+    1 means that nothing was predicted but the mean. Where features differ by their place and by nothing else, which is one
+    way to collapse, an answer that is the same at all places is beaten with ease, and this one is not.
+
+    Args:
+        dim: D, width of the features.
+        num_places: P; 1 where places mean nothing.
+    """
+
+    full_state_update = False
+    error: Tensor
+    squares: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, dim: int, num_places: int = 1) -> None:
+        super().__init__()
+        for name, shape in (("error", ()), ("squares", ()), ("sums", (num_places, dim)), ("counts", (num_places,))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, targets: Tensor, places: Tensor | None = None) -> None:
+        """Take in predictions and targets, (..., D) each, and the index of the place of each, (...)."""
+        goals = targets.detach().flatten(0, -2).double()
+        self.error += (predictions.detach().flatten(0, -2).double() - goals).square().sum()
+        self.squares += goals.square().sum()
+        indices = torch.zeros(len(goals), dtype=torch.int64, device=goals.device) if places is None else places.flatten()
+        self.sums.index_add_(0, indices, goals)
+        self.counts.index_add_(0, indices, torch.ones_like(goals[:, 0]))
+
+    def compute(self) -> Tensor:
+        """The ratio, a scalar >= 0; NaN or infinite where no two targets of a place differ."""
+        within = self.squares - (self.sums.square().sum(dim=1) / self.counts.clamp(min=1)).sum()
+        freedom = (self.counts - 1).clamp(min=0).sum()  # the mean of few samples is nearer to them than that of many
+        return (self.error / self.counts.sum()) / (within.clamp(min=0) / freedom)
+
+
+def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
+    """The share of a feature space that is not both used and predicted: what to choose a checkpoint by without labels.
+
+    A loss, or an error over that of some control, can be made small by features that hold little. So the share of the
+    variance that is predicted, 1 - ratio, counts for as many of the D dimensions as the features use, which is their RankMe:
+    the result is 1 - (1 - ratio) RankMe / D. Features that lie in r of D dimensions never get below 1 - r / D, however well
+    they are predicted; to multiply the error with D / RankMe instead would still let them win with an error of zero.
+    Features that collapsed to a constant have a RankMe that says nothing, that of their rounding errors, which may be large;
+    but nobody predicts those, so that the ratio is 1 and so is the result.
+
+    Args:
+        ratio: Prediction error over that of the best control that knows nothing: see `ErrorOverMean`. Between 0 and 1, or
+            more; NaN counts as nothing predicted.
+        rankme: Of the target features, see `FeatureStatistics`.
+        dim: D.
+
+    Returns:
+        Scalar in [0, 1]; lower is better.
+    """
+    used_and_predicted = (1 - ratio).clamp(min=0) * rankme / dim
+    return 1 - torch.nan_to_num(used_and_predicted)
+
+
 class RidgeProbe(Metric):
     """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
 
