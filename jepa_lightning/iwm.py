@@ -52,7 +52,7 @@ class IWM(PictureJEPA):
         num_targets: Rectangles whose union is hidden.
         target_scale: Area of a rectangle, least and greatest fraction of the picture.
         target_aspect: Height over width of a rectangle, least and greatest; I-JEPA's, the paper does not say.
-        context_quantile: Fraction of pictures that draw their masks again because too little is visible.
+        context_quantile: Fraction of pictures whose rectangles leave too little visible, and then lie on each other.
         gradient_checkpointing: Less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak of the schedule, at the end of the warm-up.
