@@ -36,6 +36,9 @@ def test_one_process_votes_as_without_shares(neighbours: int) -> None:
     assert bank.vote(queries[:0], neighbours, 0.07).shape == (0,)
 
 
+CASES = {1: 0.07, 5: 0.07, 50: 1.0}
+"""Neighbours and temperatures: at the last, those that a share of fewer does not have would weigh as much as others."""
+
 BANKS = """
 import sys
 from pathlib import Path
@@ -43,7 +46,7 @@ import torch
 from torch import distributed, multiprocessing
 import jepa_lightning.probes.bank
 from jepa_lightning.probes.bank import FeatureBank
-from test_neighbours import members
+from test_neighbours import CASES, members
 
 out = Path(sys.argv[1])
 QUERIES = ((0, 5), (5, 5), (5, 12))  # the second process has none
@@ -58,7 +61,7 @@ def work(rank):
         bank.add(features[row : row + 1], labels[row : row + 1])
     count = bank.close()
     mine = members(12, 1)[0][slice(*QUERIES[rank])]
-    votes = {k: bank.vote(mine, k, 0.07) for k in (1, 5, 50)}
+    votes = {k: bank.vote(mine, k, temperature) for k, temperature in CASES.items()}
     torch.save([count, bank.count, bank.mean, votes], out / f"rank{rank}.pt")
 
 if __name__ == "__main__":
@@ -74,9 +77,9 @@ def test_three_processes_with_uneven_shares_vote_as_one(tmp_path: Path) -> None:
     bank.add(*members(20, 0))
     bank.close()
     assert [(total, own) for total, own, _, _ in found] == [(20, 7), (20, 7), (20, 6)]
-    for neighbours in (1, 5, 50):
+    for neighbours, temperature in CASES.items():
         votes = torch.cat([votes[neighbours] for _, _, _, votes in found])
-        assert torch.equal(votes, bank.vote(members(12, 1)[0], neighbours, 0.07)), f"{neighbours} neighbours"
+        assert torch.equal(votes, bank.vote(members(12, 1)[0], neighbours, temperature)), f"{neighbours} neighbours"
         assert len(votes.unique()) > 1
     for _, _, mean, _ in found:
         torch.testing.assert_close(mean, bank.mean)
@@ -91,6 +94,7 @@ def test_shares_are_all_pictures_once_each(pictures: Path) -> None:
     assert [len(share) for share in shares] == [5, 5, 5, 5, 4]
     for rank, share in enumerate(shares):
         assert torch.equal(share, whole[rank::5])
+    assert len(share_of(loader, 23, 24)) == 1
     with pytest.raises(ValueError, match="24 training pictures leave some of 25 processes without any"):
         share_of(loader, 0, 25)
 
