@@ -171,8 +171,8 @@ class MultiBlock:
                 corners, block = self._place(CALIBRATION_DRAWS // 10, size, context_size, generator)
                 counts.append((block & ~self._covered(corners, size)).sum(dim=1))
             quantile = int(torch.cat(counts).float().quantile(self.context_quantile))
-            most = self.grid[0] * self.grid[1] - size[0] * size[1]  # what is left if all blocks lie on the first
-            self._kept[size] = max(1, min(quantile, most))
+            # Never more than what is left when all blocks lie on the first: none of the pictures had more.
+            self._kept[size] = max(1, quantile)
         return self._kept[size]
 
     def _place(

@@ -96,5 +96,6 @@ def test_a_model_of_pictures_that_knows_places_alone_is_the_worst(tmp_path: Path
     jepa.predict_hidden = lambda context, masks, batch: jepa.to_target_space(places)[masks.targets] + 0 * context.sum()
     jepa._show = lambda *_: None
     figures = validated(tmp_path, jepa, data(pictures))
-    assert figures["val/error_over_mean"] < 0.1
+    assert figures["val/error_over_mean"] < 0.1 and figures["val/error_over_place_mean"] > 0.5
+    assert not jepa.over_places.update_called, "each validation starts anew"
     assert figures["val/guarded_error"] > 0.99
