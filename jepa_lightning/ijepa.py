@@ -39,7 +39,7 @@ class IJEPA(PictureJEPA):
         final_target_scale: `target_scale` at the end of training, for a curriculum; the same if left out.
         target_aspect: Height over width of a target block, least and greatest.
         context_scale: Area of the context block before it loses the targets.
-        context_quantile: Fraction of pictures that draw their masks again because too little context is left.
+        context_quantile: Fraction of pictures of whose context block too little is left, so that they see some beside it.
         official_compat: Masks with the flaws of the released code, and its count of optimizer steps from 1 in the
             schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Less memory for a third more time.

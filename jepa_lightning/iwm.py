@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +20,7 @@ from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.predictor import Conditioning, WorldModel
 from jepa_lightning.picture_jepa import PictureJEPA
-from jepa_lightning.pictures import show_in_tensorboard
+from jepa_lightning.pictures import show, wants_figures
 from jepa_lightning.regularizers import RegularizerName
 
 WATCHED = 8
@@ -53,7 +52,7 @@ class IWM(PictureJEPA):
         num_targets: Rectangles whose union is hidden.
         target_scale: Area of a rectangle, least and greatest fraction of the picture.
         target_aspect: Height over width of a rectangle, least and greatest; I-JEPA's, the paper does not say.
-        context_quantile: Fraction of pictures that draw their masks again because too little is visible.
+        context_quantile: Fraction of pictures whose rectangles leave too little visible, and then lie on each other.
         gradient_checkpointing: Less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak of the schedule, at the end of the warm-up.
@@ -228,9 +227,9 @@ class IWM(PictureJEPA):
             for number, picture in enumerate(denormalise(batch.images[:WATCHED])):
                 generator = bank_generator(batch, number, self.trainer.world_size)
                 self.ranks.update(self, picture, data.views, generator, each=False)
-            if self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+            if wants_figures(self.trainer):
                 figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
-                show_in_tensorboard(self.logger, "nearest versions", figure, self.global_step)
+                show(self.trainer, "nearest versions", figure, self.global_step)
         return pairs
 
     def on_validation_epoch_end(self) -> None:

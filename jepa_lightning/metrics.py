@@ -4,11 +4,11 @@ Those that are gathered over batches are `torchmetrics.Metric`s: their states ar
 figures of one. Shapes: N samples, D width, L labels, T times.
 """
 
+import math
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 
 class FeatureStatistics(Metric):
@@ -44,9 +44,14 @@ class FeatureStatistics(Metric):
             2023 use the singular values of the uncentred features, which the mean dominates.)
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares, between 1 and D.
         top_share: share of the greatest eigenvalue in their sum.
+
+        All are NaN if a feature was not finite.
         """
         mean = self.total / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)
+        if not covariance.isfinite().all():  # which no eigenvalues are computed of: say so, and let the run go on
+            nan = covariance.new_tensor(math.nan)
+            return dict.fromkeys(("feature_std", "feature_std_min", "rankme", "participation_ratio", "top_share"), nan)
         std = covariance.diagonal().clamp(min=0).sqrt()
         eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
         # A constant feature has no directions at all; count it as one.
@@ -58,6 +63,67 @@ class FeatureStatistics(Metric):
             "participation_ratio": 1 / share.square().sum().clamp(min=1 / len(share)),
             "top_share": share.max(),
         }
+
+
+class ErrorOverMean(Metric):
+    """Squared error of predicted features over that of an answer that knows the mean of each place alone.
+
+    1 means that nothing was predicted but the mean. Where features differ by their place and by nothing else, which is one
+    way to collapse, an answer that is the same at all places is beaten with ease, and this one is not.
+
+    Args:
+        dim: D, width of the features.
+        num_places: P; 1 where places mean nothing.
+    """
+
+    full_state_update = False
+    error: Tensor
+    squares: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(self, dim: int, num_places: int = 1) -> None:
+        super().__init__()
+        for name, shape in (("error", ()), ("squares", ()), ("sums", (num_places, dim)), ("counts", (num_places,))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, targets: Tensor, places: Tensor | None = None) -> None:
+        """Take in predictions and targets, (..., D) each, and the index of the place of each, (...)."""
+        goals = targets.detach().flatten(0, -2).double()
+        self.error += (predictions.detach().flatten(0, -2).double() - goals).square().sum()
+        self.squares += goals.square().sum()
+        indices = torch.zeros(len(goals), dtype=torch.int64, device=goals.device) if places is None else places.flatten()
+        self.sums.index_add_(0, indices, goals)
+        self.counts.index_add_(0, indices, torch.ones_like(goals[:, 0]))
+
+    def compute(self) -> Tensor:
+        """The ratio, a scalar >= 0; NaN or infinite where no two targets of a place differ."""
+        within = self.squares - (self.sums.square().sum(dim=1) / self.counts.clamp(min=1)).sum()
+        freedom = (self.counts - 1).clamp(min=0).sum()  # the mean of few samples is nearer to them than that of many
+        return (self.error / self.counts.sum()) / (within.clamp(min=0) / freedom)
+
+
+def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
+    """The share of a feature space that is not both used and predicted: what to choose a checkpoint by without labels.
+
+    A loss, or an error over that of some control, can be made small by features that hold little. So the share of the
+    variance that is predicted, 1 - ratio, counts for as many of the D dimensions as the features use, which is their RankMe:
+    the result is 1 - (1 - ratio) RankMe / D. Features that lie in r of D dimensions never get below 1 - r / D, however well
+    they are predicted; to multiply the error with D / RankMe instead would still let them win with an error of zero.
+    Features that collapsed to a constant have a RankMe that says nothing, that of their rounding errors, which may be large;
+    but nobody predicts those, so that the ratio is 1 and so is the result.
+
+    Args:
+        ratio: Prediction error over that of the best control that knows nothing: see `ErrorOverMean`. Between 0 and 1, or
+            more; NaN counts as nothing predicted.
+        rankme: Of the target features, see `FeatureStatistics`.
+        dim: D.
+
+    Returns:
+        Scalar in [0, 1]; lower is better.
+    """
+    used_and_predicted = (1 - ratio).clamp(min=0) * rankme / dim
+    return 1 - torch.nan_to_num(used_and_predicted)
 
 
 class RidgeProbe(Metric):
@@ -114,95 +180,6 @@ class RidgeProbe(Metric):
     def compute(self) -> Tensor:
         """R2 of each label on the judging samples: (L,)."""
         return self.r2(self.weights())
-
-
-class OnlineClassifiers(Metric):
-    """What features know of classes, while they are learned: a vote of nearest neighbours, and a linear classifier.
-
-    Neither needs training: the votes of the k most similar neighbours weigh exp(cosine similarity / temperature) (Wu et
-    al. 2018), and the linear classifier is a ridge regression in closed form. Every other sample, in the order of arrival,
-    is what they learn from; the rest are judged.
-
-    Args:
-        num_neighbours: k; fewer where there are fewer.
-        temperature: Of the weights.
-    """
-
-    full_state_update = False
-    features: list[Tensor]
-    labels: list[Tensor]
-
-    def __init__(self, num_neighbours: int = 20, temperature: float = 0.07) -> None:
-        super().__init__()
-        self.num_neighbours, self.temperature = num_neighbours, temperature
-        self.add_state("features", [], dist_reduce_fx="cat")
-        self.add_state("labels", [], dist_reduce_fx="cat")
-
-    def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take in features (N, D) and class indices (N,)."""
-        self.features.append(features.detach().float())
-        self.labels.append(labels)
-
-    def compute(self) -> dict[str, Tensor]:
-        """Fractions that are right, scalars: "knn_accuracy" and "linear_accuracy"."""
-        features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
-        halves = (features[0::2], labels[0::2], features[1::2], labels[1::2])
-        bank, bank_labels, judged, answers = halves
-        mean = bank.mean(dim=0)
-        votes = vote(directions(bank, mean), bank_labels, directions(judged, mean), self.num_neighbours, self.temperature)
-        return {
-            "knn_accuracy": (votes == answers).float().mean(),
-            "linear_accuracy": ridge_accuracy(*halves),
-        }
-
-
-def directions(features: Tensor, mean: Tensor) -> Tensor:
-    """Unit vectors from a mean to each feature, (N, D): without the mean, all of average-pooled features look alike."""
-    return functional.normalize(features - mean, dim=1)
-
-
-def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_neighbours: int, temperature: float) -> Tensor:
-    """What the most similar members of a bank say.
-
-    Args:
-        bank: (N, D), unit vectors.
-        bank_labels: (N,), class indices.
-        queries: (Q, D), unit vectors.
-        num_neighbours: k; fewer where the bank is smaller.
-        temperature: Of the weights exp(cosine similarity / temperature).
-
-    Returns:
-        (Q,), the class with the greatest sum of weights.
-    """
-    num_classes = int(bank_labels.max()) + 1
-    found = [bank_labels.new_zeros(0)]
-    for part in queries.split(4096):  # bounded memory
-        weights, neighbours = (part @ bank.T).topk(min(num_neighbours, len(bank)), dim=1)
-        votes = bank.new_zeros(len(part), num_classes)
-        votes.scatter_add_(1, bank_labels[neighbours], (weights / temperature).exp())
-        found.append(votes.argmax(dim=1))
-    return torch.cat(found)
-
-
-def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor:
-    """How often a ridge regression of the classes on standardised features, fitted on a bank, is right.
-
-    Args:
-        bank: (N, D).
-        bank_labels: (N,), class indices.
-        features: (Q, D) to be judged.
-        labels: (Q,).
-        penalty: Relative to the variance of each feature, see `RidgeProbe`.
-
-    Returns:
-        Scalar; NaN if there is nothing to judge.
-    """
-    classes = functional.one_hot(bank_labels)
-    probe = RidgeProbe(bank.shape[1], classes.shape[1], penalty).to(bank.device)
-    probe.update(bank, classes.to(bank.dtype), fit=True)
-    weights = probe.weights()
-    scores = weights[0] + features.to(weights.dtype) @ weights[1:]
-    return (scores.argmax(dim=1) == labels).float().mean()
 
 
 def reciprocal_ranks(similarities: Tensor, right: Tensor) -> Tensor:

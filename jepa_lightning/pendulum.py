@@ -15,7 +15,7 @@ from datamodules.batches import PendulumBatch
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.losses import squared_error, step_weights
-from jepa_lightning.metrics import RidgeProbe
+from jepa_lightning.metrics import RidgeProbe, guarded_error
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
 from jepa_lightning.networks.windows import EncoderName, window_encoder
@@ -159,7 +159,7 @@ class PendulumJEPA(JEPA):
         self.probe = RidgeProbe(latent_dim, len(LABELS))
         self.inverse_dynamics = inverse_dynamics
         self.tell_action = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
-        self.forecast_errors = ForecastErrors(acted=action_dim > 0)
+        self.forecast_errors = ForecastErrors(action_dim > 0, latent_dim)
 
     def build_encoder(self) -> nn.Module:
         """A freshly initialised encoder: (N, window) -> (N, D)."""
@@ -306,9 +306,14 @@ class PendulumJEPA(JEPA):
         return pairs
 
     def on_validation_epoch_end(self) -> None:
+        rankme = self.target_statistics.compute()["rankme"]
         super().on_validation_epoch_end()
-        for name, ratio in self.forecast_errors.compute().items():
+        ratios = self.forecast_errors.compute()
+        for name, ratio in ratios.items():
             self.log(f"val/{name}", ratio, prog_bar=name == "persistence_ratio")
+        # Of the two controls the better: features that hardly change are predicted by no change, noise by its mean.
+        ratio = torch.maximum(ratios["persistence_ratio"], ratios["error_over_mean"])
+        self.log("val/guarded_error", guarded_error(ratio, rankme, self.latent_dim))
         if not self.trainer.sanity_checking:
             scores = dict(zip(LABELS, self.probe.compute(), strict=True))
             self.log_dict({f"val/linear_r2_{name}": score for name, score in scores.items()})

@@ -8,18 +8,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, batch_generator
 from datamodules.randomness import BLOCK_SIZE_STREAM, seeded_generator
+from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.metrics import OnlineClassifiers
+from jepa_lightning.metrics import ErrorOverMean, guarded_error
 from jepa_lightning.networks.predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
 from jepa_lightning.pictures import (
@@ -27,8 +27,9 @@ from jepa_lightning.pictures import (
     mark_blocks,
     nearest_pictures,
     rows_figure,
-    show_in_tensorboard,
+    show,
     to_colours,
+    wants_figures,
 )
 
 SHOWN = 8
@@ -87,6 +88,11 @@ class PictureJEPA(JEPA, ABC):
         )
         self.error, self.mean_error = MeanMetric(), MeanMetric()
         self.classifiers = OnlineClassifiers()
+
+    def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
+        super().set_networks(context_encoder, predictor, dim)
+        rows, columns = self.target_encoder.grid
+        self.over_places = ErrorOverMean(dim, rows * columns)
 
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs; choose the attention, and compile.
@@ -179,17 +185,17 @@ class PictureJEPA(JEPA, ABC):
         # The control: one and the same answer, the mean feature, for every patch of every picture.
         mean = pairs.targets.flatten(0, -2).mean(dim=0)
         self.mean_error.update((mean - pairs.targets).square().mean())
+        # And a better one, which knows the place of each patch.
+        self.over_places.update(pairs.predictions, pairs.targets, self.draw_masks(batch).targets)
         features = self.picture_features(batch, pairs)
         if bool((batch.labels >= 0).all()):
             self.classifiers.update(features, batch.labels)
-        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if batch_idx == 0 and wants_figures(self.trainer) and not self.trainer.sanity_checking:
             self._show(batch, features)
         return pairs
 
     def _show(self, batch: Any, features: Tensor) -> None:
-        """Pictures for TensorBoard: masks, what the features look like, and which pictures they hold for alike."""
-        if not isinstance(self.logger, TensorBoardLogger):
-            return
+        """Figures: masks, what the features look like, and which pictures they hold for alike."""
         grid, (seen, whole) = self.target_encoder.grid, self.views(batch)
         masks = self.draw_masks(batch)  # those of `target_pairs`
         visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)
@@ -199,14 +205,17 @@ class PictureJEPA(JEPA, ABC):
             "masks": mark_blocks(to_colours(seen[:SHOWN]), marked[0], marked[1], grid),
             "features": feature_colours(self.encode(whole[:SHOWN]), grid, self.image_size),
         }
-        show_in_tensorboard(self.logger, "masks and features", rows_figure(shown), self.global_step)
+        show(self.trainer, "masks and features", rows_figure(shown), self.global_step)
         alike = rows_figure(nearest_pictures(to_colours(batch.images), features, SHOWN))
-        show_in_tensorboard(self.logger, "nearest pictures", alike, self.global_step)
+        show(self.trainer, "nearest pictures", alike, self.global_step)
 
     def on_validation_epoch_end(self) -> None:
+        rankme, ratio = self.target_statistics.compute()["rankme"], self.over_places.compute()
         super().on_validation_epoch_end()
         self.log("val/error_over_mean", self.error.compute() / self.mean_error.compute(), prog_bar=True)
+        self.log("val/error_over_place_mean", ratio)
+        self.log("val/guarded_error", guarded_error(ratio, rankme, self.target_encoder.dim))
         if self.classifiers.update_called and not self.trainer.sanity_checking:
             self.log_dict({f"val/{name}": value for name, value in self.classifiers.compute().items()}, prog_bar=True)
-        for metric in (self.error, self.mean_error, self.classifiers):
+        for metric in (self.error, self.mean_error, self.over_places, self.classifiers):
             metric.reset()

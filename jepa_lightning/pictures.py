@@ -4,12 +4,15 @@ Shapes: N samples, T times, C channels (1 or 3), S image size, H W pixels, P pat
 """
 
 import io
+import re
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
@@ -39,15 +42,21 @@ def reconstruction_figure(frames: Tensor, decoded: dict[str, Tensor]) -> Figure:
 
 
 def rows_figure(rows: dict[str, Tensor]) -> Figure:
-    """Rows of pictures: title -> (N, C, H, W), as many in each."""
-    columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.3 * columns + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (title, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(row, to_uint8(images), strict=True):
-            axis.imshow(image, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(title)
+    """Rows of pictures: title -> (N, C, H, W), as many and as large in each.
+
+    They are one image, with the titles as ticks: axes of their own for each picture would take seconds to lay out.
+    """
+    tiles = np.stack([to_uint8(images) for images in rows.values()])  # (rows, N, H, W, 3)
+    height, width = tiles.shape[2:4]
+    gap = max(1, max(height, width) // 16)
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    image = np.concatenate([np.concatenate(list(row), axis=1) for row in tiles])[:-gap, :-gap]
+    figure = Figure(figsize=(1.3 * tiles.shape[1] + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(image, interpolation="nearest")
+    axis.set(xticks=[], yticks=[row * (height + gap) + (height - 1) / 2 for row in range(len(rows))], yticklabels=list(rows))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     return figure
 
 
@@ -192,19 +201,76 @@ def write_video(path: str | Path, video: np.ndarray, frames_per_second: int) -> 
         container.mux(stream.encode(None))
 
 
-def show_in_tensorboard(logger: Logger | None, tag: str, picture: Figure | np.ndarray, step: int = 0) -> None:
-    """Add a figure, or a video (T, height, width, 3) in uint8, if the run logs to TensorBoard.
+def wants_figures(trainer: Trainer) -> bool:
+    """Whether figures of this process are looked at: those of the first, unless the run is a trial or one for speed."""
+    return trainer.is_global_zero and not trainer.fast_dev_run and not trainer.barebones
 
-    The video goes in as an animated GIF, which is what TensorBoard's own `add_video` makes, with a package we need not.
+
+def show(trainer: Trainer, tag: str, picture: Figure | np.ndarray, step: int = 0) -> None:
+    """Hand a figure or a video to every logger that shows pictures; if there is none, write it into the run directory.
+
+    TensorBoard gets a figure as an image, and a video as an animated GIF, which is what its own `add_video` makes, with a
+    package we need not. Any other logger gets them through its `log_image(key, images, step)` and
+    `log_video(key, videos, step)`, as that of Weights & Biases has them. What no logger shows lies in
+    default_root_dir/figures/TAG/step-00000000.png, or .gif. A disk that is full ends no training: there is one warning.
+
+    Args:
+        trainer: Of the run; processes but the first show nothing.
+        tag: Name of the figure.
+        picture: A figure, or a video (T, height, width, 3) in uint8.
+        step: Optimizer step.
     """
-    if not isinstance(logger, TensorBoardLogger):
+    if not wants_figures(trainer):
         return
+    folder = Path(trainer.default_root_dir) / "figures"
+    try:
+        if not any([_give(logger, folder, tag, picture, step) for logger in trainer.loggers]):  # all of them
+            _write(folder, tag, picture, step)
+    except OSError as error:
+        if folder not in _UNWRITABLE:
+            _UNWRITABLE.add(folder)
+            warnings.warn(f"Figures cannot be written ({error}), and are left out from here on.", stacklevel=2)
+
+
+_UNWRITABLE: set[Path] = set()
+"""Folders that the warning was about."""
+
+
+def _give(logger: Logger, folder: Path, tag: str, picture: Figure | np.ndarray, step: int) -> bool:
+    """Hand a figure or a video to a logger; False if it shows none."""
+    if isinstance(logger, TensorBoardLogger):
+        if isinstance(picture, Figure):
+            logger.experiment.add_figure(tag, picture, step)
+            return True
+        height, width = picture.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=_encoded(picture))
+        logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        return True
+    method = getattr(logger, "log_image" if isinstance(picture, Figure) else "log_video", None)
+    if not callable(method):
+        return False
     if isinstance(picture, Figure):
-        logger.experiment.add_figure(tag, picture, step)
-        return
-    images = [Image.fromarray(frame) for frame in picture]
+        method(tag, [Image.open(io.BytesIO(_encoded(picture)))], step=step)
+    else:  # by its file, so that the logger need not encode it
+        method(tag, [str(_write(folder, tag, picture, step))], step=step)
+    return True
+
+
+def _write(folder: Path, tag: str, picture: Figure | np.ndarray, step: int) -> Path:
+    """Write a figure as PNG or a video as GIF into a folder of its tag, and return the file."""
+    name = re.sub(r"[^\w.-]+", "-", tag).strip(".-") or "figure"
+    path = folder / name / f"step-{step:08d}.{'png' if isinstance(picture, Figure) else 'gif'}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_encoded(picture))
+    return path
+
+
+def _encoded(picture: Figure | np.ndarray) -> bytes:
+    """A figure as the bytes of a PNG, a video as those of an animated GIF."""
     buffer = io.BytesIO()
-    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
-    height, width = picture.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=buffer.getvalue())
-    logger.experiment.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png")
+    else:
+        images = [Image.fromarray(frame) for frame in picture]
+        images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
+    return buffer.getvalue()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from jepa_lightning.metrics import ErrorOverMean
+
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
     """Apply the predictor to its own output, again and again.
@@ -44,10 +46,12 @@ class ForecastErrors(nn.Module):
 
     Args:
         acted: Whether something acts.
+        dim: D.
     """
 
-    def __init__(self, acted: bool) -> None:
+    def __init__(self, acted: bool, dim: int) -> None:
         super().__init__()
+        self.over_mean = ErrorOverMean(dim)
         self.acted = acted
         others = ("shuffled", "zero") if acted else ()
         self.errors = nn.ModuleDict({name: MeanMetric() for name in ("first", "last", "first_still", "last_still", *others)})
@@ -63,11 +67,13 @@ class ForecastErrors(nn.Module):
             targets: (B, S, H, D), what the features will be.
             actions: (B, S, H, A), or None of a free pendulum.
         """
-        error = forecast(starts, actions) - targets
+        forecasts = forecast(starts, actions)
+        error = forecasts - targets
         change = starts[:, :, None] - targets
         for name, step in (("first", 0), ("last", -1)):
             self.errors[name].update(error[:, :, step].square().mean())
             self.errors[f"{name}_still"].update(change[:, :, step].square().mean())
+        self.over_mean.update(forecasts[:, :, -1], targets[:, :, -1])
         if actions is not None and len(actions) > 1:  # another trajectory's, and none
             for name, others in (("shuffled", actions.roll(1, dims=0)), ("zero", torch.zeros_like(actions))):
                 self.errors[name].update((forecast(starts, others) - targets)[:, :, -1].square().mean())
@@ -76,6 +82,8 @@ class ForecastErrors(nn.Module):
         """Ratios by name, and start anew.
 
         persistence_ratio, persistence_ratio_first: over the error of predicting no change, at the last and first step.
+        error_over_mean: over the error of predicting the mean of all targets, at the last step. Of features that have
+            become noise, predicting no change has twice that error, and a constant beats it.
         shuffled_over_true, zero_over_true: error under other actions over that under the true ones, at the last step.
         """
         errors = {name: metric.compute() for name, metric in self.errors.items() if metric.update_called}
@@ -84,7 +92,9 @@ class ForecastErrors(nn.Module):
         ratios = {
             "persistence_ratio_first": errors["first"] / errors["first_still"],
             "persistence_ratio": errors["last"] / errors["last_still"],
+            "error_over_mean": self.over_mean.compute(),
         }
+        self.over_mean.reset()
         for name in {"shuffled", "zero"} & errors.keys():
             ratios[f"{name}_over_true"] = errors[name] / errors["last"]
         return ratios

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import small_data, small_ijepa, small_model, small_pictures, trainer
 
-from jepa_lightning.probes import LinearProbe
+from jepa_lightning.probes import AttentiveProbe, LinearProbe
 from jepa_lightning.probes.classification import HalvesAccuracy
 
 
@@ -51,6 +51,24 @@ def test_classifiers_do_not_disturb_each_other(checkpoint: str) -> None:
         loss.backward()
         gradients.append(head.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("kind", "own"), [(LinearProbe, {"last", "last_four"}), (AttentiveProbe, {"attentive"})])
+def test_baselines_can_be_left_out(tmp_path: Path, pictures: Path, checkpoint: str, kind: type, own: set[str]) -> None:
+    """What is left is trained and judged as with them."""
+    reports = []
+    for baselines in (True, False):
+        torch.manual_seed(0)
+        probe = kind(checkpoint, num_classes=2, baselines=baselines)
+        assert hasattr(probe, "untrained") == baselines
+        run, data = trainer(tmp_path, max_epochs=1), small_pictures(pictures, val_fraction=0.4)
+        run.fit(probe, data)
+        run.test(probe, data, verbose=False)
+        reports.append(json.loads((tmp_path / "report.json").read_text())["accuracy"])
+    assert set(reports[1]) == own < set(reports[0])
+    assert reports[1] == {name: reports[0][name] for name in own}
+    table = (tmp_path / "report.md").read_text()
+    assert "untrained" not in table and "pixels" not in table
 
 
 def test_features_of_the_last_blocks(checkpoint: str) -> None:

@@ -43,6 +43,89 @@ def test_the_released_code_is_biased_and_so_is_its_copy() -> None:
     assert context[1].mean() > 5 * context[-3].mean()
 
 
+@pytest.mark.parametrize(
+    ("grid", "changes"),
+    [
+        ((14, 14), {}),
+        ((8, 8), {}),
+        ((6, 10), {"num_targets": 2}),
+        ((14, 14), {"context_quantile": 0.6}),  # many pictures are crowded
+        ((5, 5), {"num_targets": 6, "context_quantile": 0.9}),
+    ],
+)
+def test_every_place_of_a_target_block_is_equally_likely(grid: tuple[int, int], changes: dict) -> None:
+    """A chi-square test of the places of each block by itself: those of different pictures are independent."""
+    masks, generator = MultiBlock(grid, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), **changes), seeded_generator(8)
+    size = block_size(grid, 0.18, 1.0)
+    places = (grid[0] - size[0] + 1) * (grid[1] - size[1] + 1)
+    counts = torch.zeros(masks.num_targets, grid[0] * grid[1], dtype=torch.float64)
+    for _ in range(50):
+        first = masks.draw(1000, generator).targets[:, :, 0]  # (B, M), the upper left patch of each block
+        for block, row in zip(first.T, counts, strict=True):
+            row += torch.bincount(block, minlength=len(row))
+    assert ((counts > 0).sum(dim=1) == places).all()
+    expected = 50_000 / places
+    statistic = ((counts[counts > 0] - expected).square() / expected).view(masks.num_targets, -1).sum(dim=1)
+    p_values = torch.special.gammaincc(torch.tensor((places - 1) / 2, dtype=torch.float64), statistic / 2)
+    assert p_values.min() > 1e-3, p_values
+
+
+def drawn_from(corners: list[list[tuple[int, int]]], block: torch.Tensor, kept: int, seed: int = 0) -> Masks:
+    """Masks of blocks of 2 x 2 patches on a grid of 6 x 6, at corners (B, M) that are given, with a block of context."""
+    masks = MultiBlock((6, 6), len(corners[0]), target_scale=(0.11, 0.11), target_aspect=(1.0, 1.0))
+    masks._place = lambda *_: (torch.tensor(corners), block.flatten().expand(len(corners), -1))
+    masks._context_patches = lambda size: kept
+    return masks.draw(len(corners), seeded_generator(seed))
+
+
+def test_blocks_give_way_from_the_last_on_and_no_more_than_they_must() -> None:
+    apart, near = [(0, 0), (0, 4), (4, 0), (4, 4)], [(0, 0), (0, 0), (0, 2), (0, 2)]  # 16 and 8 patches are covered
+    everywhere = torch.ones(6, 6, dtype=torch.bool)
+    for kept, moved in ((20, 0), (21, 1), (24, 1), (25, 2), (28, 2), (29, 3), (32, 3)):
+        drawn = drawn_from([apart, near], everywhere, kept)
+        firsts = [[row * 6 + column for row, column in blocks] for blocks in (apart, near)]
+        expected = [firsts[0][: 4 - moved] + [0] * moved, firsts[1] if kept <= 28 else [0] * 2 + [0, 0]]
+        assert drawn.targets[:, :, 0].tolist() == expected, f"{kept} patches kept"
+        assert drawn.context.shape == (2, kept) and overlap(drawn) == 0
+        assert (drawn.targets[0, 0] == torch.tensor([0, 1, 6, 7])).all()
+
+
+def test_context_is_of_its_block_and_only_what_it_lacks_comes_from_beside() -> None:
+    block = torch.zeros(6, 6, dtype=torch.bool)
+    block[:4] = True  # 24 patches, of which the target takes 4
+    inside = block.flatten().nonzero().flatten()
+    for seed in range(20):
+        assert torch.isin(drawn_from([[(0, 0)]], block, 20, seed).context, inside).all()
+        few, more = (drawn_from([[(0, 0)]], block, kept, seed).context for kept in (7, 26))
+        assert few.shape == (1, 7) and torch.isin(few, inside).all()
+        assert torch.isin(more, inside).sum() == 20 and more.shape == (1, 26)
+
+
+def test_the_patches_kept_are_a_uniformly_random_part() -> None:
+    """In the block, and beside it: each of 20 as often in 5, and each of 12 as often in 6."""
+    block = torch.zeros(6, 6, dtype=torch.bool)
+    block[:4] = True
+    for kept, of, taken in ((5, 20, 5), (26, 12, 6)):
+        context = drawn_from([[(0, 0)]] * 6000, block, kept).context
+        counts = torch.bincount(context.flatten(), minlength=36).double()
+        counts = counts[(counts > 0) & (counts < 6000)]
+        assert len(counts) == of
+        assert ((counts / 6000 - taken / of).abs() < 4.5 * (taken / of * (1 - taken / of) / 6000) ** 0.5).all()
+
+
+def test_how_much_is_kept_is_the_quantile_of_what_is_left() -> None:
+    """So large a part of pictures has fewer than K patches of its context block left."""
+    for quantile in (0.1, 0.5):
+        masks = MultiBlock((14, 14), target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), context_quantile=quantile)
+        size, least, left = block_size((14, 14), 0.18, 1.0), 0.85, []
+        for step in range(200):
+            context_size = block_size((14, 14), least + (1 - least) * step / 199, 1.0)
+            corners, block = masks._place(50, size, context_size, seeded_generator(9, step))
+            left.append((block & ~masks._covered(corners, size)).sum(dim=1))
+        share = (torch.cat(left) < masks.draw(1, seeded_generator(0)).context.shape[1]).double().mean()
+        assert quantile - 0.06 < share < quantile + 0.06
+
+
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8)])
 def test_context_size_does_not_depend_on_the_batch(grid: tuple[int, int]) -> None:
     sizes = {

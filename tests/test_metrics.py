@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from jepa_lightning.metrics import FeatureStatistics, OnlineClassifiers, RidgeProbe, r2_score, valid_prediction_time
+from jepa_lightning.metrics import (
+    ErrorOverMean,
+    FeatureStatistics,
+    RidgeProbe,
+    guarded_error,
+    r2_score,
+    reciprocal_ranks,
+    valid_prediction_time,
+)
 
 
 def statistics(features: torch.Tensor) -> dict[str, float]:
@@ -79,13 +87,103 @@ def test_valid_prediction_time_is_the_first_step_past_the_threshold() -> None:
     assert valid_prediction_time(errors, 0.4).tolist() == [2, 1, 4]
 
 
-def test_nearest_neighbours_know_clusters_and_guess_at_noise() -> None:
+def test_features_that_are_not_finite_give_nan_and_no_exception() -> None:
+    features = torch.randn(50, 4)
+    features[7, 2] = float("inf")
+    found = statistics(features)
+    assert len(found) == 5 and all(math.isnan(value) for value in found.values())
+
+
+def over_mean(predictions: torch.Tensor, targets: torch.Tensor, places: torch.Tensor | None = None, of: int = 1) -> float:
+    metric = ErrorOverMean(targets.shape[-1], of)
+    for rows in range(0, len(targets), 37):
+        part = slice(rows, rows + 37)
+        metric.update(predictions[part], targets[part], None if places is None else places[part])
+    return metric.compute().item()
+
+
+def test_error_over_the_mean_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (400,), generator=generator)
-    clusters, noise = torch.randn(5, 8, generator=generator) * 5, torch.randn(400, 8, generator=generator)
-    metric = OnlineClassifiers()
-    metric.update(clusters[labels] + noise, labels)
-    assert metric.compute() == {"knn_accuracy": 1, "linear_accuracy": 1}
-    metric.reset()
-    metric.update(noise, labels)
-    assert all(0.1 < accuracy < 0.3 for accuracy in metric.compute().values())
+    places = torch.randint(0, 5, (400, 3), generator=generator)
+    means = 10 * torch.randn(5, 6, generator=generator)
+    targets = means[places] + torch.randn(400, 3, 6, generator=generator)  # (400, 3, 6)
+    predictions = targets + 0.5 * torch.randn(400, 3, 6, generator=generator)
+    error = (predictions - targets).square().mean()
+    variance = torch.stack([targets[places == place].var(dim=0) * ((places == place).sum() - 1) for place in range(5)])
+    expected = error / (variance.mean(dim=1).sum() / (places.numel() - 5))
+    assert over_mean(predictions, targets, places, 5) == pytest.approx(expected.item(), rel=1e-5)
+    alone = error / targets.flatten(0, 1).var(dim=0).mean()
+    assert over_mean(predictions, targets) == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_knowing_the_mean_of_each_place_is_predicting_nothing() -> None:
+    """As few samples as there may be: means of 2 or 3, and a place that is seen once and one that is not."""
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for _ in range(400):
+        places = torch.tensor([0, 0, 1, 1, 1, 2])
+        means = torch.randn(4, 50, generator=generator)
+        targets = means[places] + torch.randn(6, 50, generator=generator)
+        ratios.append(over_mean(means[places], targets, places, 4))
+    assert sum(ratios) / 400 == pytest.approx(1, abs=0.02)
+
+
+def features_of_rank(rank: int, dim: int = 32, count: int = 4000, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(dim, dim, generator=generator))
+    return 2 + torch.randn(count, rank, generator=generator) @ basis[:rank]
+
+
+def predicted(targets: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Predictions with an error of a part of the variance, made of the mean and the truth."""
+    return targets + ratio**0.5 * (targets.mean(dim=0) - targets)
+
+
+def guarded(predictions: torch.Tensor, targets: torch.Tensor, **places) -> float:
+    ratio = torch.tensor(over_mean(predictions, targets, **places), dtype=torch.float64)
+    return guarded_error(ratio, torch.tensor(statistics(targets)["rankme"]), targets.shape[-1]).item()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.7, 0.95])
+def test_collapse_is_worse_than_health_with_the_same_error(ratio: float) -> None:
+    found = []
+    for rank in (24, 8, 2, 1):
+        targets = features_of_rank(rank)
+        found.append(guarded(predicted(targets, ratio), targets))
+        assert found[-1] == pytest.approx(1 - (1 - ratio) * rank / 32, abs=0.01)
+    assert found == sorted(found) and len(set(found)) == 4
+
+
+def test_no_error_is_small_enough_to_make_up_for_collapse() -> None:
+    healthy, collapsed = features_of_rank(16), features_of_rank(1)
+    assert guarded(predicted(healthy, 0.8), healthy) < guarded(collapsed, collapsed)
+
+
+def test_features_that_became_constant_or_noise_are_the_worst() -> None:
+    constant = torch.full((400, 32), 3.0)
+    noise = 3 + 1e-5 * torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    assert statistics(noise)["rankme"] > 30, "which RankMe alone holds for the best features of all"
+    assert guarded(constant, constant) == 1
+    for guess in (3.0, 3.1):
+        assert guarded(torch.full_like(noise, guess), noise) == pytest.approx(1, abs=0.01)
+    nan = torch.tensor(math.nan)
+    assert guarded_error(nan, torch.tensor(5.0), 8) == guarded_error(torch.tensor(0.5), nan, 8) == 1
+    assert guarded_error(torch.tensor(34.0), torch.tensor(5.0), 8) == 1, "worse than nothing is no worse than that"
+
+
+def test_features_that_know_their_place_alone_have_collapsed() -> None:
+    """One constant answer is beaten by far; the mean of each place is not."""
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, 16, (4000,), generator=generator)
+    of_places = torch.randn(16, 32, generator=generator)
+    targets = of_places[places] + 1e-3 * torch.randn(4000, 32, generator=generator)
+    assert over_mean(of_places[places], targets) < 1e-5
+    assert guarded(of_places[places], targets) < 0.7
+    assert guarded(of_places[places], targets, places=places, of=16) > 0.98
+
+
+def test_reciprocal_ranks_share_what_is_equal() -> None:
+    similarities = torch.tensor([[0.9, 0.5, 0.1, 0.0], [0.9, 0.5, 0.1, 0.0], [0.3, 0.7, 0.3, 0.3], [1.0, 1.0, 1.0, 1.0]])
+    found = reciprocal_ranks(similarities, torch.tensor([0, 2, 0, 3]))
+    shared = (1 / 2 + 1 / 3 + 1 / 4) / 3, (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    assert found.tolist() == pytest.approx([1, 1 / 3, *shared])

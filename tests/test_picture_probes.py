@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_ijepa, small_pictures, trainer, write_pictures
+from conftest import FAMILIES, ROOT, small_ijepa, small_pictures, trainer, write_pictures
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -260,3 +260,13 @@ def test_ijepa_shows_pictures_in_tensorboard(tmp_path: Path, pictures: Path) -> 
     run.fit(small_ijepa(), small_pictures(pictures))
     assert pictures_in_tensorboard(tmp_path) == {"masks and features", "nearest pictures"}
     assert "val/linear_accuracy" in run.callback_metrics and "val/knn_accuracy" in run.callback_metrics
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_figures_of_a_run_without_tensorboard_are_files(tmp_path: Path, pictures: Path, family: str) -> None:
+    model, data = FAMILIES[family]
+    run = trainer(tmp_path, max_epochs=2, limit_val_batches=1.0)
+    run.fit(model(), data(pictures))
+    tags = {"masks-and-features", "nearest-pictures"} | ({"nearest-versions"} if family == "iwm" else set())
+    found = {str(path.relative_to(tmp_path / "figures")) for path in (tmp_path / "figures").rglob("*.png")}
+    assert found == {f"{tag}/step-{step:08d}.png" for tag in tags for step in (6, 12)}

@@ -10,7 +10,7 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 
 from datamodules.batches import ImageBatch
-from jepa_lightning.pictures import heat, rows_figure, show_in_tensorboard, to_colours
+from jepa_lightning.pictures import heat, rows_figure, show, to_colours, wants_figures
 from jepa_lightning.probes.classification import ClassificationProbe
 
 SHOWN = 8
@@ -58,6 +58,7 @@ class AttentiveProbe(ClassificationProbe):
         encoder: Whose features are read: the target encoder's or the context encoder's.
         learning_rates: Peaks of the grid, for AdamW.
         weight_decays: Of the grid.
+        baselines: Beside it the same on the untrained network's patches.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -65,6 +66,7 @@ class AttentiveProbe(ClassificationProbe):
     """
 
     names = {"attentive": "attention over the patches", "untrained": "untrained encoder, the same"}  # noqa: RUF012
+    own = ("attentive",)
 
     def __init__(
         self,
@@ -73,8 +75,9 @@ class AttentiveProbe(ClassificationProbe):
         encoder: Literal["target", "context"] = "target",
         learning_rates: tuple[float, ...] = (3e-4, 1e-3),
         weight_decays: tuple[float, ...] = (0.05,),
+        baselines: bool = True,
     ) -> None:
-        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays)
+        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays, baselines)
         self.save_hyperparameters()
 
     def make_head(self, name: str, num_classes: int) -> nn.Module:
@@ -82,20 +85,21 @@ class AttentiveProbe(ClassificationProbe):
 
     @torch.no_grad()
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
-        return {"attentive": self.encoder(images), "untrained": self.untrained(images)}
+        found = {"attentive": self.encoder(images)}
+        return found | {"untrained": self.untrained(images)} if self.baselines else found
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
-        if batch_idx == 0 and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if batch_idx == 0 and wants_figures(self.trainer) and not self.trainer.sanity_checking:
             self._show(batch.images[:SHOWN])
 
     def _show(self, images: Tensor) -> None:
-        """Where the first classifier looks, to TensorBoard."""
+        """Where the first classifier looks, as a figure."""
         head: Any = self.heads["attentive_0"]
         pictures = to_colours(images)
         weights = head.attention(self.encoder(images).float())
         figure = rows_figure({"picture": pictures, "attention": heat(pictures, weights, self.encoder.grid)})
-        show_in_tensorboard(self.logger, "attention", figure, self.global_step)
+        show(self.trainer, "attention", figure, self.global_step)
 
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups)

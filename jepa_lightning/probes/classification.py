@@ -64,9 +64,6 @@ class ClassificationProbe(PictureProbe):
     picture, and the accuracy reported is that on the rest. A subclass names its features and builds the heads on them.
     """
 
-    names: dict[str, str]
-    """Kind of features -> its title in the report; the first ones are the I-JEPA's, the others controls."""
-
     def __init__(
         self,
         checkpoint: str,
@@ -74,8 +71,9 @@ class ClassificationProbe(PictureProbe):
         encoder: Literal["target", "context"],
         learning_rates: tuple[float, ...],
         weight_decays: tuple[float, ...],
+        baselines: bool,
     ) -> None:
-        super().__init__(checkpoint, encoder, num_classes)
+        super().__init__(checkpoint, encoder, num_classes, baselines)
         if not learning_rates or min(learning_rates) <= 0 or not weight_decays or min(weight_decays) < 0:
             raise ValueError(
                 f"model.learning_rates={learning_rates}, model.weight_decays={weight_decays}: give at least one positive "
@@ -185,6 +183,7 @@ class LinearProbe(ClassificationProbe):
         encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
         learning_rates: Peaks of the grid.
         weight_decays: Of the grid.
+        baselines: Beside them the same on the untrained network's features and on pixels.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -198,6 +197,7 @@ class LinearProbe(ClassificationProbe):
         "untrained_last_four": "untrained encoder, last four blocks",
         "pixels": "pixels",
     }
+    own = ("last", "last_four")
 
     def __init__(
         self,
@@ -206,8 +206,9 @@ class LinearProbe(ClassificationProbe):
         encoder: Literal["target", "context"] = "target",
         learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1),
         weight_decays: tuple[float, ...] = (0.0, 5e-4),
+        baselines: bool = True,
     ) -> None:
-        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays)
+        super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays, baselines)
         self.save_hyperparameters()
         self.norms = nn.ModuleDict({name: nn.BatchNorm1d(self._width(name), affine=False) for name in self.names})
 
@@ -227,10 +228,12 @@ class LinearProbe(ClassificationProbe):
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Pooled features and pixels, by name: normalised images (B, 3, H, W) -> (B, width) each."""
         found: dict[str, Tensor] = {}
-        for prefix, network in (("", self.encoder), ("untrained_", self.untrained)):
+        networks = {"": self.encoder} | ({"untrained_": self.untrained} if self.baselines else {})
+        for prefix, network in networks.items():
             pooled = [tokens.float().mean(dim=1) for tokens in network.last_blocks(images, 4)]
             found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
-        found["pixels"] = shrunk_pixels(images)
+        if self.baselines:
+            found["pixels"] = shrunk_pixels(images)
         return found
 
     def inputs(self, images: Tensor) -> dict[str, Tensor]:

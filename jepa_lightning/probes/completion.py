@@ -23,7 +23,7 @@ from jepa_lightning.networks.decoder import PatchDecoder
 from jepa_lightning.networks.vit import take
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.picture_jepa import PictureJEPA
-from jepa_lightning.pictures import hide_patches, rows_figure, show_in_tensorboard, to_colours
+from jepa_lightning.pictures import hide_patches, rows_figure, show, to_colours
 from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_report
 
@@ -203,7 +203,7 @@ class CompletionProbe(PictureProbe):
         save_report(Path(self.trainer.default_root_dir), report, "Completion", notes, table)
 
     def _show(self, images: Tensor, found: Completion) -> None:
-        """Write completion.png and the same figure to TensorBoard."""
+        """Write completion.png and show the same figure."""
         if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
             return
         pictures = to_colours(images)
@@ -219,11 +219,11 @@ class CompletionProbe(PictureProbe):
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "completion.png")
-        show_in_tensorboard(self.logger, "completion", figure, self.global_step)
+        show(self.trainer, "completion", figure, self.global_step)
         if self.imagine is not None:
             sliders = self._sliders(images[:1])
             sliders.savefig(directory / "sliders.png")
-            show_in_tensorboard(self.logger, "sliders", sliders, self.global_step)
+            show(self.trainer, "sliders", sliders, self.global_step)
 
     @torch.no_grad()
     def _sliders(self, image: Tensor) -> Figure:

@@ -17,7 +17,7 @@ from datamodules.batches import PendulumBatch
 from jepa_lightning.checkpoints import load_probe
 from jepa_lightning.networks.decoder import ConvDecoder, MLPDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
-from jepa_lightning.pictures import reconstruction_figure, show_in_tensorboard
+from jepa_lightning.pictures import reconstruction_figure, show
 from jepa_lightning.probes.probe import PendulumProbe
 from jepa_lightning.probes.readout import mean_and_scale
 
@@ -131,12 +131,12 @@ class DecoderProbe(PendulumProbe):
 
     @torch.no_grad()
     def _show(self, frames: Tensor, decoded: dict[str, Tensor]) -> None:
-        """Write reconstruction.png and the same figure to TensorBoard."""
+        """Write reconstruction.png and show the same figure."""
         if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
             return
         figure = reconstruction_figure(frames, decoded)
         figure.savefig(Path(self.trainer.default_root_dir) / "reconstruction.png")
-        show_in_tensorboard(self.logger, "reconstruction", figure, self.global_step)
+        show(self.trainer, "reconstruction", figure, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(parameter_groups([self.decoders], self.weight_decay), lr=self.learning_rate)

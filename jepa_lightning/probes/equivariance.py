@@ -23,7 +23,7 @@ from jepa_lightning.equivariance import (
 )
 from jepa_lightning.iwm import IWM
 from jepa_lightning.picture_jepa import PictureJEPA
-from jepa_lightning.pictures import show_in_tensorboard
+from jepa_lightning.pictures import show
 from jepa_lightning.probes.frozen import PictureProbe
 from jepa_lightning.probes.report import save_report
 
@@ -113,13 +113,13 @@ class EquivarianceProbe(PictureProbe):
             self._show(images[:SHOWN], batch.key)
 
     def _show(self, images: Tensor, key: tuple[int, ...]) -> None:
-        """Write nearest_versions.png, and the same figure to TensorBoard."""
+        """Write nearest_versions.png, and show the same figure."""
         data: Any = self.trainer.datamodule
         figure = nearest_figure(self.jepa, images, data.views, key)
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "nearest_versions.png")
-        show_in_tensorboard(self.logger, "nearest versions", figure, self.global_step)
+        show(self.trainer, "nearest versions", figure, self.global_step)
 
     def on_test_epoch_end(self) -> None:
         figures, errors, counted = self.ranks.compute()

@@ -24,7 +24,7 @@ from datamodules.rendering import render
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.metrics import FeatureStatistics, r2_score, valid_prediction_time
-from jepa_lightning.pictures import forecast_figure, reconstruction_figure, show_in_tensorboard, side_by_side, write_video
+from jepa_lightning.pictures import forecast_figure, reconstruction_figure, show, side_by_side, write_video
 from jepa_lightning.probes.report import write_report
 
 if TYPE_CHECKING:
@@ -127,13 +127,13 @@ def evaluate(probe: StateProbe, collected: dict[str, Tensor]) -> None:
 
     figure = forecast_figure(curves, FRAME_SECONDS, VALID_BELOW)
     figure.savefig(root / "forecast_error.png")
-    show_in_tensorboard(probe.logger, "forecast/position_error", figure)
+    show(probe.trainer, "forecast/position_error", figure)
     if probe.decoder is not None:
         shown = {name: scene.picture(probe.decoder.decode(collected[name][:8, START], name)) for name in probe.encoders}
         reconstruction_figure(scene.draw(states[:8, START]), shown).savefig(root / "reconstruction.png")
         film = forecast_film(probe, data, scene, collected["jepa"])
         write_video(root / "forecast.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
-        show_in_tensorboard(probe.logger, "forecast/video", film)
+        show(probe.trainer, "forecast/video", film)
 
     stopwatch = read_checkpoint(probe.checkpoint).get("callbacks", {}).get("Stopwatch", {})
     report = figures.pop("jepa") | {

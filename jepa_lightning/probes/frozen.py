@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.networks.vit import attend_plainly
+from jepa_lightning.networks.vit import ViTEncoder, attend_plainly
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
 from jepa_lightning.storage import sign
@@ -24,14 +24,28 @@ class PictureProbe(LightningModule, ABC):
         checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
         encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
         num_classes: Classes of the data, by task if there are several; None for a probe that needs no labels.
+        baselines: Whether the untrained network, and whatever else a subclass compares with, is there.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
+    names: dict[str, str]
+    """Kind of features -> its title in the report; without baselines, those of the JEPA alone."""
+
+    own: tuple[str, ...] = ()
+    """Of the kinds of features, those of the JEPA; the others are baselines."""
+
+    untrained: ViTEncoder
+    """There with baselines alone."""
+
     def __init__(
-        self, checkpoint: str, encoder: Literal["target", "context"], num_classes: int | dict[str, int] | None
+        self,
+        checkpoint: str,
+        encoder: Literal["target", "context"],
+        num_classes: int | dict[str, int] | None,
+        baselines: bool = True,
     ) -> None:
         super().__init__()
         if num_classes is not None and min([num_classes] if isinstance(num_classes, int) else num_classes.values()) < 2:
@@ -43,9 +57,13 @@ class PictureProbe(LightningModule, ABC):
             raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
         self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
         self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(CONTROL_SEED)
-            self.untrained = jepa.build_encoder()
+        self.baselines = baselines
+        if baselines:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(CONTROL_SEED)
+                self.untrained = jepa.build_encoder()
+        else:
+            self.names = {name: self.names[name] for name in self.own}
         self.take(jepa)
         self._frozen = [name for name, _ in self.named_children()]
         for network in self.children():

@@ -17,7 +17,7 @@ from torch import Tensor
 from datamodules.batches import PendulumBatch
 from datamodules.physics import FRAME_SECONDS
 from datamodules.randomness import seeded_generator
-from jepa_lightning.pictures import rows_figure, show_in_tensorboard, side_by_side, steps_figure, write_video
+from jepa_lightning.pictures import rows_figure, show, side_by_side, steps_figure, write_video
 from jepa_lightning.planning import Planner
 from jepa_lightning.probes.episodes import (
     Controller,
@@ -169,7 +169,7 @@ class PlanningProbe(LightningModule):
                 strip[f"{name} actions"] = self.decoder.decode(forecast)
             figure = rows_figure(strip)
             figure.savefig(self._directory / "rollouts_decoded.png")
-            show_in_tensorboard(self.logger, "roll-outs/decoded", figure)
+            show(self.trainer, "roll-outs/decoded", figure)
         return errors
 
     @property
@@ -190,13 +190,13 @@ class PlanningProbe(LightningModule):
         errors = self.rollout_errors(features, actions)
         figure = steps_figure(errors, f"steps ahead ({data.stride * FRAME_SECONDS:g} s each)", "squared error of features")
         figure.savefig(self._directory / "rollouts.png")
-        show_in_tensorboard(self.logger, "roll-outs/error", figure)
+        show(self.trainer, "roll-outs/error", figure)
         reached, films = self.reaching(data)
         swung, swing_film = self.standing(data)
         if self.decoder is not None:
             film = np.concatenate([*films, swing_film])
             write_video(self._directory / "plan.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
-            show_in_tensorboard(self.logger, "plan/video", np.concatenate(films))
+            show(self.trainer, "plan/video", np.concatenate(films))
         seconds = {"plan_of_an_episode": reached.pop("seconds_per_plan"), "all": time.monotonic() - began}
         report = {
             "planning": reached | {"swing_up": swung.pop("success"), "swing_up_details": swung},
@@ -312,9 +312,9 @@ class PlanningProbe(LightningModule):
         return side_by_side({"what happened": happened, title: imagined[shown], "goal": goal.expand_as(happened)})
 
     def _show_plan(self, data: Any, world: World, task: Task, planning: Planning) -> None:
-        """Write plan.png, the first episode at each window, and the same figure to TensorBoard."""
+        """Write plan.png, the first episode at each window, and show the same figure."""
         happened, imagined, goal = self._pictures(data, world, task, planning, 0)
         rows = {"what happened": happened[:: data.stride], "imagined": imagined, "goal": goal.expand_as(imagined)}
         figure = rows_figure(rows)
         figure.savefig(self._directory / "plan.png")
-        show_in_tensorboard(self.logger, "plan/first episode", figure)
+        show(self.trainer, "plan/first episode", figure)

@@ -20,7 +20,7 @@ from jepa_lightning.checkpoints import load_jepa, load_probe
 from jepa_lightning.networks.decoder import LatentDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.pendulum import PendulumJEPA
-from jepa_lightning.pictures import rows_figure, show_in_tensorboard
+from jepa_lightning.pictures import rows_figure, show
 from jepa_lightning.probes.decoder import StandardizedDecoder
 from jepa_lightning.probes.evaluation import intersection_over_union
 from jepa_lightning.storage import sign
@@ -168,12 +168,12 @@ class StateDecoder(LightningModule):
             metric.reset()
 
     def _show(self, rows: dict[str, Tensor]) -> None:
-        """Write reconstruction.png and the same figure to TensorBoard."""
+        """Write reconstruction.png and show the same figure."""
         if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
             return
         figure = rows_figure(rows)
         figure.savefig(Path(self.trainer.default_root_dir) / "reconstruction.png")
-        show_in_tensorboard(self.logger, "reconstruction", figure, self.global_step)
+        show(self.trainer, "reconstruction", figure, self.global_step)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(parameter_groups([self.decoder], self.weight_decay), lr=self.learning_rate)

@@ -1,0 +1,164 @@
+"""The k-NN probe shares its training pictures out over the processes, and gives the figures of one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run_script, small_ijepa, small_pictures, trainer, write_pictures
+
+from jepa_lightning.classifiers import directions, vote
+from jepa_lightning.probes import NeighbourProbe
+from jepa_lightning.probes.bank import FeatureBank
+from jepa_lightning.probes.neighbours import share_of
+
+
+def members(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features that say little of their classes, far from zero."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 4, (count,), generator=generator)
+    return 3 + labels[:, None] * 0.3 + torch.randn(count, 6, generator=generator), labels
+
+
+@pytest.mark.parametrize("neighbours", [1, 5, 50])
+def test_one_process_votes_as_without_shares(neighbours: int) -> None:
+    features, labels = members(20, 0)
+    queries, _ = members(9, 1)
+    bank = FeatureBank(30)
+    for rows in (slice(0, 0), slice(0, 7), slice(7, 8), slice(8, 20)):
+        bank.add(features[rows], labels[rows])
+    assert bank.close() == 20
+    mean = features.mean(dim=0)
+    torch.testing.assert_close(bank.mean, mean)
+    expected = vote(directions(features, mean), labels, directions(queries, mean), neighbours, 0.07)
+    assert torch.equal(bank.vote(queries, neighbours, 0.07), expected)
+    assert bank.vote(queries[:0], neighbours, 0.07).shape == (0,)
+
+
+CASES = {1: 0.07, 5: 0.07, 50: 1.0}
+"""Neighbours and temperatures: at the last, those that a share of fewer does not have would weigh as much as others."""
+
+BANKS = """
+import sys
+from pathlib import Path
+import torch
+from torch import distributed, multiprocessing
+import jepa_lightning.probes.bank
+from jepa_lightning.probes.bank import FeatureBank
+from test_neighbours import CASES, members
+
+out = Path(sys.argv[1])
+QUERIES = ((0, 5), (5, 5), (5, 12))  # the second process has none
+
+def work(rank):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=3)
+    jepa_lightning.probes.bank.QUERY_ROWS = 3
+    features, labels = members(20, 0)
+    bank = FeatureBank(7, rank, 3)
+    for row in range(rank, 20, 3):
+        bank.add(features[row : row + 1], labels[row : row + 1])
+    count = bank.close()
+    mine = members(12, 1)[0][slice(*QUERIES[rank])]
+    votes = {k: bank.vote(mine, k, temperature) for k, temperature in CASES.items()}
+    torch.save([count, bank.count, bank.mean, votes], out / f"rank{rank}.pt")
+
+if __name__ == "__main__":
+    multiprocessing.start_processes(work, nprocs=3, start_method="fork")
+"""
+
+
+def test_three_processes_with_uneven_shares_vote_as_one(tmp_path: Path) -> None:
+    """Shares of 7, 7 and 6 of 20 pictures, 5, 0 and 7 queries, and more neighbours asked for than a share has."""
+    run_script(BANKS, tmp_path / "three")
+    found = [torch.load(tmp_path / "three" / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
+    bank = FeatureBank(20)
+    bank.add(*members(20, 0))
+    bank.close()
+    assert [(total, own) for total, own, _, _ in found] == [(20, 7), (20, 7), (20, 6)]
+    for neighbours, temperature in CASES.items():
+        votes = torch.cat([votes[neighbours] for _, _, _, votes in found])
+        assert torch.equal(votes, bank.vote(members(12, 1)[0], neighbours, temperature)), f"{neighbours} neighbours"
+        assert len(votes.unique()) > 1
+    for _, _, mean, _ in found:
+        torch.testing.assert_close(mean, bank.mean)
+
+
+def test_shares_are_all_pictures_once_each(pictures: Path) -> None:
+    data = small_pictures(pictures)
+    data.setup("test")
+    loader = data.plain_train_dataloader()
+    whole = torch.cat([batch.images for batch in loader])
+    shares = [torch.cat([batch.images for batch in share_of(loader, rank, 5)]) for rank in range(5)]
+    assert [len(share) for share in shares] == [5, 5, 5, 5, 4]
+    for rank, share in enumerate(shares):
+        assert torch.equal(share, whole[rank::5])
+    assert len(share_of(loader, 23, 24)) == 1
+    with pytest.raises(ValueError, match="24 training pictures leave some of 25 processes without any"):
+        share_of(loader, 0, 25)
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Path:
+    """Two classes of 19 pictures that nothing tells apart: a guess is right half of the time."""
+    for name in ("ant", "bee"):
+        write_pictures(tmp_path / "noise" / name, 19, hue=0 if name == "ant" else 3)
+    return tmp_path / "noise"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, noise: Path) -> str:
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    run.fit(small_ijepa(), small_pictures(noise))
+    run.save_checkpoint(tmp_path / "ijepa.ckpt")
+    return str(tmp_path / "ijepa.ckpt")
+
+
+PROBE = """
+import sys
+from conftest import small_pictures, trainer
+from jepa_lightning.probes import NeighbourProbe
+import torch
+
+torch.set_num_threads(1)
+out, devices, checkpoint, root = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
+probe = NeighbourProbe(checkpoint, num_classes=2, num_neighbours=5)
+run.test(probe, small_pictures(root, batch_size=2, val_fraction=0.24), verbose=False)
+"""
+
+
+def test_two_processes_report_what_one_reports(tmp_path: Path, noise: Path, checkpoint: str) -> None:
+    """15 + 15 pictures in the bank and 4 + 4 held out, in uneven batches."""
+    for name, devices in (("one", "1"), ("two", "2")):
+        run_script(PROBE, tmp_path / name, devices, checkpoint, str(noise))
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    for report in (one, two):
+        report.pop("command")
+    assert one == two
+    assert any(0 < figures["accuracy"] < 1 for figures in one["accuracy"].values()), "there is something to get wrong"
+
+
+def test_encoded_in_bfloat16_and_compared_in_float32(tmp_path: Path, pictures: Path, checkpoint: str) -> None:
+    run = trainer(tmp_path, precision="bf16-mixed")
+    run.test(NeighbourProbe(checkpoint, num_classes=2), small_pictures(pictures), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["accuracy"]["pixels"]["accuracy"] == 1
+
+
+def test_without_baselines_the_features_alone_are_judged(
+    tmp_path: Path, pictures: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banks: list[int] = []
+    monkeypatch.setattr(FeatureBank, "close", lambda self, close=FeatureBank.close: banks.append(1) or close(self))
+
+    def test(**arguments: Any) -> dict:
+        run = trainer(tmp_path)
+        run.test(NeighbourProbe(checkpoint, num_classes=2, **arguments), small_pictures(pictures), verbose=False)
+        return json.loads((tmp_path / "report.json").read_text())["accuracy"]
+
+    alone = test(baselines=False)
+    assert set(alone) == {"features"} and len(banks) == 1
+    assert alone["features"] == test()["features"] and len(banks) == 4
+    assert "untrained" not in dict(NeighbourProbe(checkpoint, num_classes=2, baselines=False).named_children())
