@@ -1,4 +1,4 @@
-"""What stands beside a model in its report is no model in disguise: each probe reads the encoder asked for, and an untrained one."""
+"""What stands beside a model is no model in disguise: probes read the encoder asked for, and an untrained one."""
 
 import copy
 import json
