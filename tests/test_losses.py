@@ -47,6 +47,7 @@ def test_gradients_reach_predictions_alone(loss) -> None:
         (4, 0.0, [1.0, 1.0, 1.0, 1.0]),
         (2, 1.0, [4 / 3, 2 / 3]),
         (3, 2.0, [108 / 49, 27 / 49, 12 / 49]),
+        (3, 2, [108 / 49, 27 / 49, 12 / 49]),  # a YAML that says 2
     ],
 )
 def test_weights_of_steps_fall_with_the_step_and_have_a_mean_of_one(horizon: int, decay: float, expected: list) -> None:

@@ -176,17 +176,17 @@ def test_the_report_of_a_pendulum_says_what_it_was_made_of(tmp_path: Path, train
 
 def test_what_actions_are_worth() -> None:
     errors = {
-        "true": torch.tensor([1.0, 2.0]),
-        "shuffled": torch.tensor([4.0, 10.0]),
-        "zero": torch.tensor([3.0, 6.0]),
-        "still": torch.tensor([2.0, 16.0]),
+        "true": torch.tensor([1.0, 2.0, 4.0]),
+        "shuffled": torch.tensor([4.0, 10.0, 5.0]),
+        "zero": torch.tensor([3.0, 6.0, 6.0]),
+        "still": torch.tensor([2.0, 16.0, 8.0]),
     }
     assert action_figures(errors) == {
-        "steps": 2,
-        "shuffled_over_true": 5.0,
-        "zero_over_true": 3.0,
-        "true_over_shuffled": {"1": 0.25, "2": pytest.approx(0.2)},
-        "true_over_persistence": {"1": 0.5, "2": 0.125},
+        "steps": 3,
+        "shuffled_over_true": 1.25,  # at the last step
+        "zero_over_true": 1.5,
+        "true_over_shuffled": {"1": 0.25, "2": pytest.approx(0.2), "3": pytest.approx(0.8)},
+        "true_over_persistence": {"1": 0.5, "2": 0.125, "3": 0.5},
     }
 
 

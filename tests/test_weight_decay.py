@@ -67,7 +67,7 @@ def test_each_step_of_a_run_is_taken_with_its_own(tmp_path: Path, accumulate: in
 def test_negative_decays_are_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match=f"weight decay from {start} to {end}: both must be >= 0"):
         WeightDecaySchedule(start, end)
-    WeightDecaySchedule(0.0, 0.0)
+    assert WeightDecaySchedule(0.0, 0.0).offset == 0
 
 
 def test_a_model_without_the_group_is_refused() -> None:
