@@ -14,6 +14,7 @@ listed with the reason in tests/equivalent_mutants.toml.
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import hashlib
@@ -270,6 +271,7 @@ def main() -> None:
     for library in PRELOADED:
         importlib.import_module(library)
     gc.freeze()  # pages that a forked process need not copy
+    atexit.register(gc.unfreeze)
 
     chosen = sample(
         {name: list(mutants(name, (ROOT / name).read_text())) for name in modules}, arguments.sample, arguments.seed
@@ -291,7 +293,6 @@ def main() -> None:
                 print(f"{number}/{total} {minutes:.1f} min {module}:{mutant.line} {known['verdict']}", flush=True)
             verdicts[module].append((mutant, known["verdict"]))
     report(verdicts)
-    gc.unfreeze()
 
 
 def report(verdicts: dict[str, list[tuple[Mutant, str]]]) -> None:
