@@ -81,7 +81,7 @@ def test_gaussian_distance_is_least_for_a_standard_normal() -> None:
 
 def test_gaussian_distance_is_the_integral_over_the_whole_line() -> None:
     """By complex numbers and 17 knots, of features that are not symmetric about zero."""
-    features = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).square() * 2
+    features = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).square() * 8
     lines = random_directions(3, 0).double()
     knots = torch.linspace(-5, 5, 17, dtype=torch.float64)
     values = []
@@ -94,7 +94,7 @@ def test_gaussian_distance_is_the_integral_over_the_whole_line() -> None:
 
 
 def test_cross_correlation_by_hand() -> None:
-    first = torch.tensor([[1.0, 0.0], [3.0, 1.0], [2.0, 5.0]])
+    first = torch.tensor([[1.0, 0.0], [3.0, 1.0], [2.0, 11.0]])
     second = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 1.0]])
     units = []
     for views in (first, second):
@@ -169,22 +169,24 @@ def test_terms_of_a_sequence_by_name() -> None:
     assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
 
 
-def test_knots_are_where_the_features_are() -> None:
+def test_knots_and_directions_are_where_the_features_are() -> None:
     """On the "meta" device, which no tensor of the CPU can be mixed with."""
     assert gaussian_distance(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta")).device.type == "meta"
+    terms = Regularizer("sigreg", 3)._terms(torch.zeros(4, 2, 3, device="meta"), 0)  # without autocast, which it lacks
+    assert terms["gauss"].device.type == "meta"
 
 
 def test_the_centre_follows_the_mean_of_all_samples() -> None:
     regularizer = Regularizer("dino_centring", 2)
     assert regularizer.centre.tolist() == [0.0, 0.0]
-    features = torch.tensor([[[1.0, 0.0], [3.0, 4.0]], [[1.0, 0.0], [3.0, 4.0]]], requires_grad=True)  # mean (2, 2)
+    features = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[1.0, 2.0], [3.0, 6.0]]], requires_grad=True)  # mean (2, 4)
     total, terms = regularizer(features)
-    assert total.item() == terms["centring"].item() == 4.0
-    torch.testing.assert_close(regularizer.centre, torch.tensor([0.2, 0.2]))
+    assert total.item() == terms["centring"].item() == 10.0
+    torch.testing.assert_close(regularizer.centre, torch.tensor([0.2, 0.4]))
     total, _ = regularizer(features)
-    assert total.item() == pytest.approx(1.8**2)
+    assert total.item() == pytest.approx((1.8**2 + 3.6**2) / 2)
     total.backward()
-    torch.testing.assert_close(regularizer.centre, torch.tensor([0.38, 0.38]))
+    torch.testing.assert_close(regularizer.centre, torch.tensor([0.38, 0.76]))
     assert (features.grad > 0).all() and not regularizer.centre.requires_grad
 
 

@@ -178,13 +178,13 @@ def test_what_actions_are_worth() -> None:
     errors = {
         "true": torch.tensor([1.0, 2.0, 4.0]),
         "shuffled": torch.tensor([4.0, 10.0, 5.0]),
-        "zero": torch.tensor([3.0, 6.0, 6.0]),
+        "zero": torch.tensor([3.0, 6.0, 7.0]),
         "still": torch.tensor([2.0, 16.0, 8.0]),
     }
     assert action_figures(errors) == {
         "steps": 3,
         "shuffled_over_true": 1.25,  # at the last step
-        "zero_over_true": 1.5,
+        "zero_over_true": 1.75,
         "true_over_shuffled": {"1": 0.25, "2": pytest.approx(0.2), "3": pytest.approx(0.8)},
         "true_over_persistence": {"1": 0.5, "2": 0.125, "3": 0.5},
     }
