@@ -279,6 +279,8 @@ def ideal_probe(root: Path, decoder: object = None) -> SimpleNamespace:
     chunks: list[int] = []
 
     def forecast(features: Tensor, horizon: int, name: str = "jepa") -> Tensor:
+        if features.ndim == 1:
+            return forecast(features[None], horizon, name)[0]
         chunks.append(len(features))
         if name == "random_encoder":
             return features[:, None].expand(-1, horizon, -1)
@@ -345,6 +347,81 @@ def test_each_forecaster_has_its_own_figures(states: Tensor, tmp_path: Path) -> 
     assert report["test_set"] == {"trajectories": 5, "windows": WINDOWS, "forecast_start": 8}
     assert "decoder" not in report and not (tmp_path / "forecast.mp4").exists()
     assert (tmp_path / "forecast_error.png").stat().st_size > 1000
+
+
+class LabelPainter(Painter):
+    """A decoder of features that are labels: positions, to which each encoder adds an error of its own."""
+
+    errors = {"jepa": 0.0, "random_encoder": 0.1, "pca": 0.2}  # noqa: RUF012
+
+    def decode(self, features: Tensor, name: str = "jepa") -> Tensor:
+        """(N, 6) -> (N, 4)."""
+        return PENDULUM.positions(state_from_labels(features)) + self.errors[name]
+
+
+@pytest.mark.usefixtures("stopwatch")
+def test_with_a_decoder_each_encoder_is_painted_by_its_own(
+    states: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, filmed, drawn = {}, {}, []
+    monkeypatch.setattr(
+        evaluation, "write_video", lambda path, film, frames_per_second: filmed.update({path: (film, frames_per_second)})
+    )
+    monkeypatch.setattr(evaluation, "show_in_tensorboard", lambda logger, tag, what: shown.update({tag: (logger, what)}))
+
+    def figure(truth: Tensor, decoded: dict[str, Tensor]) -> SimpleNamespace:
+        drawn.append((truth, decoded))
+        return SimpleNamespace(savefig=lambda path: drawn.append(path))
+
+    monkeypatch.setattr(evaluation, "reconstruction_figure", figure)
+    states = torch.cat([states, states.flip(0)])
+    probe = ideal_probe(tmp_path, LabelPainter())
+    probe.logger = "the logger"
+    data = small_data(history=2, masses=PENDULUM.masses, lengths=PENDULUM.lengths)
+    data.pendulum = PENDULUM
+    probe.trainer.datamodule = data
+    evaluate(probe, dict.fromkeys(probe.encoders, state_labels(states)) | {"states": states})
+    report = json.loads((tmp_path / "report.json").read_text())
+    baselines = report["baselines"]
+    # Trajectories of the truth show a picture that no error has moved.
+    assert report["decoder"]["iou"] == pytest.approx({"0": 1, "8": 1, "16": 1}, abs=1e-2) and report["decoder"]["mse"] < 1e-6
+    for name, error in (("random_encoder", 0.1), ("pca", 0.2)):
+        assert baselines[name]["decoder"]["mse"] == pytest.approx(error**2, rel=1e-3)
+        assert baselines[name]["decoder"]["iou"]["0"] < 0.8
+    (truth_drawn, decoded), path = drawn
+    one = scene(states)
+    assert path == tmp_path / "reconstruction.png" and list(decoded) == list(probe.encoders)
+    assert torch.equal(truth_drawn, one.draw(states[:8, START])), "the first eight"
+    for name, error in LabelPainter.errors.items():
+        expected = one.picture(PENDULUM.positions(states[:8, START]) + error)
+        torch.testing.assert_close(decoded[name], expected, rtol=0, atol=1e-3)
+    ((path, (film, rate)),) = filmed.items()
+    assert path == tmp_path / "forecast.mp4" and rate == 10 and film.shape[0] == 3 * 42, "at half the speed"
+    assert shown["forecast/video"][0] == "the logger" and shown["forecast/video"][1] is film
+    assert set(shown) == {"forecast/video", "forecast/position_error"}
+
+
+@pytest.mark.usefixtures("stopwatch")
+def test_the_figure_of_errors_has_the_median_of_each_forecaster(
+    states: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = []
+
+    def figure(curves: dict[str, Tensor], seconds: float, threshold: float) -> SimpleNamespace:
+        given.append((curves, seconds, threshold))
+        return SimpleNamespace(savefig=given.append)
+
+    monkeypatch.setattr(evaluation, "forecast_figure", figure)
+    probe = ideal_probe(tmp_path)
+    evaluate(probe, dict.fromkeys(probe.encoders, state_labels(states)) | {"states": states})
+    (curves, seconds, threshold), path = given
+    assert (seconds, threshold, path) == (0.05, 0.4, tmp_path / "forecast_error.png")
+    assert list(curves) == ["jepa", "random_encoder", "pca", "persistence", "constant_velocity"]
+    still = scene(states).position_errors(states[:, START, None].expand(-1, 41, -1)).median(dim=0).values
+    torch.testing.assert_close(curves["persistence"], still)
+    torch.testing.assert_close(curves["random_encoder"], still, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(curves["pca"], curves["constant_velocity"], rtol=1e-3, atol=1e-4)
+    assert curves["jepa"].max() < 1e-2
 
 
 @pytest.mark.usefixtures("stopwatch")
