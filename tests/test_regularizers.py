@@ -169,11 +169,19 @@ def test_terms_of_a_sequence_by_name() -> None:
     assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
 
 
-def test_knots_and_directions_are_where_the_features_are() -> None:
+def test_knots_and_directions_are_where_the_features_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the "meta" device, which no tensor of the CPU can be mixed with."""
     assert gaussian_distance(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta")).device.type == "meta"
-    terms = Regularizer("sigreg", 3)._terms(torch.zeros(4, 2, 3, device="meta"), 0)  # without autocast, which it lacks
-    assert terms["gauss"].device.type == "meta"
+    features, asked = torch.randn(4, 2, 3), []
+
+    class Directions:
+        def to(self, device: torch.device) -> torch.Tensor:
+            asked.append(device)
+            return random_directions(3, 0)
+
+    monkeypatch.setattr("jepa_lightning.regularizers.random_directions", lambda dim, step: Directions())
+    Regularizer("sigreg", 3)(features)
+    assert asked == [features.device]
 
 
 def test_the_centre_follows_the_mean_of_all_samples() -> None:
