@@ -29,14 +29,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> str:
     return str(root / "ijepa.ckpt")
 
 
-def logged(probe: FineTuning) -> dict[str, float]:
-    """Where the probe's logs go."""
-    found: dict[str, float] = {}
+def logged(probe: FineTuning) -> dict[str, tuple[float, dict]]:
+    """Where the probe's logs go: each value, and how it is logged."""
+    found: dict[str, tuple[float, dict]] = {}
 
-    def log_dict(values: dict, **_: object) -> None:
-        found.update({name: torch.as_tensor(value).detach().item() for name, value in values.items()})
+    def log_dict(values: dict, **how: object) -> None:
+        found.update({name: (torch.as_tensor(value).detach().item(), how) for name, value in values.items()})
 
-    probe.log_dict, probe.log = log_dict, lambda name, value, **_: log_dict({name: value})
+    probe.log_dict, probe.log = log_dict, lambda name, value, **how: log_dict({name: value}, **how)
     return found
 
 
@@ -86,7 +86,8 @@ def test_both_networks_minimise_a_smoothed_cross_entropy_of_their_own(checkpoint
         scores = network(BATCH.images).log_softmax(dim=1)
         right, all_of_them = scores[torch.arange(6), BATCH.labels], scores.mean(dim=1)
         expected[name] = -((1 - smoothing) * right + smoothing * all_of_them).mean().item()
-    assert found == {f"train/loss_{name}": pytest.approx(value, rel=1e-4) for name, value in expected.items()}
+    bar = {"prog_bar": True}
+    assert found == {f"train/loss_{name}": (pytest.approx(value, rel=1e-4), bar) for name, value in expected.items()}
     assert loss.item() == pytest.approx(sum(expected.values()), rel=1e-4)
     assert expected["finetuned"] != pytest.approx(expected["scratch"], rel=1e-2)
 
@@ -101,11 +102,12 @@ def test_validation_judges_both_and_follows_the_fine_tuned_one(checkpoint: str) 
         probe.validation_step(BATCH._replace(labels=labels), 0)
         probe.validation_step(BATCH._replace(labels=torch.tensor([0, 0, 0, 0, 0, 2])), 1)
         scores = probe.networks["finetuned"](BATCH.images)
-    assert found == {"val/loss": pytest.approx(F.cross_entropy(scores, torch.tensor([0, 0, 0, 0, 0, 2])).item(), rel=1e-5)}
+    loss = F.cross_entropy(scores, torch.tensor([0, 0, 0, 0, 0, 2])).item()
+    # Averaged over pictures and processes, whatever Lightning guesses of the batch.
+    assert found == {"val/loss": (pytest.approx(loss, rel=1e-5), {"sync_dist": True, "batch_size": 6})}
     probe.on_validation_epoch_end()
-    assert found["val/accuracy_finetuned"] == pytest.approx(2 / 12) and found["val/accuracy_scratch"] == pytest.approx(
-        7 / 12
-    )
+    assert found["val/accuracy_finetuned"] == (pytest.approx(2 / 12), {"prog_bar": True})
+    assert found["val/accuracy_scratch"] == (pytest.approx(7 / 12), {"prog_bar": True})
 
 
 def test_the_report_counts_every_picture_once(checkpoint: str, tmp_path: Path) -> None:
@@ -185,6 +187,7 @@ def test_defaults_are_those_that_results_were_made_with(checkpoint: str) -> None
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"num_classes": 1}, "model.num_classes=1"),
         ({"learning_rate": 0.0}, "model.learning_rate=0.0"),
         ({"learning_rate": -1.0}, "model.learning_rate=-1.0"),
         ({"layer_decay": 0.0}, "model.layer_decay=0.0"),
@@ -198,7 +201,7 @@ def test_defaults_are_those_that_results_were_made_with(checkpoint: str) -> None
 )
 def test_numbers_out_of_their_range_are_refused(checkpoint: str, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        FineTuning(checkpoint, 3, **change)
+        FineTuning(checkpoint, **({"num_classes": 3} | change))
 
 
 def test_numbers_at_the_ends_of_their_ranges_are_taken(checkpoint: str) -> None:

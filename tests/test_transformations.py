@@ -110,6 +110,7 @@ def test_scalars_are_cut_to_the_grid_towards_zero() -> None:
     found = on_grid([1.5 * GRID, -1.5 * GRID, 0.9 * GRID, -0.9 * GRID, 1.0, -2.5])
     assert found.dtype == torch.float32 and GRID == 1 / 65536
     assert found.tolist() == [GRID, -GRID, 0.0, 0.0, 1.0, -2.5]
+    assert on_grid([1 - 1e-12]).item() == 1 - GRID, "cut before it is rounded to float32"
 
 
 @PROPERTY
@@ -117,6 +118,16 @@ def test_scalars_are_cut_to_the_grid_towards_zero() -> None:
 def test_differences_of_scalars_lead_to_the_same_bits(scalars: list[float]) -> None:
     start, end = on_grid(scalars)
     assert start + (end - start) == end and abs(start.item() - scalars[0]) < GRID
+
+
+def test_more_scalars_than_colours_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="shorter|longer"):
+        recolour(picture(), torch.zeros(12))  # an action with its geometry
+
+
+def test_what_never_happens_does_not_at_the_least_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(0.0))
+    assert not maker(flip=0.0).draw_place(picture()).mirrored and maker(flip=1e-9).draw_place(picture()).mirrored
 
 
 def test_all_colours_are_applied_one_after_the_other() -> None:
@@ -158,6 +169,7 @@ def test_a_blur_has_the_kernel_of_the_picture() -> None:
 def test_looking_cuts_resizes_and_mirrors() -> None:
     plain = picture()
     cut = plain[:, 2:10, 5:17]
+    assert Place(2, 5, 8, 12).mirrored is False
     assert torch.equal(look(plain, Place(2, 5, 8, 12), (8, 12)), cut)
     assert torch.equal(look(plain, Place(2, 5, 8, 12, True), (8, 12)), cut.flip(-1))
     assert torch.equal(look(plain, Place(2, 5, 8, 12), (6, 9)), vision.resize(cut, [6, 9]))
