@@ -5,8 +5,11 @@ RUN := $(BIN)/python -m jepa_lightning
 READY := .venv/.ready
 # For `make ijepa` and `make iwm`, pictures that are there already: make ijepa DATA="--data.root DIR"
 DATA ?=
+# For `make mutate`: files, and how many mutants in all (0 for every one)
+MODULES ?=
+SAMPLE ?=
 
-.PHONY: help install demo pendulum coordinates plan ijepa iwm test check format benchmark clean
+.PHONY: help install demo pendulum coordinates plan ijepa iwm test mutate check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +64,13 @@ iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar
 
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest -q
+
+mutate: .venv/.mutation ## which small changes of the code no test sees: all modules of mutation.toml, or MODULES="FILE ..." SAMPLE=N
+	$(BIN)/python benchmarks/mutation.py $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))
+
+.venv/.mutation: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutation]'
+	@touch $@
 
 check: $(READY) ## format, lint, types and import contracts
 	$(BIN)/ruff format --check .

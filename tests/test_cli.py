@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 from jepa_lightning.cli import main
+from jepa_lightning.storage import AtomicCheckpointIO
 
 SMALL = [
     "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"),
@@ -83,6 +84,20 @@ def test_defaults_of_a_run(tmp_path: Path) -> None:
     events.Reload()
     scalars = set(events.Tags()["scalars"])
     assert {"val/rankme", "val/linear_r2_omega2", "lr-AdamW/decay", "lr-AdamW/decay-weight_decay"} <= scalars
+
+
+def test_checkpoints_of_a_run_are_written_so_that_a_kill_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, save = [], AtomicCheckpointIO.save_checkpoint
+
+    def record(self: AtomicCheckpointIO, checkpoint: dict, path: str, storage_options: object = None) -> None:
+        written.append(Path(path).name)
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", record)
+    fit(tmp_path)
+    assert set(written) >= {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"best.ckpt", "last.ckpt"}
 
 
 def test_second_run_writes_the_same_files(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks import EMAUpdate
+from callbacks.ema import update_average
 from callbacks.schedules import cosine
 
 
@@ -123,6 +124,19 @@ def test_target_is_a_frozen_copy_that_no_optimizer_knows(tmp_path: Path) -> None
     assert known == {id(p) for m in (model.context_encoder, model.predictor) for p in m.parameters()}
     model.train()
     assert not model.target_encoder.training and model.context_encoder.training
+
+
+def test_buffers_are_copied_and_parameters_averaged() -> None:
+    """Running statistics are averages already; an average of them would lag behind the weights that they belong to."""
+    target, context = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    with torch.no_grad():
+        for value, part in enumerate((*context.parameters(), *context.buffers()), start=3):
+            part.fill_(value)
+    update_average(target, context, 0.75)
+    assert target.weight.tolist() == [1.5, 1.5] and target.bias.tolist() == [1.0, 1.0]
+    assert target.running_mean.tolist() == [5.0, 5.0] and target.running_var.tolist() == [6.0, 6.0]
+    assert target.num_batches_tracked == 7
+    assert context.weight.tolist() == [3.0, 3.0], "the context is left alone"
 
 
 def test_momentum_is_logged_and_reaches_neither_before_nor_after_its_end(tmp_path: Path) -> None:

@@ -117,6 +117,15 @@ def test_processes_agree_on_the_sizes_of_blocks() -> None:
     assert len(set(shapes)) > 2
 
 
+def test_the_curriculum_follows_the_optimizer_steps_and_validation_has_its_end() -> None:
+    jepa = small_ijepa(image_size=56, target_scale=(0.05, 0.05), final_target_scale=(0.3, 0.3))
+    areas = []
+    for training, step in ((True, 0), (True, 50), (True, 99), (False, 0)):
+        jepa._trainer = SimpleNamespace(training=training, global_step=step, estimated_stepping_batches=100)
+        areas.append(jepa.draw_masks(batch(size=56)).targets.shape[2] / 14**2)
+    assert areas == pytest.approx([0.05, 0.175, 0.3, 0.3], abs=0.03)
+
+
 def test_a_regularizer_over_processes_needs_masks_of_one_shape(pictures: Path) -> None:
     jepa = small_ijepa(regularizer="vicreg", official_compat=True)
     jepa._trainer = SimpleNamespace(world_size=2, datamodule=small_pictures(pictures))

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_each_sample_has_a_start_of_its_own() -> None:
     order = [i for b in data.train_dataloader().sampler for _, i in b]
     starts = (data.trajectories("train")[order] == clips[:, :1]).all(-1).int().argmax(1)
     assert len(set(starts.tolist())) > 15
+
+
+def test_the_online_probe_judges_trajectories_that_it_was_not_fitted_on() -> None:
+    model = small_model()
+    model.log = model.log_dict = lambda *_, **__: None
+    model._trainer = SimpleNamespace(sanity_checking=False)
+    observed = batch(model, count=5)
+    pairs = model.validation_step(observed, 0)
+    labels = state_labels(observed.states)
+    expected = type(model.probe)(model.probe.dim, labels.shape[-1])
+    for rows, fit in (([0, 2, 4], True), ([1, 3], False)):
+        expected.update(pairs.target_features[rows].flatten(0, 1), labels[rows].flatten(0, 1), fit=fit)
+    torch.testing.assert_close(model.probe.fit_moments, expected.fit_moments)
+    torch.testing.assert_close(model.probe.test_moments, expected.test_moments)
 
 
 def test_labels_are_sines_cosines_and_velocities() -> None:

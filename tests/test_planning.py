@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,6 +249,45 @@ def test_probe_writes_what_its_report_promises(tmp_path: Path) -> None:
     assert report["actions"]["shuffled_over_true"] == pytest.approx(1, abs=0.2)
     assert (tmp_path / "rollouts.png").exists() and "true dynamics" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "plan.mp4").exists(), "there is no decoder"
+
+
+def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called an oracle knew the physics, what is called zero torque did nothing, and so on."""
+    module, data = "jepa_lightning.probes.planning", small_driven_data(test_size=4)
+    probe = PlanningProbe(saved(tmp_path), planner=FEW, num_episodes=10, num_swing_ups=2)
+    seen: list[Any] = []
+
+    def no_run(data: Any, task: Any, controller: Any, steps: int) -> SimpleNamespace:
+        seen.append(controller)
+        return SimpleNamespace(states=None)
+
+    def known_distances(*_: Any) -> torch.Tensor:  # the n-th controller fails by 0.01 m in n of 10 episodes
+        return torch.tensor([[0.26 if episode < len(seen) else 0.24, 0.0] for episode in range(10)])
+
+    monkeypatch.setattr(f"{module}.run", no_run)
+    monkeypatch.setattr(f"{module}.distances", known_distances)
+    probe._trainer = SimpleNamespace(datamodule=data)
+    figures, films = probe.reaching(data)
+    assert films == [] and figures["episodes"] == 10
+    controllers = {}
+    for name in ("success", "one_plan", "zero_torque", "random_torque", "oracle", "noisy_oracle", "noisy_oracle_replanning"):
+        failed = round(10 - 10 * figures[name])
+        controllers[name] = seen[failed - 1]
+        error = figures["standard_error"] if name == "success" else figures["standard_errors"][name]
+        assert error == pytest.approx((figures[name] * (1 - figures[name]) / 10) ** 0.5)
+        assert figures["at_radius"][name] == {"0.15": 0.0, "0.25": figures[name], "0.5": 1.0}
+    assert len(set(map(id, controllers.values()))) == len(seen) == 7
+    assert isinstance(controllers["zero_torque"], Zero) and isinstance(controllers["random_torque"], Random)
+    for name, kind, every in (
+        ("success", Imagination, 1),
+        ("one_plan", Imagination, controllers["one_plan"].deadline),
+        ("oracle", Oracle, controllers["oracle"].deadline),
+        ("noisy_oracle", Oracle, controllers["noisy_oracle"].deadline),
+        ("noisy_oracle_replanning", Oracle, 1),
+    ):
+        assert isinstance(controllers[name].look, kind) and controllers[name].every == every, name
+    assert controllers["oracle"].look.noise == (0.0, 0.0)
+    assert controllers["noisy_oracle"].look.noise == controllers["noisy_oracle_replanning"].look.noise == (0.05, 0.5)
 
 
 @pytest.mark.parametrize("source", ["online", "target", "predicted"])

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from jepa_lightning.regularizers import (
+    CENTRE_MOMENTUM,
     DEFAULT_WEIGHTS,
+    NUM_PROJECTIONS,
     Regularizer,
     covariance_penalty,
     cross_correlation_penalties,
@@ -77,6 +79,125 @@ def test_gaussian_distance_is_least_for_a_standard_normal() -> None:
         assert gaussian_distance(other, lines) > 5 * best
 
 
+def test_gaussian_distance_is_the_integral_over_the_whole_line() -> None:
+    """By complex numbers and 17 knots, of features that are not symmetric about zero."""
+    features = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).square() * 8
+    lines = random_directions(3, 0).double()
+    knots = torch.linspace(-5, 5, 17, dtype=torch.float64)
+    values = []
+    for line in lines.T:
+        characteristic = torch.exp(1j * knots[:, None] * (features @ line)).mean(dim=1)
+        distance = (characteristic - torch.exp(-(knots**2) / 2)).abs() ** 2
+        values.append(torch.trapezoid(distance * torch.exp(-(knots**2) / 2), knots))
+    expected = torch.stack(values).mean().item()
+    assert gaussian_distance(features.float(), lines.float()).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_cross_correlation_by_hand() -> None:
+    first = torch.tensor([[1.0, 0.0], [3.0, 1.0], [2.0, 11.0]])
+    second = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 1.0]])
+    units = []
+    for views in (first, second):
+        centred = views - views.mean(dim=0)
+        units.append(centred / (centred.square().mean(dim=0) + 1e-4).sqrt())
+    c = torch.einsum("ni,nj->ij", *units) / 3
+    invariance, redundancy = cross_correlation_penalties(first, second)
+    assert invariance.item() == pytest.approx((((1 - c[0, 0]) ** 2 + (1 - c[1, 1]) ** 2) / 2).item(), rel=1e-5)
+    assert redundancy.item() == pytest.approx(((c[0, 1] ** 2 + c[1, 0] ** 2) / 2).item(), rel=1e-5)
+    # Features below 0.01 are too small to be told from noise, and are not blown up to a correlation of 1.
+    assert cross_correlation_penalties(1e-3 * first, 1e-3 * first)[0] > 0.5
+    assert cross_correlation_penalties(1e-1 * first, 1e-1 * first)[0] < 0.01
+
+
+def test_the_shortest_sequences_that_have_a_bend_or_a_step() -> None:
+    features = torch.tensor([[[0.0], [1.0], [4.0]]])
+    assert curvature(features).item() == 4.0 and similarity_in_time(features[:, :2]).item() == 1.0
+    assert curvature(features[:, :2]).shape == similarity_in_time(features[:, :1]).shape == ()
+
+
+def test_weights_are_those_that_results_were_made_with() -> None:
+    assert DEFAULT_WEIGHTS == {
+        "variance_hinge": {"std": 0.1},
+        "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
+        "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
+        "sigreg": {"gauss": 10.0},
+        "dino_centring": {"centring": 1.0},
+    }
+    assert (CENTRE_MOMENTUM, NUM_PROJECTIONS) == (0.9, 256)
+    assert random_directions(5, 0).shape == (5, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "times"),
+    [
+        ("vicreg", None, 3),
+        ("vicreg", {"curvature": 0.0}, 1),
+        ("vicreg", {"curvature": 0.0, "sim": 0.5}, 2),
+        ("vicreg", {"curvature": 0.5, "sim": 0.5}, 3),
+        ("barlow_twins", None, 2),
+        ("variance_hinge", None, 1),
+        ("sigreg", None, 1),
+        ("dino_centring", None, 1),
+    ],
+)
+def test_how_many_times_are_compared(name: str, weights: dict | None, times: int) -> None:
+    assert Regularizer(name, 3, weights).needed_times == times
+
+
+def test_terms_of_a_sequence_by_name() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(6, 4, 3)
+    flat, step = features.reshape(24, 3), 5
+    _, terms = Regularizer("vicreg", 3)(features)
+    assert set(terms) == {"std", "cov", "curvature", "sim"}
+    for name, expected in (
+        ("std", variance_hinge(flat)),
+        ("cov", covariance_penalty(flat)),
+        ("curvature", curvature(features)),
+        ("sim", similarity_in_time(features)),
+    ):
+        torch.testing.assert_close(terms[name], expected)
+    total, terms = Regularizer("barlow_twins", 3)(features)
+    now, then = features[:, :3].reshape(18, 3), features[:, 1:].reshape(18, 3)
+    invariance, redundancy = cross_correlation_penalties(now, then)
+    assert list(terms) == ["invariance", "redundancy"]
+    torch.testing.assert_close(torch.stack(list(terms.values())), torch.stack([invariance, redundancy]))
+    torch.testing.assert_close(total, invariance + 0.005 * redundancy)
+    total, terms = Regularizer("sigreg", 3)(features, step)
+    torch.testing.assert_close(terms["gauss"], gaussian_distance(flat, random_directions(3, step)))
+    torch.testing.assert_close(total, 10 * terms["gauss"])
+    assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
+
+
+def test_knots_and_directions_are_where_the_features_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the "meta" device, which no tensor of the CPU can be mixed with."""
+    assert gaussian_distance(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta")).device.type == "meta"
+    features, asked = torch.randn(4, 2, 3), []
+
+    class Directions:
+        def to(self, device: torch.device) -> torch.Tensor:
+            asked.append(device)
+            return random_directions(3, 0)
+
+    monkeypatch.setattr("jepa_lightning.regularizers.random_directions", lambda dim, step: Directions())
+    Regularizer("sigreg", 3)(features)
+    assert asked == [features.device]
+
+
+def test_the_centre_follows_the_mean_of_all_samples() -> None:
+    regularizer = Regularizer("dino_centring", 2)
+    assert regularizer.centre.tolist() == [0.0, 0.0]
+    features = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[1.0, 2.0], [3.0, 6.0]]], requires_grad=True)  # mean (2, 4)
+    total, terms = regularizer(features)
+    assert total.item() == terms["centring"].item() == 10.0
+    torch.testing.assert_close(regularizer.centre, torch.tensor([0.2, 0.4]))
+    total, _ = regularizer(features)
+    assert total.item() == pytest.approx((1.8**2 + 3.6**2) / 2)
+    total.backward()
+    torch.testing.assert_close(regularizer.centre, torch.tensor([0.38, 0.76]))
+    assert (features.grad > 0).all() and not regularizer.centre.requires_grad
+
+
 def test_random_directions_are_a_function_of_the_step() -> None:
     assert torch.equal(random_directions(5, 3), random_directions(5, 3))
     assert not torch.equal(random_directions(5, 3), random_directions(5, 4))
@@ -130,6 +251,7 @@ def test_statistics_are_in_float32_under_autocast(name: str) -> None:
         ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centring"),
         ("variance_hinge", {"cov": 1.0}, "'cov': regularizer 'variance_hinge' has std"),
         ("vicreg", {"std": -1.0}, "std=-1.0 must be >= 0"),
+        ("vicreg", {"std": float("nan")}, "std=nan must be >= 0"),
     ],
 )
 def test_wrong_names_and_weights_are_refused(name: str, weights: dict | None, message: str) -> None:

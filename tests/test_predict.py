@@ -1,0 +1,35 @@
+"""`predict` gives features of the target encoder, of every family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, small_data, small_model, trainer
+
+
+def apart(jepa: torch.nn.Module) -> None:
+    """The two encoders of a fresh model are alike: move the context encoder away."""
+    with torch.no_grad():
+        for parameter in jepa.context_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("model", "data"), FAMILIES.values(), ids=FAMILIES)
+def test_pictures_are_pooled_features_of_the_target_encoder(model, data, tmp_path: Path, pictures: Path) -> None:
+    jepa, held_out = model(), data(pictures)
+    apart(jepa)
+    predicted = torch.cat(trainer(tmp_path).predict(jepa, held_out))
+    batches = [held_out.on_after_batch_transfer(batch, 0) for batch in held_out.predict_dataloader()]
+    images = torch.cat([batch.images for batch in batches])
+    assert predicted.shape == (6, 192)
+    with torch.no_grad():
+        torch.testing.assert_close(predicted, jepa.target_encoder.eval()(images).mean(dim=1))
+
+
+def test_windows_are_features_of_the_target_encoder(tmp_path: Path) -> None:
+    jepa, data = small_model(), small_data(test_sequence_length=12)
+    apart(jepa)
+    predicted = torch.cat(trainer(tmp_path).predict(jepa, data))
+    observed = data.observe(data.trajectories("test")).observations
+    with torch.no_grad():
+        torch.testing.assert_close(predicted, jepa.encode_windows(jepa.target_encoder.eval(), observed))
