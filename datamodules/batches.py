@@ -3,7 +3,7 @@
 Shapes: B samples, T windows in time, A scalars of an action, C channels, S image size, H W pixels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +64,33 @@ class ViewBatch(NamedTuple):
 
     key: tuple[int, ...]
     """As in `ImageBatch`."""
+
+
+WHOSE = {
+    PendulumBatch: "DoublePendulum",
+    ImageBatch: "ImageFolder or Shapes",
+    ViewBatch: "ImageFolder or Shapes with data.views",
+}
+"""Kind of batch -> the data modules that hand it out."""
+
+
+def check_batches(reader: object, data: Any, *readable: type) -> None:
+    """Compare what a model or probe reads with what a data module hands out, if that says so in its `batch_type`.
+
+    Args:
+        reader: For the message.
+        data: The data module, or None.
+        readable: Kinds of batches that the reader takes.
+
+    Raises:
+        ValueError: It hands out another kind.
+    """
+    theirs = getattr(data, "batch_type", None)
+    if theirs is not None and theirs not in readable:
+        raise ValueError(
+            f"{type(reader).__name__} cannot read what {type(data).__name__} hands out, a {theirs.__name__}: set data to "
+            f"{' or '.join(WHOSE[kind] for kind in readable)}."
+        )
 
 
 def batch_generator(batch: ImageBatch | ViewBatch) -> torch.Generator:

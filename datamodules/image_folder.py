@@ -121,6 +121,11 @@ class ImageFolder(SingleLoaderDataModule):
         self._unreadable: dict[str, UnreadableFiles] = {}
 
     @property
+    def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:
+        """Kind of its batches."""
+        return ImageBatch if self.views is None else ViewBatch
+
+    @property
     def num_classes(self) -> int:
         """Number of classes; 0 for a folder without."""
         return len(self.classes)

@@ -93,6 +93,8 @@ class DoublePendulum(SingleLoaderDataModule):
         ValueError: A number out of its range, named together with what is allowed.
     """
 
+    batch_type = PendulumBatch
+
     def __init__(
         self,
         size: int = 10_000,

@@ -55,6 +55,8 @@ class Tasks(ResumableDataModule):
         ValueError: Fewer than two tasks, a name that is no word, pictures of several sizes, or folders with views.
     """
 
+    batch_type = ImageBatch
+
     def __init__(self, folders: dict[str, ImageFolder]) -> None:
         super().__init__()
         if len(folders) < 2:

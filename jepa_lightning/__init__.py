@@ -9,8 +9,8 @@ for _name in ("callbacks", "datamodules"):  # ours, and names that other project
     if _spec is None or _spec.origin is None or Path(_spec.origin).parents[1] != Path(__file__).parents[1]:
         _found = "none" if _spec is None else _spec.origin or "a folder of that name"
         _text = (
-            f"jepa_lightning needs its own package {_name!r}, and Python finds {_found}: rename that file or folder, or start "
-            "from a directory without it."
+            f"jepa_lightning needs its own package {_name!r}, and Python finds {_found}: rename that file or folder, or "
+            "start from a directory without it."
         )
         raise SystemExit(f"error: {_text}") if sys.argv[:1] == ["-m"] else ImportError(_text)
 

@@ -251,3 +251,9 @@ class IWM(PictureJEPA):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.trained_on = checkpoint.get("views")
+        views = getattr(getattr(self._trainer, "datamodule", None), "views", None)
+        if self.trained_on and views is not None and views.source_from != self.trained_on["source_from"]:
+            raise ValueError(
+                f"This IWM was trained with data.views.source_from={self.trained_on['source_from']}, and its actions mean "
+                f"something else with {views.source_from}: set it to that."
+            )

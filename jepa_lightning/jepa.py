@@ -5,7 +5,7 @@ Shapes: B batch, T times, N samples, D width.
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -122,6 +122,14 @@ class JEPA(LightningModule, ABC):
         self.regularizer = None if name is None else Regularizer(name, dim, weights)
         self.target_statistics = FeatureStatistics(dim)
         self.context_statistics = FeatureStatistics(dim)
+
+    @property
+    def best_metric(self) -> tuple[str, Literal["min", "max"]]:
+        """The figure of a validation that `callbacks.BestCheckpoint` goes by, and whether it should be small or great.
+
+        Not the loss, which a collapse makes small. See `jepa_lightning.metrics.guarded_error`.
+        """
+        return "val/guarded_error", "min"
 
     def trained_networks(self) -> list[nn.Module]:
         """Whose parameters the optimizer moves."""

@@ -66,6 +66,7 @@ def argument_names() -> set[str]:
 
 def children(base: type) -> Iterator[type]:
     """All classes that are derived from one."""
+    cls: type
     for cls in base.__subclasses__():
         yield cls
         yield from children(cls)
@@ -73,4 +74,4 @@ def children(base: type) -> Iterator[type]:
 
 def arguments(cls: type) -> list[str]:
     """Names of a constructor's arguments."""
-    return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "args", "kwargs")]
+    return [name for name in inspect.signature(cls).parameters if name not in ("self", "args", "kwargs")]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from callbacks.schedules import ScheduleName
-from datamodules.batches import PendulumBatch
+from datamodules.batches import PendulumBatch, check_batches
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.losses import squared_error, step_weights
@@ -211,6 +211,7 @@ class PendulumJEPA(JEPA):
 
     def check_data(self, data: Any) -> None:
         """Raise a ValueError if a data module gives observations or actions that the networks were not built for."""
+        check_batches(self, data, PendulumBatch)
         theirs = getattr(data, "action_dim", self.action_dim)
         if self.action_dim != theirs:
             raise ValueError(

@@ -5,7 +5,7 @@ Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a bloc
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
-from datamodules.batches import ImageBatch, ViewBatch, batch_generator
+from datamodules.batches import ImageBatch, ViewBatch, batch_generator, check_batches
 from datamodules.randomness import BLOCK_SIZE_STREAM, seeded_generator
 from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.jepa import JEPA, TargetPairs
@@ -94,6 +94,12 @@ class PictureJEPA(JEPA, ABC):
         rows, columns = self.target_encoder.grid
         self.over_places = ErrorOverMean(dim, rows * columns)
 
+    @property
+    def best_metric(self) -> tuple[str, Literal["min", "max"]]:
+        """With classes, the k-NN accuracy: the labels choose the checkpoint then, and nothing else."""
+        labelled = getattr(getattr(self.trainer, "datamodule", None), "num_classes", 0)
+        return ("val/knn_accuracy", "max") if labelled else super().best_metric
+
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs; choose the attention, and compile.
 
@@ -102,13 +108,12 @@ class PictureJEPA(JEPA, ABC):
                 processes whose features are to be gathered.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
             )
-        if getattr(data, "views", None) is not None and not self.reads_views:
-            raise ValueError(f"{type(self).__name__} learns from single pictures: leave data.views out, or train an IWM.")
         if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
             raise ValueError(
                 "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from datamodules.batches import ImageBatch, ViewBatch, check_batches
 from jepa_lightning.checkpoints import load_jepa
 from jepa_lightning.networks.vit import ViTEncoder, attend_plainly
 from jepa_lightning.picture_jepa import PictureJEPA
@@ -78,6 +79,7 @@ class PictureProbe(LightningModule, ABC):
         """
 
     fitted: Tensor
+    best_metric = ("val/loss", "min")  # of a classifier on labels, unlike a JEPA's
     needs_fit = True
     """Whether `test` makes sense only after `fit`."""
 
@@ -98,13 +100,12 @@ class PictureProbe(LightningModule, ABC):
             ValueError: Other classes or pictures of another size than the probe was built for, or no classes at all.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
         classes = getattr(data, "num_classes", self.num_classes)
         if self.num_classes is not None and classes == 0:
             raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
         if self.num_classes is not None and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
-        if getattr(data, "views", None) is not None and not self.reads_views:
-            raise ValueError(f"{type(self).__name__} reads single pictures: leave data.views out.")
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")

@@ -57,6 +57,8 @@ class PendulumProbe(LightningModule, ABC):
         self.jepa.requires_grad_(False).eval()
         self.encoders.requires_grad_(False).eval()
 
+    best_metric = ("val/loss", "min")  # of a decoder that sees the truth, unlike a JEPA's
+
     def train(self, mode: bool = True) -> "PendulumProbe":
         """Switch to training mode, all but the frozen networks."""
         super().train(mode)

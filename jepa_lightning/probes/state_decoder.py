@@ -180,6 +180,8 @@ class StateDecoder(LightningModule):
         schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    best_metric = ("val/loss", "min")  # of a decoder that sees the truth, unlike a JEPA's
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
 
