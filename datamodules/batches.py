@@ -69,7 +69,7 @@ class ViewBatch(NamedTuple):
 WHOSE = {
     PendulumBatch: "DoublePendulum",
     ImageBatch: "ImageFolder or Shapes",
-    ViewBatch: "ImageFolder or Shapes with data.views",
+    ViewBatch: "ImageFolder or Shapes with data.views.strength=default",
 }
 """Kind of batch -> the data modules that hand it out."""
 
@@ -88,7 +88,7 @@ def check_batches(reader: object, data: Any, *readable: type) -> None:
     theirs = getattr(data, "batch_type", None)
     if theirs is not None and theirs not in readable:
         raise ValueError(
-            f"{type(reader).__name__} cannot read what {type(data).__name__} hands out, a {theirs.__name__}: set data to "
+            f"{type(reader).__name__} cannot read what {type(data).__name__} hands out ({theirs.__name__}): set data to "
             f"{' or '.join(WHOSE[kind] for kind in readable)}."
         )
 
