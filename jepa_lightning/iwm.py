@@ -23,6 +23,7 @@ from jepa_lightning.networks.predictor import Conditioning, WorldModel
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.pictures import show_in_tensorboard
 from jepa_lightning.regularizers import RegularizerName
+from jepa_lightning.sharding import is_sharded
 
 WATCHED = 8
 """Pictures whose versions are ranked at each validation, with 256 versions each."""
@@ -225,13 +226,20 @@ class IWM(PictureJEPA):
         self.action_probe.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             data: Any = self.trainer.datamodule
-            for number, picture in enumerate(denormalise(batch.images[:WATCHED])):
+            for number, picture in enumerate(denormalise(batch.images[: self._watched(len(batch.images))])):
                 generator = bank_generator(batch, number, self.trainer.world_size)
                 self.ranks.update(self, picture, data.views, generator, each=False)
-            if self.trainer.is_global_zero and isinstance(self.logger, TensorBoardLogger):
+            shows = self.trainer.is_global_zero or is_sharded(self.target_encoder)  # see PictureJEPA.validation_step
+            if shows and isinstance(self.logger, TensorBoardLogger):
                 figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
                 show_in_tensorboard(self.logger, "nearest versions", figure, self.global_step)
         return pairs
+
+    def _watched(self, count: int) -> int:
+        """How many pictures of a batch are asked about: as many in all processes, if the networks are sharded."""
+        if is_sharded(self.predictor):
+            count = int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="min"))
+        return min(count, WATCHED)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

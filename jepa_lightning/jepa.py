@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from callbacks.collapse import CollapseAlarm
 from callbacks.ema import EMAUpdate
@@ -18,8 +20,9 @@ from callbacks.schedules import ScheduleName, total_optimizer_steps
 from callbacks.weight_decay import WeightDecaySchedule
 from jepa_lightning.losses import check_finite, squared_error
 from jepa_lightning.metrics import FeatureStatistics
-from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.optim import fused_is_safe, parameter_groups, warmup_cosine_schedule
 from jepa_lightning.regularizers import Regularizer, RegularizerName
+from jepa_lightning.sharding import check_strategy
 
 
 class TargetPairs(NamedTuple):
@@ -191,9 +194,29 @@ class JEPA(LightningModule, ABC):
             gradients = [p.grad for p in module.parameters() if p.grad is not None]
             self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
 
+    def configure_model(self) -> None:
+        """Shard the networks if the strategy asks for it, before anything is wrapped.
+
+        Raises:
+            ValueError: A strategy under which the target encoder could not follow, or networks that are not to be sharded.
+        """
+        if self._trainer is None:  # read from a file, to be used on its own
+            return
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, ModelParallelStrategy):
+            self.shard_networks(strategy.device_mesh["data_parallel"], strategy.root_device)
+
+    def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shard the networks over the processes of a mesh, context and target encoder alike."""
+        raise ValueError(
+            f"trainer.strategy=ModelParallelStrategy: a {type(self).__name__} is small enough for every device and is not "
+            "sharded; choose ddp."
+        )
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = parameter_groups(self.trained_networks(), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused_is_safe(self.trainer))
         total = total_optimizer_steps(self.trainer)
         schedule = warmup_cosine_schedule(
             optimizer, total, self.warmup_fraction, **self._schedule, offset=self._schedule_offset

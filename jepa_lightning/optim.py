@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -27,6 +29,17 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
             if parameter.requires_grad:
                 groups[parameter.ndim <= 1 or name.endswith("_token")]["params"].append(parameter)
     return groups
+
+
+def fused_is_safe(trainer: Trainer) -> bool:
+    """Whether AdamW may run as one kernel: on CUDA, unless something must see the gradients before it.
+
+    A fused optimizer unscales gradients itself and decides on the device whether to leave a step out, so nobody on the
+    host would know of it; and for the same reason Lightning refuses to clip its gradients under any mixed precision.
+    """
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    scaled = mixed and trainer.precision_plugin.scaler is not None
+    return trainer.strategy.root_device.type == "cuda" and not scaled and not (mixed and trainer.gradient_clip_val)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

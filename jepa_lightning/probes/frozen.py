@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.networks.vit import attend_plainly
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
 
@@ -89,8 +88,6 @@ class PictureProbe(LightningModule, ABC):
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")
-        if self.trainer.strategy.root_device.type == "cpu":
-            attend_plainly(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.fitted.fill_(True)
