@@ -212,6 +212,7 @@ class IWM(PictureJEPA):
         if actions is not None and actions.shape[1] not in (len(COLOURS), self.predictor.action_dim):
             raise ValueError(f"Actions of {actions.shape[1]} scalars for a model of {self.predictor.action_dim}.")
         if actions is not None:
+            actions = actions.to(self.predictor.positions.dtype)
             actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
         everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
         return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]

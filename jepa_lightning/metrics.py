@@ -7,11 +7,12 @@ figures of one. Shapes: N samples, D width, L labels, T times.
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from jepa_lightning.wide import WideMetric
 
-class FeatureStatistics(Metric):
+
+class FeatureStatistics(WideMetric):
     """Standard deviations and effective ranks of features, from their mean and covariance.
 
     Args:
@@ -60,7 +61,7 @@ class FeatureStatistics(Metric):
         }
 
 
-class RidgeProbe(Metric):
+class RidgeProbe(WideMetric):
     """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
 
     Kept are the sums that the normal equations need, not the samples. Features are standardised, so `ridge` is relative
@@ -116,7 +117,7 @@ class RidgeProbe(Metric):
         return self.r2(self.weights())
 
 
-class OnlineClassifiers(Metric):
+class OnlineClassifiers(WideMetric):
     """What features know of classes, while they are learned: a vote of nearest neighbours, and a linear classifier.
 
     Neither needs training: the votes of the k most similar neighbours weigh exp(cosine similarity / temperature) (Wu et

@@ -15,7 +15,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, batch_generator
@@ -35,6 +34,7 @@ from jepa_lightning.pictures import (
     to_colours,
 )
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
+from jepa_lightning.wide import WideMean
 
 SHOWN = 8
 """Pictures in a figure."""
@@ -90,7 +90,7 @@ class PictureJEPA(JEPA, ABC):
             encoder_depth,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.error, self.mean_error = MeanMetric(), MeanMetric()
+        self.error, self.mean_error = WideMean(), WideMean()
         self.classifiers = OnlineClassifiers()
 
     def setup(self, stage: str) -> None:

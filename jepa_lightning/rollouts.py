@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+
+from jepa_lightning.wide import WideMean
 
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
@@ -50,7 +51,7 @@ class ForecastErrors(nn.Module):
         super().__init__()
         self.acted = acted
         others = ("shuffled", "zero") if acted else ()
-        self.errors = nn.ModuleDict({name: MeanMetric() for name in ("first", "last", "first_still", "last_still", *others)})
+        self.errors = nn.ModuleDict({name: WideMean() for name in ("first", "last", "first_still", "last_still", *others)})
 
     def update(
         self, forecast: Callable[[Tensor, Tensor | None], Tensor], starts: Tensor, targets: Tensor, actions: Tensor | None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from jepa_lightning.metrics import FeatureStatistics, OnlineClassifiers, RidgeProbe, r2_score, valid_prediction_time
+from jepa_lightning.wide import WideMean
 
 
 def statistics(features: torch.Tensor) -> dict[str, float]:
@@ -89,3 +90,13 @@ def test_nearest_neighbours_know_clusters_and_guess_at_noise() -> None:
     metric.reset()
     metric.update(noise, labels)
     assert all(0.1 < accuracy < 0.3 for accuracy in metric.compute().values())
+
+
+def test_sums_stay_wide_in_a_module_that_does_not() -> None:
+    module = torch.nn.ModuleDict({"ranks": FeatureStatistics(4), "mean": WideMean()}).to(torch.bfloat16)
+    for _ in range(1000):
+        module["mean"].update(torch.tensor(1.5, dtype=torch.bfloat16))
+        module["ranks"].update(torch.ones(1, 4, dtype=torch.bfloat16))
+    assert module["mean"].compute() == 1.5 and module["mean"].weight == 1000
+    assert module["ranks"].count == 1000 and module["ranks"].outer.dtype == torch.float64
+    assert module.to("meta")["ranks"].outer.device.type == "meta"

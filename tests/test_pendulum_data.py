@@ -112,23 +112,23 @@ def test_held_out_data_is_seen_once_and_in_order() -> None:
     assert torch.equal(torch.cat(list(data.val_dataloader())).view(torch.float32), data.trajectories("val"))
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_narrow_networks_see_exact_drawings_rounded_once(tmp_path: Path, split: str) -> None:
     class Record(Callback):
         def on_train_batch_start(self, trainer: Trainer, module: Any, batch: PendulumBatch, *_: Any) -> None:
             self.seen = batch
 
-        on_predict_batch_start = on_train_batch_start
+        on_validation_batch_start = on_predict_batch_start = on_train_batch_start
 
     data, record = small_driven_data(observation="pixels", image_size=16), Record()
     model = small_driven_model(observation="pixels", image_size=16, encoder_widths=(4,))
-    run = trainer(tmp_path, callbacks=[record], max_steps=1, precision="bf16-true")
-    getattr(run, "fit" if split == "train" else "predict")(model, datamodule=data)
+    run = trainer(tmp_path, callbacks=[record], max_steps=1, precision="bf16-true", limit_val_batches=int(split == "val"))
+    getattr(run, {"train": "fit", "val": "validate", "test": "predict"}[split])(model, datamodule=data)
     if split == "train":
         data.trainer = None
         exact = data.observe(next(iter(data.train_dataloader())))
     else:
-        exact = data.observe(data.trajectories("test"))
+        exact = data.observe(data.trajectories(split)[:4])
     assert record.seen.observations.dtype == record.seen.actions.dtype == torch.bfloat16
     assert torch.equal(record.seen.observations, exact.observations.bfloat16())
     assert torch.equal(record.seen.actions, exact.actions.bfloat16())

@@ -135,6 +135,7 @@ class ViTEncoder(nn.Module):
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (B, N, D), or (B, K, D) of those kept."""
+        images = images.to(self.positions.dtype)  # normalised in float32, whatever the network is rounded to
         tokens = self.vit.patch_embed(images) + self.positions
         return self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
 
