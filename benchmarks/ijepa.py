@@ -27,7 +27,7 @@ from datamodules.samples import Samples
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
+from jepa_lightning.networks.vit import ViTEncoder, take
 from jepa_lightning.optim import parameter_groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,8 +147,6 @@ def training_step(reference: bool, batch: int) -> tuple[Callable[[], None], int]
         if reference:
             for block in [module for module in network.modules() if hasattr(module, "attn")]:
                 block.attn = ExplicitAttention(block.attn)
-        elif DEVICE.type == "cpu":
-            attend_plainly(network)
     groups = parameter_groups([encoder, predictor], 0.04)
     optimizer = torch.optim.AdamW(groups, lr=1e-3, **({"foreach": False} if reference else {}))
     images = torch.randn(batch, 3, 224, 224, device=DEVICE)

@@ -3,19 +3,28 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from callbacks.schedules import SCHEDULES, ScheduleName, total_optimizer_steps
+from callbacks.steps import StepFollower
+
+TARGET = "target_encoder"
+"""Name of the averaged network in a module, and in its checkpoints."""
 
 
-class EMAUpdate(Callback):
+class EMAUpdate(StepFollower):
     """target <- momentum * target + (1 - momentum) * context, exactly once per optimizer step and right after it.
 
-    It acts in `on_train_batch_end` and only when `trainer.global_step` has moved, so gradient accumulation causes no
-    extra update, and a callback's hook runs before `ModelCheckpoint` writes the file (a module's would run after).
-    `on_before_zero_grad`, often used for this, is one step late and misses the last step. There is no state to save:
-    the momentum is a function of the step alone, so a resumed run continues the curve.
+    The momentum is a function of the optimizer steps that happened, see `StepFollower`, so a resumed run continues the
+    curve, also from a checkpoint that was written before the update of its step.
+
+    The average is kept in float32. Where the networks are narrower (`precision: bf16-true` or `16-true`), the target
+    encoder holds its rounded value, because a narrow number cannot take up the small steps: bfloat16 stands still at a
+    momentum of 0.996. Checkpoints hold the average itself, under the target encoder's names.
 
     Differs from the paper: I-JEPA raises the momentum linearly; the default here is a cosine. Choose
     `schedule: linear` for parity.
@@ -29,6 +38,8 @@ class EMAUpdate(Callback):
         ValueError: Momenta out of range, or a constant schedule between two different values.
     """
 
+    _average: dict[str, Tensor] | None = None  # in float32, by name, where the target encoder itself is narrower
+
     def __init__(self, start: float = 0.996, end: float = 1.0, schedule: ScheduleName = "cosine") -> None:
         if not 0.0 <= start <= end <= 1.0:
             raise ValueError(f"momentum from {start} to {end}: choose 0 <= start <= end <= 1.")
@@ -36,32 +47,84 @@ class EMAUpdate(Callback):
             raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}.")
         SCHEDULES[schedule](0, 1, start, end)  # a constant schedule checks its ends
         self.start, self.end, self.schedule = start, end, schedule
+        self._loaded: dict[str, Tensor] = {}
 
     def momentum(self, step: int, total: int) -> float:
         """Momentum of the update that follows optimizer step number `step`, counted from 0."""
         return SCHEDULES[self.schedule](step, total, self.start, self.end)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._loaded = {}
+        if trainer.global_step == 0:
+            self._average = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._total = total_optimizer_steps(trainer)
-        self._seen_step = trainer.global_step  # training state is already restored here, also after a resume
+        target = getattr(pl_module, TARGET)
+        if self._average is None or self._loaded:
+            self._average = wide_copy(target, self._loaded)
+        self._loaded = {}
+        super().on_train_start(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._seen_step:
+    def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        momentum = self.momentum(self.steps - 1, self._total)
+        update_average(getattr(pl_module, TARGET), pl_module.context_encoder, momentum, self._average)
+        # Filled on the device: a number from the host would have to be waited for.
+        pl_module.log("train/momentum", torch.full((), momentum, device=pl_module.device))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the float32 average in the place of its rounded value."""
+        for name, value in (self._average or {}).items():
+            checkpoint["state_dict"][f"{TARGET}.{name}"] = value.clone()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the float32 average, which loading into a narrow network rounds."""
+        if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._seen_step = trainer.global_step
-        momentum = self.momentum(trainer.global_step - 1, self._total)
-        update_average(pl_module.target_encoder, pl_module.context_encoder, momentum)
-        pl_module.log("train/momentum", momentum)
+        prefix = f"{TARGET}."
+        weights = checkpoint.get("state_dict", {})  # a sharded checkpoint is not in memory, and its networks are not narrow
+        self._loaded = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def wide_copy(network: torch.nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The parameters of a network in float32 by name, from `values` where they have them; None if they are that wide."""
+    parameters = dict(network.named_parameters())
+    if all(parameter.dtype.itemsize >= torch.float32.itemsize for parameter in parameters.values()):
+        return None
+    return {
+        name: values.get(name, parameter).detach().to(parameter.device, torch.float32, copy=True)
+        for name, parameter in parameters.items()
+    }
 
 
 @torch.no_grad()
-def update_average(target: torch.nn.Module, context: torch.nn.Module, momentum: float) -> None:
+def update_average(
+    target: torch.nn.Module, context: torch.nn.Module, momentum: float, average: dict[str, Tensor] | None = None
+) -> None:
     """Move the parameters of `target` towards those of `context`, fused over tensors; copy the buffers.
 
-    Buffers are running statistics or fixed tables, and the former are averages already.
+    Of sharded networks, each process moves its own shards, without a word to the others. Buffers are running statistics or
+    fixed tables, and the former are averages already.
+
+    Args:
+        target: Network whose parameters are averages.
+        context: Network of the same shape, sharded alike.
+        momentum: Of the old average, in [0, 1].
+        average: The parameters of `target` by name, of higher precision: these are moved, and `target` takes what they
+            round to.
     """
-    get_ema_multi_avg_fn(momentum)(list(target.parameters()), list(context.parameters()), None)
+    targets, contexts = ([local(p) for p in network.parameters()] for network in (target, context))
+    if average is None:
+        get_ema_multi_avg_fn(momentum)(targets, contexts, None)
+    else:
+        wide = list(average.values())
+        get_ema_multi_avg_fn(momentum)(wide, [value.to(torch.float32) for value in contexts], None)
+        torch._foreach_copy_(targets, wide)
     for target_buffer, context_buffer in zip(target.buffers(), context.buffers(), strict=True):
-        target_buffer.copy_(context_buffer)
+        local(target_buffer).copy_(local(context_buffer))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard if it is sharded, otherwise all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

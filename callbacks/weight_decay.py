@@ -2,16 +2,18 @@
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from callbacks.schedules import cosine, total_optimizer_steps
+from callbacks.steps import StepFollower
 
 
-class WeightDecaySchedule(Callback):
+class WeightDecaySchedule(StepFollower):
     """Set the weight decay of the parameter groups named "decay" on a cosine over the optimizer steps.
 
     Groups of any other name (biases, norms, position tables) keep what they have. The value is set before each batch as
-    a function of the step, hence unharmed by accumulation and by a resume, and in time for `LearningRateMonitor`.
+    a function of the steps that happened, see `StepFollower`, hence unharmed by accumulation, by a resume and by steps that
+    a gradient scaler leaves out, and in time for `LearningRateMonitor`.
 
     Args:
         start: At the first optimizer step, >= 0.
@@ -28,6 +30,7 @@ class WeightDecaySchedule(Callback):
         self.start, self.end, self.offset = start, end, offset
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._total = total_optimizer_steps(trainer)
         if not any(group.get("name") == "decay" for optimizer in trainer.optimizers for group in optimizer.param_groups):
             raise ValueError(
@@ -36,7 +39,7 @@ class WeightDecaySchedule(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        value = cosine(trainer.global_step + self.offset, self._total, self.start, self.end)
+        value = cosine(self.steps + self.offset, self._total, self.start, self.end)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 if group.get("name") == "decay":

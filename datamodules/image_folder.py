@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -268,7 +268,15 @@ class ImageFolder(SingleLoaderDataModule):
 
 def normalise(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of ImageNet's mean 0 and standard deviation 1."""
-    return vision.normalize(vision.to_dtype(images, torch.float32, scale=True), list(IMAGENET_MEAN), list(IMAGENET_STD))
+    mean, std = imagenet_statistics(images.device)
+    return vision.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)
+
+
+@cache
+def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of ImageNet's channels, (3, 1, 1) each; kept, because the copy is waited for."""
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32, device=device)[..., None, None]
+    return mean, std
 
 
 def denormalise(images: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ SPLITS = ("train", "val", "test")
 CLIP_STREAM = len(SPLITS)  # the seed's fourth use: where a clip starts
 
 
+def as_bits(frames: Tensor) -> Tensor:
+    """float32 as int32 of the same bits, which no precision plugin rounds on the way to the device."""
+    return frames.view(torch.int32)
+
+
 class Clips(Dataset[Tensor]):
     """Random clips of trajectories. Where a clip starts is a function of (seed, epoch, index).
 
@@ -204,12 +209,13 @@ class DoublePendulum(SingleLoaderDataModule):
         """Turn frames into observations, on the device where they are.
 
         Args:
-            frames: (B, F, 4 or 6), consecutive ones of `trajectories`. The first starts a window, and without an action
-                the batch has none.
+            frames: (B, F, 4 or 6), consecutive ones of `trajectories`, or their bits, as the loaders hand them out. The
+                first starts a window, and without an action the batch has none.
 
         Returns:
             A batch of T = (F - history) // stride + 1 windows.
         """
+        frames = frames.view(torch.float32) if frames.dtype == torch.int32 else frames
         states = frames[..., :4]
         newest = slice(self.history - 1, None, self.stride)
         if self.stride < self.history:  # windows overlap: draw each frame once; what is unfolded is a view
@@ -226,10 +232,14 @@ class DoublePendulum(SingleLoaderDataModule):
         return self.pendulum.positions(states)
 
     def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
-        return self.observe(batch)
+        drawn = self.observe(batch)
+        if self.trainer is None:
+            return drawn
+        # What the networks see is rounded to their precision after it is drawn; what judges them is not rounded at all.
+        return self.trainer.precision_plugin.convert_input(drawn)._replace(states=drawn.states)
 
     def make_train_loader(self) -> ResumableLoader:
-        clips = Clips(self.trajectories("train"), self.clip_length, self.stride, self.seed)
+        clips = Clips(as_bits(self.trajectories("train")), self.clip_length, self.stride, self.seed)
         return ResumableLoader(clips, self.train_sampler(len(clips)), **self.loader_settings())
 
     def order(self) -> dict[str, Any]:
@@ -250,7 +260,7 @@ class DoublePendulum(SingleLoaderDataModule):
         return self._held_out_loader("test")
 
     def _held_out_loader(self, split: str) -> DataLoader[Any]:
-        rows = _Rows(self.trajectories(split))
+        rows = _Rows(as_bits(self.trajectories(split)))
         sampler = self.held_out_sampler(split, rows)
         return DataLoader(rows, batch_size=self.batch_size, sampler=sampler, pin_memory=self.on_gpu)
 

@@ -8,8 +8,9 @@ Shapes: N members of a bank, Q queries, D width, C classes, k neighbours.
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from jepa_lightning.wide import WideMetric
 
 QUERY_ROWS = 1024
 """Queries that are compared at a time."""
@@ -21,7 +22,7 @@ PART_BYTES = 2**26
 """Greatest size of a table that grows with the classes or with the square of the neighbours."""
 
 
-class OnlineClassifiers(Metric):
+class OnlineClassifiers(WideMetric):
     """What features know of classes, while they are learned: a vote of nearest neighbours, and a linear classifier.
 
     Neither needs training: the votes of the k most similar neighbours weigh exp(cosine similarity / temperature) (Wu et

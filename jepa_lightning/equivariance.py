@@ -28,7 +28,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
 from torchvision.transforms import v2
 
 from datamodules.batches import ViewBatch
@@ -37,6 +36,7 @@ from datamodules.randomness import BANK_STREAM, seeded_generator
 from datamodules.transformations import COLOURS, DESTRUCTIVE, Views, action_to, draw_jitter, on_grid, recolour
 from jepa_lightning.metrics import RidgeProbe, reciprocal_ranks
 from jepa_lightning.pictures import rows_figure, to_colours
+from jepa_lightning.wide import WideMetric
 
 BANK_SIZE = 256
 
@@ -152,7 +152,7 @@ class Ranks(NamedTuple):
     num_pictures: int
 
 
-class MeanReciprocalRanks(Metric):
+class MeanReciprocalRanks(WideMetric):
     """The means of the protocol above, over versions and pictures."""
 
     full_state_update = False

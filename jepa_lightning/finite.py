@@ -23,33 +23,26 @@ class FiniteGuard:
     def __init__(self) -> None:
         self._first: Tensor | None = None  # the first optimizer step with a gradient that is not finite; -1 before
 
-    def check(self, gradients: Iterable[Tensor], optimizer: torch.optim.Optimizer, step: int) -> Tensor:
+    def check(self, norm: Tensor, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Look at the gradients of all trained parameters.
 
         Args:
-            gradients: Of the same device, in any shape; those of all processes are the same or sharded.
+            norm: Of all of them, a scalar; the same in all processes.
             optimizer: About to step.
             step: Its optimizer step, counted from 0.
-
-        Returns:
-            Their norm, a scalar.
 
         Raises:
             NonFiniteError: A gradient is not finite, and could be looked at without a wait.
         """
-        norm = torch.nn.utils.get_total_norm(list(gradients))
-        sharded = isinstance(norm, DTensor)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if sharded or not is_fused(optimizer):
+        if not decides_on_gpu(optimizer):
             if not torch.isfinite(norm):
                 raise NonFiniteError(message(step))
-            return norm
+            return
         if self._first is None:
             self._first = torch.full_like(norm, -1.0)
         self._first = torch.where((self._first < 0) & ~torch.isfinite(norm), float(step), self._first)
         # The protocol between torch's GradScaler and its fused optimizers: 1 leaves out the step.
         optimizer.found_inf = (self._first >= 0).float()  # type: ignore[attr-defined]
-        return norm
 
     def raise_if_found(self) -> None:
         """Wait for the device and end training if a gradient was not finite.
@@ -61,10 +54,11 @@ class FiniteGuard:
             raise NonFiniteError(message(step))
 
 
-def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the optimizer decides on a GPU whether to step."""
+def decides_on_gpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's own kernel can leave out a step: fused, on a GPU, and of parameters that are not sharded."""
     group = optimizer.param_groups[0]
-    return bool(group.get("fused")) and group["params"][0].device.type == "cuda"
+    first = group["params"][0]
+    return bool(group.get("fused")) and first.device.type == "cuda" and not isinstance(first, DTensor)
 
 
 def message(step: int) -> str:

@@ -22,6 +22,7 @@ from jepa_lightning.networks.predictor import Conditioning, WorldModel
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.pictures import show, wants_figures
 from jepa_lightning.regularizers import RegularizerName
+from jepa_lightning.sharding import is_sharded
 
 WATCHED = 8
 """Pictures whose versions are ranked at each validation, with 256 versions each."""
@@ -210,6 +211,7 @@ class IWM(PictureJEPA):
         if actions is not None and actions.shape[1] not in (len(COLOURS), self.predictor.action_dim):
             raise ValueError(f"Actions of {actions.shape[1]} scalars for a model of {self.predictor.action_dim}.")
         if actions is not None:
+            actions = actions.to(self.predictor.positions.dtype)
             actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
         everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
         return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
@@ -224,13 +226,20 @@ class IWM(PictureJEPA):
         self.action_probe.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             data: Any = self.trainer.datamodule
-            for number, picture in enumerate(denormalise(batch.images[:WATCHED])):
+            for number, picture in enumerate(denormalise(batch.images[: self._watched(len(batch.images))])):
                 generator = bank_generator(batch, number, self.trainer.world_size)
                 self.ranks.update(self, picture, data.views, generator, each=False)
-            if wants_figures(self.trainer):
+            # Sharded networks compute in all processes or in none, see PictureJEPA.validation_step.
+            if wants_figures(self.trainer) or is_sharded(self.target_encoder):
                 figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
                 show(self.trainer, "nearest versions", figure, self.global_step)
         return pairs
+
+    def _watched(self, count: int) -> int:
+        """How many pictures of a batch are asked about: as many in all processes, if the networks are sharded."""
+        if is_sharded(self.predictor):
+            count = int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="min"))
+        return min(count, WATCHED)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

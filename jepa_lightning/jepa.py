@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from callbacks.collapse import CollapseAlarm
 from callbacks.ema import EMAUpdate
@@ -19,8 +21,9 @@ from callbacks.weight_decay import WeightDecaySchedule
 from jepa_lightning.finite import FiniteGuard, check_weights
 from jepa_lightning.losses import squared_error
 from jepa_lightning.metrics import FeatureStatistics
-from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.optim import fused_is_safe, gradient_norm, parameter_groups, warmup_cosine_schedule
 from jepa_lightning.regularizers import Regularizer, RegularizerName
+from jepa_lightning.sharding import check_strategy
 from jepa_lightning.storage import sign
 
 
@@ -197,18 +200,37 @@ class JEPA(LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         logging = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # when Lightning writes its logs
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else that leaves out what is not finite
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._finite.check(gradients, optimizer, self.trainer.global_step)
+            norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
+            self._finite.check(norm, optimizer, self.trainer.global_step)
             if logging:
                 self._finite.raise_if_found()
         if logging:
             for name, module in (("encoder", self.context_encoder), ("predictor", self.predictor)):
-                gradients = [p.grad for p in module.parameters() if p.grad is not None]
-                self.log(f"train/gradient_norm_{name}", torch.nn.utils.get_total_norm(gradients))
+                self.log(f"train/gradient_norm_{name}", gradient_norm(module.parameters()))
+
+    def configure_model(self) -> None:
+        """Shard the networks if the strategy asks for it, before anything is wrapped.
+
+        Raises:
+            ValueError: A strategy under which the target encoder could not follow, or networks that are not to be sharded.
+        """
+        if self._trainer is None:  # read from a file, to be used on its own
+            return
+        strategy = self.trainer.strategy
+        check_strategy(strategy)
+        if isinstance(strategy, ModelParallelStrategy):
+            self.shard_networks(strategy.device_mesh["data_parallel"], strategy.root_device)
+
+    def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shard the networks over the processes of a mesh, context and target encoder alike."""
+        raise ValueError(
+            f"trainer.strategy=ModelParallelStrategy: a {type(self).__name__} is small enough for every device and is not "
+            "sharded; choose ddp."
+        )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         groups = parameter_groups(self.trained_networks(), self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused_is_safe(self.trainer))
         total = total_optimizer_steps(self.trainer)
         schedule = warmup_cosine_schedule(
             optimizer, total, self.warmup_fraction, **self._schedule, offset=self._schedule_offset

@@ -30,8 +30,10 @@ class Masks(NamedTuple):
     """(B, M, L), what the predictor must predict."""
 
     def to(self, device: torch.device) -> "Masks":
-        """The same masks on another device."""
-        return Masks(self.context.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        """The same masks on another device, without a wait for it: a GPU fetches them from page-locked memory."""
+        if device.type == "cuda" and self.context.device.type == "cpu":
+            return Masks(*(indices.pin_memory().to(device, non_blocking=True) for indices in self))
+        return Masks(*(indices.to(device) for indices in self))
 
     def hidden(self, num_patches: int) -> Tensor:
         """All patches that the context encoder does not see: (B, N - K), ascending."""

@@ -8,10 +8,11 @@ import math
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from jepa_lightning.wide import WideMetric
 
 
-class FeatureStatistics(Metric):
+class FeatureStatistics(WideMetric):
     """Standard deviations and effective ranks of features, from their mean and covariance.
 
     Args:
@@ -65,7 +66,7 @@ class FeatureStatistics(Metric):
         }
 
 
-class ErrorOverMean(Metric):
+class ErrorOverMean(WideMetric):
     """Squared error of predicted features over that of an answer that knows the mean of each place alone.
 
     1 means that nothing was predicted but the mean. Where features differ by their place and by nothing else, which is one
@@ -126,7 +127,7 @@ def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
     return 1 - torch.nan_to_num(used_and_predicted)
 
 
-class RidgeProbe(Metric):
+class RidgeProbe(WideMetric):
     """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
 
     Kept are the sums that the normal equations need, not the samples. Features are standardised, so `ridge` is relative

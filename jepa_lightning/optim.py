@@ -1,9 +1,13 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Parameter groups, gradient norms and the learning-rate schedule."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -25,6 +29,58 @@ def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[
             if parameter.requires_grad:
                 groups[parameter.ndim <= 1 or name.endswith("_token")]["params"].append(parameter)
     return groups
+
+
+def fused_is_safe(trainer: Trainer) -> bool:
+    """Whether AdamW may run as one kernel: on CUDA, unless something must see the gradients before it.
+
+    A fused optimizer unscales gradients itself and decides on the device whether to leave a step out, so nobody on the
+    host would know of it; and for the same reason Lightning refuses to clip its gradients under any mixed precision.
+    """
+    mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    scaled = mixed and trainer.precision_plugin.scaler is not None
+    return trainer.strategy.root_device.type == "cuda" and not scaled and not (mixed and trainer.gradient_clip_val)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Euclidean norm of all gradients together: a scalar on their device, that of the whole network if it is sharded.
+
+    Sharded gradients make this a collective call: all processes take part, or they wait for each other forever.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+class StepSchedule(LambdaLR):
+    """A learning rate as a function of the optimizer steps that happened.
+
+    A gradient scaler (`precision: 16-mixed`) leaves out a step whose gradients are not finite; Lightning steps the
+    schedule all the same, and this one then stays where it is. A checkpoint that was written between the optimizer's step
+    and the schedule's is made up for when it is loaded.
+
+    Args:
+        optimizer: Holds the peak learning rates.
+        factor: From the number of a step, counted from 0, to the multiplier of the peak.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
+        self.stepped = True  # LambdaLR takes the first value in its constructor, by a step of its own
+        super().__init__(optimizer, factor)
+        optimizer.register_step_post_hook(self._note)
+
+    def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.stepped = True
+
+    def step(self, epoch: int | None = None) -> None:
+        """Go on to the next value, if the optimizer has stepped since the last call."""
+        if self.stepped:
+            self.stepped = False
+            super().step(epoch)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position; a state without `stepped` is taken to be complete."""
+        super().load_state_dict({"stepped": False} | state_dict)
+        self.step()
 
 
 def warmup_cosine_schedule(
@@ -50,4 +106,4 @@ def warmup_cosine_schedule(
     def factor(step: int) -> float:
         return warmup_cosine(step + offset, total_steps, warmup, start, end)
 
-    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+    return {"scheduler": StepSchedule(optimizer, factor), "interval": "step"}

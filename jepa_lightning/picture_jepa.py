@@ -4,13 +4,16 @@ Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a bloc
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, batch_generator, check_batches
@@ -21,7 +24,7 @@ from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.metrics import ErrorOverMean, guarded_error
 from jepa_lightning.networks.predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, take
+from jepa_lightning.networks.vit import ViTEncoder, blocks, take
 from jepa_lightning.pictures import (
     feature_colours,
     mark_blocks,
@@ -31,6 +34,8 @@ from jepa_lightning.pictures import (
     to_colours,
     wants_figures,
 )
+from jepa_lightning.sharding import check_even_batches, is_sharded, shard
+from jepa_lightning.wide import WideMean
 
 SHOWN = 8
 """Pictures in a figure."""
@@ -86,7 +91,7 @@ class PictureJEPA(JEPA, ABC):
             encoder_depth,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.error, self.mean_error = MeanMetric(), MeanMetric()
+        self.error, self.mean_error = WideMean(), WideMean()
         self.classifiers = OnlineClassifiers()
 
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
@@ -101,7 +106,7 @@ class PictureJEPA(JEPA, ABC):
         return ("val/knn_accuracy", "max") if labelled else super().best_metric
 
     def setup(self, stage: str) -> None:
-        """Compare with the data module before anything runs; choose the attention, and compile.
+        """Compare with the data module before anything runs, and compile.
 
         Raises:
             ValueError: Pictures of another size than the encoder was built for, or masks that differ in shape between
@@ -120,12 +125,34 @@ class PictureJEPA(JEPA, ABC):
                 "of all processes: leave one of the two out, or train on one device."
             )
         networks = (self.context_encoder, self.target_encoder, self.predictor)
-        if self.trainer.strategy.root_device.type == "cpu":
-            for network in networks:
-                attend_plainly(network)
         if self.compile_networks and stage == "fit":
-            for network in networks:
-                network.compile(dynamic=True)  # in place: names in checkpoints stay
+            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+            # In place: names in checkpoints stay. Gathering of shards is not compiled, so there the blocks are, one by one.
+            for module in (block for network in networks for block in blocks(network)) if sharded else networks:
+                module.compile(dynamic=True)
+
+    def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shard the networks over the processes of a mesh, context and target encoder alike."""
+        if is_sharded(self.context_encoder):
+            return
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} with ModelParallelStrategy: the float32 average is kept in the "
+                "target encoder itself, whose shards are small; choose bf16-mixed."
+            )
+        for encoder in (self.context_encoder, self.target_encoder):
+            shard(encoder, mesh, device, methods=["last_blocks"])
+        shard(self.predictor, mesh, device)
+
+    def on_validation_start(self) -> None:
+        self._check_even(self.trainer.num_val_batches)
+
+    def on_predict_start(self) -> None:
+        self._check_even(self.trainer.num_predict_batches)
+
+    def _check_even(self, batches: Sequence[int | float]) -> None:
+        if is_sharded(self.target_encoder):
+            check_even_batches(int(sum(batches)), self.device)
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
@@ -195,7 +222,9 @@ class PictureJEPA(JEPA, ABC):
         features = self.picture_features(batch, pairs)
         if bool((batch.labels >= 0).all()):
             self.classifiers.update(features, batch.labels)
-        if batch_idx == 0 and wants_figures(self.trainer) and not self.trainer.sanity_checking:
+        # Sharded networks compute in all processes or in none, whoever needs the figure.
+        shows = wants_figures(self.trainer) or is_sharded(self.target_encoder)
+        if batch_idx == 0 and shows and not self.trainer.sanity_checking:
             self._show(batch, features)
         return pairs
 

@@ -117,10 +117,12 @@ def gaussian_distance(features: Tensor, projections: Tensor) -> Tensor:
     return 2 * torch.trapezoid(distance * goal, knots, dim=-1).mean()
 
 
-def random_directions(dim: int, step: int) -> Tensor:
+def random_directions(dim: int, step: int, device: torch.device | None = None) -> Tensor:
     """(D, P) unit vectors, a function of the optimizer step: a resumed run and all processes draw the same ones."""
-    generator = torch.Generator().manual_seed(step)
-    return F.normalize(torch.randn(dim, NUM_PROJECTIONS, generator=generator), dim=0)
+    drawn = torch.randn(dim, NUM_PROJECTIONS, generator=torch.Generator().manual_seed(step))
+    if device is not None and device.type == "cuda":  # from page-locked memory, or the CPU would wait for the copy
+        drawn = drawn.pin_memory().to(device, non_blocking=True)
+    return F.normalize(drawn, dim=0)
 
 
 DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
@@ -197,7 +199,7 @@ class Regularizer(nn.Module):
             penalties = cross_correlation_penalties(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
             return dict(zip(("invariance", "redundancy"), penalties, strict=True))
         if self.name == "sigreg":
-            return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step).to(flat.device))}
+            return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step, flat.device))}
         if self.name == "dino_centring":
             mean = flat.mean(dim=0)
             distance = (mean - self.centre).square().mean()

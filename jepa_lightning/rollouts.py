@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from jepa_lightning.metrics import ErrorOverMean
+from jepa_lightning.wide import WideMean
 
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ class ForecastErrors(nn.Module):
         self.over_mean = ErrorOverMean(dim)
         self.acted = acted
         others = ("shuffled", "zero") if acted else ()
-        self.errors = nn.ModuleDict({name: MeanMetric() for name in ("first", "last", "first_still", "last_still", *others)})
+        self.errors = nn.ModuleDict({name: WideMean() for name in ("first", "last", "first_still", "last_still", *others)})
 
     def update(
         self, forecast: Callable[[Tensor, Tensor | None], Tensor], starts: Tensor, targets: Tensor, actions: Tensor | None

@@ -9,7 +9,7 @@ from conftest import small_ijepa, small_pictures, trainer
 from torch.nn import functional as F
 
 from datamodules import ImageBatch
-from jepa_lightning.networks.vit import ViTEncoder, attend_plainly, sincos_positions, take
+from jepa_lightning.networks.vit import ViTEncoder, sincos_positions, take
 
 
 def batch(count: int = 3, size: int | tuple[int, int] = 16) -> ImageBatch:
@@ -95,13 +95,22 @@ def test_patches_have_no_curvature() -> None:
     assert weights["curvature"] == 0 and weights["cov"] == 0.002 and weights["std"] == 1.0
 
 
-def test_plain_attention_is_the_same_attention() -> None:
+def test_attention_is_chosen_by_the_device_where_it_computes() -> None:
     jepa = small_ijepa().eval()
-    images = torch.randn(2, 3, 16, 16)
-    fused = jepa.context_encoder(images)
-    attend_plainly(jepa.context_encoder)
-    assert not any(block.attn.fused_attn for block in jepa.context_encoder.vit.blocks)
-    torch.testing.assert_close(jepa.context_encoder(images), fused)
+    attention, images = jepa.context_encoder.vit.blocks[0].attn, torch.randn(2, 3, 16, 16)
+    jepa.context_encoder(images)
+    assert not attention.fused_attn
+    jepa.context_encoder.to("meta")(images.to("meta"))
+    assert attention.fused_attn, "what was chosen on a CPU stuck"
+
+
+def test_plain_attention_is_the_same_attention() -> None:
+    block = small_ijepa().context_encoder.vit.blocks[0].eval()
+    tokens = torch.randn(2, 5, 192)
+    plain = block(tokens)
+    block.attn._forward_pre_hooks.clear()
+    block.attn.fused_attn = True
+    torch.testing.assert_close(block(tokens), plain)
 
 
 def test_processes_agree_on_the_sizes_of_blocks() -> None:

@@ -385,10 +385,14 @@ def test_clear_errors(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
 
 
 def test_views_belong_to_an_iwm_alone(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"IJEPA cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"):
+    with pytest.raises(
+        ValueError, match=r"IJEPA cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"
+    ):
         trainer(tmp_path, max_steps=1).fit(small_ijepa(), small_views(pictures))
     for probe in (FineTuning(str(checkpoint), 2), PredictorTuning(str(checkpoint), 2), CompletionProbe(str(checkpoint))):
-        with pytest.raises(ValueError, match=r"cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"):
+        with pytest.raises(
+            ValueError, match=r"cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"
+        ):
             trainer(tmp_path, max_steps=1).fit(probe, small_views(pictures))
 
 

@@ -14,6 +14,7 @@ from jepa_lightning.metrics import (
     reciprocal_ranks,
     valid_prediction_time,
 )
+from jepa_lightning.wide import WideMean
 
 
 def statistics(features: torch.Tensor) -> dict[str, float]:
@@ -187,3 +188,13 @@ def test_reciprocal_ranks_share_what_is_equal() -> None:
     found = reciprocal_ranks(similarities, torch.tensor([0, 2, 0, 3]))
     shared = (1 / 2 + 1 / 3 + 1 / 4) / 3, (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
     assert found.tolist() == pytest.approx([1, 1 / 3, *shared])
+
+
+def test_sums_stay_wide_in_a_module_that_does_not() -> None:
+    module = torch.nn.ModuleDict({"ranks": FeatureStatistics(4), "mean": WideMean()}).to(torch.bfloat16)
+    for _ in range(1000):
+        module["mean"].update(torch.tensor(1.5, dtype=torch.bfloat16))
+        module["ranks"].update(torch.ones(1, 4, dtype=torch.bfloat16))
+    assert module["mean"].compute() == 1.5 and module["mean"].weight == 1000
+    assert module["ranks"].count == 1000 and module["ranks"].outer.dtype == torch.float64
+    assert module.to("meta")["ranks"].outer.device.type == "meta"

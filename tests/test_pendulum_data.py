@@ -1,9 +1,14 @@
 """The data module: splits, clips, windows, ranks and a loader that resumes."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from conftest import small_data
+from conftest import small_data, small_driven_data, small_driven_model, trainer
+from lightning.pytorch import Callback, Trainer
 
+from datamodules import PendulumBatch
 from datamodules.physics import Pendulum
 from datamodules.rendering import render
 from datamodules.resumable import EpochBatches
@@ -50,7 +55,7 @@ def test_windows_of_coordinates_are_positions() -> None:
 def test_every_frame_of_a_trajectory_occurs_in_some_clip() -> None:
     data = small_data(size=300, sequence_length=10, clip_length=4, batch_size=300)
     loader = data.train_dataloader()
-    (clips,) = list(loader)
+    clips = next(iter(loader)).view(torch.float32)
     trajectories = data.trajectories("train")
     order = [index for batch in loader.sampler for _, index in batch]
     first = (trajectories[order] == clips[:, :1]).all(-1).int().argmax(1)
@@ -104,7 +109,30 @@ def test_a_finished_epoch_is_not_skipped_on_resume() -> None:
 
 def test_held_out_data_is_seen_once_and_in_order() -> None:
     data = small_data(val_size=6)
-    assert torch.equal(torch.cat(list(data.val_dataloader())), data.trajectories("val"))
+    assert torch.equal(torch.cat(list(data.val_dataloader())).view(torch.float32), data.trajectories("val"))
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_narrow_networks_see_exact_drawings_rounded_once(tmp_path: Path, split: str) -> None:
+    class Record(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: PendulumBatch, *_: Any) -> None:
+            self.seen = batch
+
+        on_validation_batch_start = on_predict_batch_start = on_train_batch_start
+
+    data, record = small_driven_data(observation="pixels", image_size=16), Record()
+    model = small_driven_model(observation="pixels", image_size=16, encoder_widths=(4,))
+    run = trainer(tmp_path, callbacks=[record], max_steps=1, precision="bf16-true", limit_val_batches=int(split == "val"))
+    getattr(run, {"train": "fit", "val": "validate", "test": "predict"}[split])(model, datamodule=data)
+    if split == "train":
+        data.trainer = None
+        exact = data.observe(next(iter(data.train_dataloader())))
+    else:
+        exact = data.observe(data.trajectories(split)[:4])
+    assert record.seen.observations.dtype == record.seen.actions.dtype == torch.bfloat16
+    assert torch.equal(record.seen.observations, exact.observations.bfloat16())
+    assert torch.equal(record.seen.actions, exact.actions.bfloat16())
+    assert torch.equal(record.seen.states, exact.states)
 
 
 @pytest.mark.parametrize(

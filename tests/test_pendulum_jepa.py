@@ -115,7 +115,7 @@ def test_training_minimises_the_weighted_loss(tmp_path: Path) -> None:
 def test_each_sample_has_a_start_of_its_own() -> None:
     """An earlier system drew one start per batch."""
     data = small_data(size=64, sequence_length=30, clip_length=8, batch_size=64)
-    (clips,) = data.train_dataloader()
+    clips = next(iter(data.train_dataloader())).view(torch.float32)
     order = [i for b in data.train_dataloader().sampler for _, i in b]
     starts = (data.trajectories("train")[order] == clips[:, :1]).all(-1).int().argmax(1)
     assert len(set(starts.tolist())) > 15

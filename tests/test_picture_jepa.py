@@ -154,5 +154,15 @@ def test_pictures_of_another_size_are_refused(model, data, tmp_path: Path, pictu
         trainer(tmp_path, max_steps=1).fit(model(), data(pictures, image_size=32))
 
 
-def test_all_in_bfloat16_runs(model, data, tmp_path: Path, pictures: Path) -> None:
-    trainer(tmp_path, max_steps=1, precision="bf16-true").fit(model(), data(pictures))
+def test_all_in_bfloat16_learns_and_is_measured_in_wider_numbers(model, data, tmp_path: Path, pictures: Path) -> None:
+    jepa = model()
+    run = trainer(tmp_path, max_steps=1, precision="bf16-true", limit_val_batches=1.0, check_val_every_n_epoch=None,
+                  val_check_interval=1)  # fmt: skip
+    run.fit(jepa, data(pictures))
+    assert jepa.context_encoder.vit.norm.weight.dtype == torch.bfloat16
+    assert jepa.target_statistics.outer.dtype == torch.float64
+    assert jepa.error.mean_value.dtype == torch.float32
+    assert all(
+        torch.isfinite(value) for name, value in run.callback_metrics.items() if "mrr" not in name and "r2" not in name
+    )
+    assert run.callback_metrics["val/feature_std"] > 0

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.vit import sincos_positions
+from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 
 class ConvDecoder(nn.Module):
@@ -90,6 +90,7 @@ class PatchDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.paint = nn.Linear(width, channels * patch_size**2)
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        attend_by_device(self)
 
     positions: Tensor
 

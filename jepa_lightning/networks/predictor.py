@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.vit import sincos_positions
+from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 
 class ResidualPredictor(nn.Module):
@@ -91,6 +91,7 @@ class MaskedPredictor(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self._initialise()
+        attend_by_device(self)
 
     positions: Tensor
 

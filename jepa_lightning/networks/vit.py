@@ -8,9 +8,9 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, build_sincos2d_pos_embed
+from timm.layers import Attention, build_sincos2d_pos_embed, use_fused_attn
 from timm.models import checkpoint_seq
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 
@@ -36,14 +36,24 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([columns, rows], dim=1)
 
 
-def attend_plainly(network: nn.Module) -> None:
-    """Make timm's attention multiply matrices itself: on a CPU, torch's fused kernel is slower.
+def attend_by_device(network: nn.Module) -> None:
+    """Let timm's attention multiply matrices itself on a CPU, where torch's fused kernel is slower, and fuse elsewhere.
 
-    Its backward pass in bfloat16 takes some ten times as long (torch 2.13, AVX-512; benchmarks/ijepa.py).
+    The kernel's backward pass in bfloat16 takes some ten times as long there (torch 2.13, AVX-512; benchmarks/ijepa.py).
+    Chosen in each call, by where its input is: networks move between devices.
     """
     for module in network.modules():
         if isinstance(module, Attention):
-            module.fused_attn = False  # type: ignore[misc]  # "final" for TorchScript alone
+            module.register_forward_pre_hook(_choose_attention)
+
+
+def _choose_attention(attention: Any, inputs: tuple[Tensor, ...]) -> None:
+    attention.fused_attn = inputs[0].device.type != "cpu" and use_fused_attn()
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a network, first to last."""
+    return [module for module in network.modules() if isinstance(module, Block)]
 
 
 class ViTEncoder(nn.Module):
@@ -102,6 +112,7 @@ class ViTEncoder(nn.Module):
         self.num_heads: int = attention.num_heads
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("positions", sincos_positions(self.grid, self.dim), persistent=False)
+        attend_by_device(self)
 
     positions: Tensor
 
@@ -124,6 +135,7 @@ class ViTEncoder(nn.Module):
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (B, N, D), or (B, K, D) of those kept."""
+        images = images.to(self.positions.dtype)  # normalised in float32, whatever the network is rounded to
         tokens = self.vit.patch_embed(images) + self.positions
         return self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
 

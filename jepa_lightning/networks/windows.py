@@ -9,7 +9,7 @@ from torch import nn
 
 from jepa_lightning.networks.conv import ConvEncoder
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.vit import attend_plainly, sincos_positions
+from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 EncoderName = Literal["cnn", "mlp", "vit"]
 
@@ -72,5 +72,5 @@ def _vision_transformer(image_size: int, channels: int, widths: tuple[int, ...],
     )
     side = image_size // PATCH_SIZE
     network.pos_embed = nn.Parameter(sincos_positions((side, side), widths[0])[None], requires_grad=False)
-    attend_plainly(network)
+    attend_by_device(network)
     return network

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from datamodules.batches import ImageBatch, ViewBatch, check_batches
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.networks.vit import ViTEncoder, attend_plainly
+from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
 from jepa_lightning.storage import sign
@@ -109,8 +109,6 @@ class PictureProbe(LightningModule, ABC):
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on pictures of {self.image_size} pixels; data.image_size={theirs}.")
-        if self.trainer.strategy.root_device.type == "cpu":
-            attend_plainly(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.fitted.fill_(True)

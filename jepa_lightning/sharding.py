@@ -1,0 +1,101 @@
+"""Networks that are sharded over the processes: FSDP2 through Lightning's ModelParallelStrategy.
+
+Under DDP every process holds all parameters, their gradients, the average and the optimizer's two moments. Sharded, each
+holds its part of them, and gathers the parameters of one block at a time while the block computes.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from jepa_lightning.networks.vit import blocks
+
+SUPPORTED = "one device, any variant of ddp, and, for networks that are to be sharded, ModelParallelStrategy"
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse what would leave the average behind: it is taken parameter by parameter, which other engines flatten or hide.
+
+    Raises:
+        ValueError: A strategy that is not supported, or tensor parallelism.
+    """
+    if isinstance(strategy, ModelParallelStrategy):
+        data, tensor = (strategy.device_mesh[name].size() for name in ("data_parallel", "tensor_parallel"))
+        if tensor != 1:
+            raise ValueError(
+                f"trainer.strategy: ModelParallelStrategy with data_parallel_size={data} and tensor_parallel_size={tensor}, "
+                f"but networks are sharded over data alone: set data_parallel_size={data * tensor} and "
+                "tensor_parallel_size=1."
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            f"trainer.strategy={type(strategy).__name__} is not supported, because the target encoder could not follow the "
+            f"context encoder: choose {SUPPORTED}."
+        )
+
+
+def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, methods: Iterable[str] = ()) -> None:
+    """Shard a network in place, each transformer block on its own and then the rest, with the weights of the first process.
+
+    Networks of one shape are sharded alike. Parameters become `DTensor`s, whose names and global shapes stay.
+
+    Args:
+        network: On any device.
+        mesh: One-dimensional, of the processes.
+        device: Of this process.
+        methods: Names of methods other than `forward` that use the network's parameters.
+    """
+    for unit in [*blocks(network), network]:
+        take_from_first_process(unit, device)
+        # Whatever computes next, parameters return to their shards: a target encoder has no backward pass to do it.
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    for method in methods:
+        register_fsdp_forward_method(network, method)
+
+
+@torch.no_grad()
+def take_from_first_process(module: nn.Module, device: torch.device) -> None:
+    """Move a module to the device, with the values that the first process has: others may have drawn their own.
+
+    What is sharded already is left out.
+    """
+    module.to(device)
+    sharded = {id(part) for unit in module.modules() if isinstance(unit, FSDPModule) for part in unit.parameters()}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in sharded:
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard` has been at work."""
+    return isinstance(network, FSDPModule)
+
+
+def check_even_batches(count: int, device: torch.device) -> None:
+    """Compare with the other processes: whoever has one batch more would wait forever for the others' shards.
+
+    Args:
+        count: Held-out batches of this process.
+        device: Of this process.
+
+    Raises:
+        ValueError: Numbers that differ.
+    """
+    ends = torch.tensor([count, -count], device=device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    most, least = int(ends[0]), -int(ends[1])
+    if most != least:
+        raise ValueError(
+            f"The held-out samples make {most} batches in one process and {least} in another, and sharded networks need as "
+            "many in all: change data.batch_size or the number of held-out samples by one."
+        )

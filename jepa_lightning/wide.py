@@ -1,0 +1,21 @@
+"""Metrics whose sums stay as wide as they were declared, whatever the networks are rounded to."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+
+class WideMetric(Metric):
+    """A metric whose states follow its module to a device, but not to a narrower dtype.
+
+    `precision: bf16-true` converts a whole module, and a sum of ones in bfloat16 never exceeds 256. torchmetrics guards
+    its states against `half()`, but not against `to(dtype)`, which Lightning calls.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)
+
+
+class WideMean(WideMetric, MeanMetric):
+    """A mean of numbers, in float32 or wider."""
