@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import small_data, small_model, trainer
+from faults import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Callback
@@ -49,9 +50,8 @@ def run(root: Path, callbacks: list[Callback], changes: dict[str, Any], path: Pa
 
 
 def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert first["global_step"] == second["global_step"]
-    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
-        torch.testing.assert_close(second[part], first[part], rtol=0, atol=0)
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert same(first[part], second[part]), part
 
 
 @given(
@@ -61,12 +61,14 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     interval=st.sampled_from([1.0, 0.34]),
     limit=st.sampled_from([1.0, 5]),
 )
-@settings(deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, derandomize=True, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_checkpoint_of_any_moment_goes_on(
     tmp_path_factory: pytest.TempPathFactory, hook: str, count: int, accumulate: int, interval: float, limit: float
 ) -> None:
     root = tmp_path_factory.mktemp("cut")
     changes = {"accumulate_grad_batches": accumulate, "val_check_interval": interval, "limit_train_batches": limit}
     whole = run(root, [SaveAt(hook, count, root / "cut.ckpt")], changes)
-    if (root / "cut.ckpt").exists():  # the hook was called so often
+    if not (root / "cut.ckpt").exists():
+        return  # the hook was not called so often
+    if torch.load(root / "cut.ckpt", weights_only=True)["global_step"] < whole["global_step"]:  # something is left to do
         assert_same(whole, run(root, [], changes, root / "cut.ckpt"))
