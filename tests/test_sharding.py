@@ -48,7 +48,8 @@ def fit(family, name, strategy, resume=None):
     make_model, make_data = FAMILIES[family]
     model, folder = make_model(momentum=0.9, encoder_depth=2, **MODELS[family]), out / family
     if os.environ.get("LOCAL_RANK") == "1":  # what the second process has drawn is of no account
-        torch.nn.init.normal_(next(model.predictor.parameters()))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
     save = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=8, save_top_k=-1)
     norms = Norms()
     run = trainer(folder, devices=2, strategy=strategy, callbacks=[save, norms], max_steps=steps, limit_val_batches=1.0,
