@@ -20,7 +20,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -31,7 +30,7 @@ from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is
 from jepa_lightning import probes  # noqa: F401  (short class names)
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.finite import NonFiniteError
-from jepa_lightning.messages import readable
+from jepa_lightning.messages import readable, with_file_name
 from jepa_lightning.storage import AtomicCheckpointIO
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
@@ -130,9 +129,7 @@ class JEPACommandLine(LightningCLI):
             defaults.append(LearningRateMonitor("step", log_weight_decay=True))
         given = {type(callback) for callback in as_list(trainer.callbacks)}
         self.trainer_defaults["callbacks"] = [callback for callback in defaults if type(callback) not in given]
-        plugins = as_list(trainer.plugins)
-        if not (isinstance(trainer.strategy, ModelParallelStrategy) or trainer.strategy == "model_parallel"):
-            kwargs.setdefault("plugins", with_atomic_writing(plugins))
+        kwargs.setdefault("plugins", with_atomic_writing(as_list(trainer.plugins)))
         return super().instantiate_trainer(**kwargs)
 
 
@@ -232,8 +229,9 @@ def main(args: ArgsType = None) -> None:
     except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
+        text = with_file_name(readable(error, USER_ERRORS), sys.argv[1:] if args is None else [str(arg) for arg in args])
         where = " ".join(getattr(error, "__notes__", [f"{TRACEBACK_VARIABLE}=1 shows where it was raised"]))
-        print(f"error: {readable(error, USER_ERRORS)}\n({where})", file=sys.stderr)
+        print(f"error: {text}\n({where})", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)
     except SIGTERMException:  # Lightning's own answer, which says 0
         sys.exit(128 + signal.SIGTERM)

@@ -198,7 +198,8 @@ class JEPA(LightningModule, ABC):
         self.context_statistics.reset()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        logging = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # when Lightning writes its logs
+        every = self.trainer.log_every_n_steps  # when Lightning writes its logs; 0 if it writes none
+        logging = every > 0 and (self.trainer.global_step + 1) % every == 0
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # else that leaves out what is not finite
             norm = gradient_norm(p for group in optimizer.param_groups for p in group["params"])
             self._finite.check(norm, optimizer, self.trainer.global_step)
@@ -224,7 +225,7 @@ class JEPA(LightningModule, ABC):
     def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Shard the networks over the processes of a mesh, context and target encoder alike."""
         raise ValueError(
-            f"trainer.strategy=ModelParallelStrategy: a {type(self).__name__} is small enough for every device and is not "
+            f"trainer.strategy=fsdp2: a {type(self).__name__} is small enough for every device and is not "
             "sharded; choose ddp."
         )
 

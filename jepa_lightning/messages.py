@@ -46,6 +46,14 @@ def readable(error: BaseException, causes: tuple[type[BaseException], ...]) -> s
     return text
 
 
+def with_file_name(text: str, arguments: list[str]) -> str:
+    """A message about a configuration, with the name of the last file that was given: it is mostly the one."""
+    files = [arguments[place + 1] for place, argument in enumerate(arguments[:-1]) if argument in ("-c", "--config")]
+    if not files:
+        return text
+    return text.replace("<unicode string>", files[-1]).replace("Unexpected config:", f"Unexpected config {files[-1]}:")
+
+
 def meant(word: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown word: the known one that is most like it, if any is."""
     found = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.6)

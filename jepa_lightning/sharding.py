@@ -4,7 +4,10 @@ Under DDP every process holds all parameters, their gradients, the average and t
 holds its part of them, and gathers the parameters of one block at a time while the block computes.
 """
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import (
@@ -13,14 +16,52 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
+    StrategyRegistry,
 )
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
+from callbacks.checkpointing import remove
 from jepa_lightning.networks.vit import blocks
 
-SUPPORTED = "one device, any variant of ddp, and, for networks that are to be sharded, ModelParallelStrategy"
+SUPPORTED = "one device, any variant of ddp, and, for networks that are to be sharded, fsdp2"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """`--trainer.strategy fsdp2`: Lightning's ModelParallelStrategy over the data alone, on all devices of all nodes.
+
+    A checkpoint is a folder, in which each process writes its shards. It is written beside the destination and renamed, so
+    that a folder under its final name is complete.
+
+    Args:
+        settings: Further arguments of ModelParallelStrategy, such as `save_distributed_checkpoint`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(tensor_parallel_size=1, **settings)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        destination = Path(self.broadcast(filepath))
+        partial = destination.with_name(destination.name + ".part")
+        if self.is_global_zero:
+            remove(partial)  # of a run that was killed
+        self.barrier()
+        super().save_checkpoint(checkpoint, partial, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            remove(destination)
+            partial.rename(destination)
+        self.barrier()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Shards networks over all devices, see docs of PyTorch FSDP2.")
 
 
 def check_strategy(strategy: Strategy) -> None:

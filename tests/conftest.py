@@ -144,12 +144,12 @@ def parameters_equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(name == other and torch.equal(value, value2) for (name, value), (other, value2) in pairs)
 
 
-def run_script(script: str, out: Path, *arguments: str) -> None:
-    """Run a script in a process of its own, which may start others: `out` is its first argument and where it works."""
+def run_script(script: str, out: Path, *arguments: str, own: bool = True) -> None:
+    """Run a script in a process of its own, which may start others, from the folder `out`, its first argument if `own`."""
     out.mkdir()
     (out / "script.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOCAL_RANK", None)
-    command = [sys.executable, str(out / "script.py"), str(out), *arguments]
-    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, str(out / "script.py"), *([str(out)] if own else []), *arguments]
+    done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,9 +12,10 @@ from conftest import ROOT, write_pictures
 from jepa_lightning.cli import main
 
 PENDULUM = [
-    "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"), "--model.encoder_widths", "[8]", "--model.latent_dim", "4",
-    "--model.predictor_width", "8", "--model.horizon", "4", "--data.size", "32", "--data.val_size", "4",
-    "--data.batch_size", "8", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
+    "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"), "--model.encoder_widths", "[8]",
+    "--model.latent_dim", "4", "--model.predictor_width", "8", "--model.horizon", "4",
+    "--data.size", "32", "--data.val_size", "4", "--data.batch_size", "8",
+    "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
     "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", "1",
 ]  # fmt: skip
 SMALL_VIT = [
@@ -106,11 +107,10 @@ MISTAKES = {
     "negative timeout": (images("--data.timeout", "-1"), "data.timeout=-1"),
     "encoder of another kind": (images("--model.encoder", "resnet50"), "no vision transformer of timm"),
     # Loggers, strategies, precisions, devices.
-    "barebones with a logger": ([*PENDULUM, "--trainer.barebones", "true", "--trainer.logger", "true"], "barebones"),
     "FSDP1": ([*PENDULUM, "--trainer.strategy", "fsdp"], "fsdp"),
     "DeepSpeed": ([*PENDULUM, "--trainer.strategy", "deepspeed_stage_3"], "eepspeed"),
     "sharded pendulum": (
-        [*PENDULUM, "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"],
+        [*PENDULUM, "--trainer.strategy", "fsdp2"],
         "choose ddp",
     ),
     "unknown strategy": ([*PENDULUM, "--trainer.strategy", "ddq"], "ddq"),
@@ -182,6 +182,12 @@ def test_a_mistake_is_one_sentence(
     assert "Traceback" not in error and len(sentence.splitlines()) <= 6, sentence
     assert files(run_directory) == before, "nothing is overwritten, and nothing evil was here"
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_barebones_runs(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="self.log"):
+        main(["fit", *PENDULUM, "--trainer.default_root_dir", str(tmp_path), "--trainer.barebones", "true"])
+    assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob("events*"))
 
 
 def test_a_wrong_subcommand_is_named(capsys: pytest.CaptureFixture) -> None:

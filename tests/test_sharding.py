@@ -11,6 +11,7 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from jepa_lightning.checkpoints import load_jepa, read_checkpoint
 from jepa_lightning.sharding import check_even_batches, check_strategy, is_sharded
 
 STEPS = 20
@@ -22,7 +23,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from jepa_lightning.sharding import FSDP2Strategy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from conftest import FAMILIES, trainer
@@ -64,7 +65,7 @@ def fit(family, name, strategy, resume=None):
         torch.save((weights, run.global_step, metrics, norms.norms), folder / f"{name}.pt")
 
 def sharded(**changes):
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **changes)
+    return FSDP2Strategy(**changes)
 
 for family in MODELS:
     fit(family, "ddp", "ddp")
@@ -122,7 +123,7 @@ def test_one_process_reads_a_sharded_checkpoint(runs: Path, tmp_path: Path) -> N
     folder = runs / "ijepa" / "sharded" / "step=8.ckpt"
     dcp_to_torch_save(folder, tmp_path / "weights.pt")
     weights, rest = read(tmp_path / "weights.pt")["state_dict"], read(folder / "meta.pt")
-    assert rest["global_step"] == 8 and rest["class"] == "IJEPA"
+    assert rest["global_step"] == 8 and rest["class"] == "jepa_lightning.ijepa.IJEPA"
     small_ijepa(encoder_depth=2, momentum=0.9).load_state_dict(weights)
 
 
@@ -182,3 +183,28 @@ def test_tensor_parallelism_is_refused() -> None:
     strategy._device_mesh = {name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()}
     with pytest.raises(ValueError, match="set data_parallel_size=2 and tensor_parallel_size=1"):
         check_strategy(strategy)
+
+
+def test_a_sharded_run_of_the_command_line_goes_on(tmp_path: Path, pictures: Path) -> None:
+    def command(*extra: str) -> None:
+        script = "from jepa_lightning.cli import main; main()"
+        arguments = ["fit", "--model", "IJEPA", "--model.encoder=vit_tiny_patch16_224", "--model.encoder_depth=1"]
+        arguments += ["--model.image_size=16", "--model.patch_size=4", "--model.predictor_width=24", "--data=ImageFolder"]
+        arguments += ["--model.predictor_depth=1", f"--data.root={pictures}", "--data.image_size=16", "--data.batch_size=4"]
+        arguments += ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=fsdp2"]
+        arguments += [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.enable_progress_bar=false"]
+        arguments += ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]
+        run_script(script, tmp_path / f"call{len(extra)}", *arguments, *extra, own=False)
+
+    command("--trainer.max_epochs=1")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert (last / "meta.pt").is_file() and read_checkpoint(last)["global_step"] == 3
+    with pytest.raises(ValueError, match="consolidate_checkpoint"):
+        load_jepa(last)
+    command("--trainer.max_epochs=2", "--ckpt_path=last")
+    assert read_checkpoint(last)["global_step"] == 6
+    assert sorted(path.name for path in last.parent.iterdir() if path.name != "best.ckpt") == [
+        "last-1.ckpt",
+        "last-2.ckpt",
+        "last.ckpt",
+    ]
