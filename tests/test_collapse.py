@@ -160,6 +160,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             ],
         ),
         ({"val/persistence_ratio": 0.95}, model("vicreg", sim=0.5), ["lower curvature (now 1) and sim (now 0.5) in model"]),
+        ({"val/persistence_ratio": 1.1}, model("sigreg"), ["that change more from one time to the next"]),
         ({"val/persistence_ratio": 1.0}, model("sigreg"), ["that change more from one time to the next"]),
         ({"val/persistence_ratio": 1.0}, model(None), ["that change more from one time to the next"]),
         (
@@ -226,6 +227,9 @@ def test_neither_sanity_checks_nor_plain_validation_nor_a_fresh_encoder_set_it_o
     run.fit(small_model(), small_data())
     run.validate(small_model(), small_data(), verbose=False)
     assert run.global_step == 6 and alarm.alarms == []
+    fresh = CollapseAlarm(grace_steps=0, min_rankme=8.1)
+    trainer(tmp_path, max_steps=3, **(settings | {"callbacks": [fresh]})).fit(small_model(), small_data())
+    assert fresh.alarms == [], "the sanity check is no validation"
     alarm.grace_steps = 6
     with pytest.warns(CollapseWarning):
         trainer(tmp_path, max_steps=12, **settings).fit(small_model(), small_data())
