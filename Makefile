@@ -9,7 +9,7 @@ DATA ?=
 MODULES ?=
 SAMPLE ?=
 
-.PHONY: help install demo pendulum coordinates plan ijepa iwm test mutate check format benchmark clean
+.PHONY: help install demo pendulum coordinates plan ijepa iwm test campaign mutate check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,7 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
 
 plan: $(READY) ## a world model of the driven pendulum, trained (unless it is there) and put to use: 16 minutes on 2 CPU cores, into runs/plan
-	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path last
+	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path auto
 	$(RUN) fit --config configs/state_decoder.yaml
 	$(RUN) test --config configs/planning.yaml
 
@@ -64,6 +64,9 @@ iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar
 
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest -q
+
+campaign: $(READY) ## cut 159 runs in every way, resume them, and compare them bit for bit: 25 minutes on 2 CPU cores
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py
 
 mutate: .venv/.mutation ## which small changes of the code no test sees: all modules of mutation.toml, or MODULES="FILE ..." SAMPLE=N
 	$(BIN)/python benchmarks/mutation.py $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))

@@ -187,6 +187,8 @@ def campaign_run(scenario: Scenario, kind: str, whole: dict[str, Any], folder: P
             arguments = command(scenario, root, data, rng)
             if kind != "SIGUSR1":
                 arguments += ["--ckpt_path", "auto"]
+            if kind == "full disk":  # workers hand over batches in shared memory, to which the limit of files applies, too
+                arguments += ["--data.num_workers", "0"]
             seconds = rng.uniform(0, 1 if round_ == 0 else 0.5) * whole["seconds"]
             code = cut(start(arguments, root, environment), root, kind, seconds)
             if code is None:

@@ -122,9 +122,9 @@ class LastCheckpoint(RunCheckpoint):
     It is written now and then, at the end of training, and when `Preemption` asks for it. Resume with --ckpt_path last.
 
     Args:
+        every_n_train_steps: Optimizer steps between two writes, instead of a time.
         every_minutes: Between two writes: what a kill can cost. Rarer where writing takes long, so that it takes no more
             than a twentieth of the time.
-        every_n_train_steps: Optimizer steps between two writes, instead of a time.
 
     Raises:
         ValueError: An interval that is not positive.
@@ -133,7 +133,7 @@ class LastCheckpoint(RunCheckpoint):
     MAX_SHARE = 0.05
     """Of the time that may go into writing."""
 
-    def __init__(self, every_minutes: float = 1.0, every_n_train_steps: int | None = None) -> None:
+    def __init__(self, every_n_train_steps: int | None = None, every_minutes: float = 1.0) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
             raise ValueError(f"every_n_train_steps={every_n_train_steps}: give a number of optimizer steps of at least 1.")
         if not every_minutes > 0:

@@ -66,34 +66,61 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
     """The JEPA in a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        path: Written by `jepa-lightning fit`, whichever family the model is of.
+        path: Written by `jepa-lightning fit`, whichever family the model is of. Of a probe, its JEPA as it was built: the
+            weights that the probe kept of it come with the probe.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, or holds something other than a JEPA.
     """
-    return _load(path, JEPA)  # type: ignore[type-abstract]
+    checkpoint = read_checkpoint(path)
+    if (record := checkpoint.get(RECORD)) is not None:
+        jepa = _known(path, record.get("class"), JEPA)(**record["hyper_parameters"])  # type: ignore[type-abstract]
+        jepa.on_load_checkpoint(record)
+        return jepa.eval()
+    return _load(path, checkpoint, JEPA)  # type: ignore[type-abstract]
 
 
 def load_probe(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
     """A fitted probe of the given class, on the CPU, in evaluation mode.
 
     Raises:
-        FileNotFoundError: There is no such file, or the JEPA that it was fitted on is gone.
+        FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, or holds something else.
     """
-    return _load(path, kind)
+    return _load(path, read_checkpoint(path), kind)
 
 
-def _load(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
-    checkpoint = read_checkpoint(path)
+RECORD = "jepa"
+"""Key in a probe's checkpoint under which its JEPA is described, so that the JEPA's own file may be gone."""
+
+
+def record(jepa: JEPA) -> dict[str, Any]:
+    """What a JEPA can be built from again, without its weights."""
+    trained_on = getattr(jepa, "trained_on", None)
+    described = {"class": class_name(type(jepa)), "hyper_parameters": dict(jepa.hparams)}
+    return described | {"trained_on": trained_on or {}, "views": trained_on}  # the keys of the two families
+
+
+def _load(path: str | os.PathLike[str], checkpoint: dict[str, Any], kind: type[ModuleType]) -> ModuleType:
     if not checkpoint["state_dict"]:
         raise ValueError(
             f"{path} is sharded: make one file of it with "
             f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
         )
-    name = checkpoint.get("class")
-    # Only classes that are already imported: a file never chooses what to import.
+    found = _known(path, checkpoint.get("class"), kind)
+    changes = {}
+    if RECORD in checkpoint and not os.path.exists(checkpoint["hyper_parameters"]["checkpoint"]):
+        changes["checkpoint"] = str(path)  # which describes the JEPA, too
+    try:
+        return found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes).eval()
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not fit this version of {found.__name__}: {reason}") from error
+
+
+def _known(path: str | os.PathLike[str], name: str | None, kind: type[ModuleType]) -> type[ModuleType]:
+    """The class of that name, if it is imported already and derived from `kind`: a file never chooses what to import."""
     known = {class_name(cls): cls for cls in _family(kind)}
     known |= {cls.__name__: cls for cls in known.values() if cls.__module__.startswith("jepa_lightning.")}  # older files
     if name not in known:
@@ -101,12 +128,7 @@ def _load(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
             f"{path} holds {name or 'a model of unknown class'}, not a {kind.__name__}. (If it is a class of your own, "
             "import it first.)"
         )
-    found = known[name]
-    try:
-        return found.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
-    except (RuntimeError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit this version of {found.__name__}: {reason}") from error
+    return known[name]
 
 
 def _family(kind: type[ModuleType]) -> list[type[ModuleType]]:

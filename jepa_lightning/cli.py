@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -27,7 +28,7 @@ import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
 from callbacks import BestCheckpoint, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
-from jepa_lightning import probes  # noqa: F401  (short class names)
+from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
@@ -80,6 +81,10 @@ class JEPACommandLine(LightningCLI):
                 f"{section.ckpt_path} holds weights alone, as an import does: probes can read it, but there is no "
                 "training in it to go on with."
             )
+        threads = checkpoint.get("threads", torch.get_num_threads())
+        if fit and threads != torch.get_num_threads() and cpu.THREADS_VARIABLE not in os.environ:
+            rank_zero_info(f"{threads} thread(s), as in the run that goes on: sums depend on their number.")
+            torch.set_num_threads(threads)
         hparams = checkpoint["hyper_parameters"]
         theirs, ours = hparams.get("_class_path"), section.get("model", {}).get("class_path")
         if theirs is not None and theirs != ours:
@@ -99,6 +104,9 @@ class JEPACommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         section = self._section()
+        arguments = section.get("model", {}).get("init_args", {})
+        if section.get("ckpt_path") and not os.path.exists(arguments.get("checkpoint") or section.ckpt_path):
+            arguments["checkpoint"] = section.ckpt_path  # a probe's own file describes the JEPA that it was fitted on
         # A checkpoint's model arguments replace those of the command line and the YAML (Lightning issue 20801).
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", {}))
@@ -212,6 +220,9 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # a report is written beside the probes it tests
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.15
+    if args is None:  # a program of its own, not a call from one
+        cpu.keep_freed_memory()
+        cpu.choose_threads()
     try:
         JEPACommandLine(
             LightningModule,

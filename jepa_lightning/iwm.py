@@ -259,6 +259,7 @@ class IWM(PictureJEPA):
         checkpoint["views"] = asdict(data.views) if getattr(data, "views", None) is not None else self.trained_on
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.trained_on = checkpoint.get("views")
         views = getattr(getattr(self._trainer, "datamodule", None), "views", None)
         if self.trained_on and views is not None and views.source_from != self.trained_on["source_from"]:

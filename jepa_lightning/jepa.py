@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -72,6 +73,8 @@ class JEPA(LightningModule, ABC):
     context_encoder: nn.Module
     target_encoder: nn.Module
     predictor: nn.Module
+
+    _planned_steps: int | None = None  # optimizer steps over which the schedules are laid
 
     def __init__(
         self,
@@ -242,6 +245,20 @@ class JEPA(LightningModule, ABC):
         self._finite.raise_if_found()
         check_weights(self.parameters(), checkpoint["global_step"])
         sign(self, checkpoint)
+        checkpoint["planned_steps"] = self._planned_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._planned_steps = checkpoint.get("planned_steps")
+
+    def on_train_start(self) -> None:
+        """Say it if a run that is gone on with has another length than it was begun with: its schedules have, too."""
+        before, now = self._planned_steps, total_optimizer_steps(self.trainer)
+        if before is not None and before != now and self.trainer.global_step > 0:
+            rank_zero_warn(
+                f"This run was to take {before} optimizer steps, and now {now}: learning rate, weight decay and momentum "
+                f"leave their old curves at step {self.trainer.global_step} and go on where the new ones are."
+            )
+        self._planned_steps = now
 
     def configure_callbacks(self) -> list[Callback]:
         """EMA and schedules, which no run may lack, and the alarm unless the Trainer has its own."""

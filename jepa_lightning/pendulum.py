@@ -237,6 +237,7 @@ class PendulumJEPA(JEPA):
         checkpoint["trained_on"] = getattr(data, "dynamics", self.trained_on)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.trained_on = checkpoint.get("trained_on", {})
         data: Any = getattr(self._trainer, "datamodule", None)
         if data is not None:  # Lightning calls `setup` before it reads the checkpoint

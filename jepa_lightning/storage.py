@@ -107,5 +107,6 @@ def class_name(cls: type) -> str:
 
 
 def sign(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Note in a checkpoint whose it is, and in which format."""
+    """Note in a checkpoint whose it is, in which format, and with how many threads its sums were taken."""
     checkpoint["class"], checkpoint["format_version"] = class_name(type(module)), FORMAT_VERSION
+    checkpoint["threads"] = torch.get_num_threads()

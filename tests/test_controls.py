@@ -11,7 +11,7 @@ from conftest import small_data, small_ijepa, small_iwm, small_model, small_pict
 from torch import Tensor, nn
 
 from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.metrics import directions, vote
+from jepa_lightning.classifiers import directions, vote
 from jepa_lightning.probes import (
     AttentiveProbe,
     CompletionProbe,

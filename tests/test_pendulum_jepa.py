@@ -9,9 +9,10 @@ import torch
 from conftest import small_data, small_model, trainer
 
 from datamodules import PendulumBatch
+from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.labels import state_labels
-from jepa_lightning.losses import NonFiniteLossError, squared_error, step_weights
+from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.rollouts import later_features, unroll
 
@@ -187,7 +188,7 @@ def test_nan_stops_the_run_before_the_weights_see_it(tmp_path: Path) -> None:
     model = small_model()
     model.predictor = torch.nn.Sequential(model.predictor, Poison())
     run = trainer(tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[LastCheckpoint(1)])
-    with pytest.raises(NonFiniteLossError, match="optimizer step 5"):
+    with pytest.raises(NonFiniteError, match="optimizer step 5"):
         run.fit(model, small_data())
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 5

@@ -68,7 +68,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_equals_uncut(tmp_path: Pat
     finish(command(whole, num_workers))
     step = kill_after(command(cut, num_workers), last(cut), 49)
     assert 49 <= step < STEPS and step % 40 != 0, f"killed at step {step}, not in the middle of an epoch"
-    finish(command(cut, num_workers, "--ckpt_path", "last"))
+    finish(command(cut, 2 - num_workers, "--ckpt_path", "last"))
 
     expected, resumed = read_checkpoint(last(whole)), read_checkpoint(last(cut))
     assert expected["global_step"] == resumed["global_step"] == STEPS

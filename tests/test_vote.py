@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from jepa_lightning.metrics import directions, ridge_accuracy, vote
+from jepa_lightning.classifiers import directions, ridge_accuracy, vote
 
 # Unit vectors at angles from a query at 0 degrees, and their classes.
 ANGLES, LABELS = torch.tensor([0.0, 40.0, 42.0, 44.0, 90.0, 180.0]), torch.tensor([2, 0, 0, 0, 1, 1])

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from datamodules.batches import ImageBatch, ViewBatch, check_batches
-from jepa_lightning.checkpoints import load_jepa
+from jepa_lightning.checkpoints import RECORD, load_jepa, record
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.probes.probe import CONTROL_SEED
@@ -57,6 +57,7 @@ class PictureProbe(LightningModule, ABC):
         if not isinstance(jepa, PictureJEPA):
             raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
         self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
+        self.record = record(jepa)
         self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
         self.baselines = baselines
         if baselines:
@@ -127,3 +128,4 @@ class PictureProbe(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
+        checkpoint[RECORD] = self.record

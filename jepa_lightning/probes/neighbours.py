@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics import SumMetric
 
 from datamodules.batches import ImageBatch
+from datamodules.pictures import HeldOutLoader
 from jepa_lightning.probes.bank import FeatureBank
 from jepa_lightning.probes.classification import shrunk_pixels
 from jepa_lightning.probes.frozen import PictureProbe
@@ -119,7 +120,7 @@ def share_of(loader: DataLoader[Any], rank: int, num_ranks: int) -> DataLoader[A
     count = len(loader.dataset)  # type: ignore[arg-type]
     if count < num_ranks:
         raise ValueError(f"{count} training pictures leave some of {num_ranks} processes without any: use fewer devices.")
-    return DataLoader(
+    return HeldOutLoader(
         Subset(loader.dataset, range(rank, count, num_ranks)),
         batch_size=loader.batch_size,
         collate_fn=loader.collate_fn,

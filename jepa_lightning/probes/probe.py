@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from datamodules.batches import PendulumBatch
-from jepa_lightning.checkpoints import load_jepa
+from jepa_lightning.checkpoints import RECORD, load_jepa, record
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.probes.controls import PCA, RandomEncoder
 from jepa_lightning.storage import sign
@@ -95,6 +95,7 @@ class PendulumProbe(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
+        checkpoint[RECORD] = record(self.jepa)
 
     @torch.no_grad()
     def features(self, batch: PendulumBatch) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torchmetrics import MeanMetric
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import PendulumBatch
 from datamodules.rendering import render
-from jepa_lightning.checkpoints import load_jepa, load_probe
+from jepa_lightning.checkpoints import RECORD, load_jepa, load_probe, record
 from jepa_lightning.networks.decoder import LatentDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.pendulum import PendulumJEPA
@@ -184,6 +184,7 @@ class StateDecoder(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
+        checkpoint[RECORD] = record(self.jepa)
 
 
 def load_state_decoder(path: str) -> StateDecoder:
