@@ -63,7 +63,7 @@ iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar
 	$(RUN) test --config configs/iwm_cifar10_completion.yaml --ckpt_path runs/iwm_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
 
 test: $(READY) ## run every test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 campaign: $(READY) ## cut 159 runs in every way, resume them, and compare them bit for bit: 25 minutes on 2 CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py

@@ -44,18 +44,13 @@ class Preemption(Checkpoint):
     def __init__(self) -> None:
         self._told = 0
         self._training = False
-        self._handlers: dict[int, Any] = {}
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _install(self, trainer: Trainer) -> None:
+        """Take the signals from Lightning, which gives them back to their owners at the end of a run."""
         self._requeue_signal = requeue_signal(trainer)
-        self._install()
-
-    def _install(self) -> None:
-        if threading.current_thread() is not threading.main_thread():  # where no handlers can be set
-            return
-        for number in {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, self._requeue_signal or signal.SIGUSR1}:
-            previous = signal.signal(number, self._note)
-            self._handlers.setdefault(number, previous)
+        if threading.current_thread() is threading.main_thread():  # elsewhere no handlers can be set
+            for number in {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, self._requeue_signal or signal.SIGUSR1}:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if not self._training or (number == signal.SIGINT and self._told == signal.SIGINT):
@@ -65,10 +60,23 @@ class Preemption(Checkpoint):
         text = f"\n{signal.Signals(number).name}: ending after this step, and saving{hint}.\n"
         os.write(sys.stderr.fileno(), text.encode())  # unlike print, safe in the middle of another print
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install()  # Lightning has set its own, which save in the middle of a step
+        self._install(trainer)
         self._agree = Agreement(trainer)
-        self._training = True
+        self._told, self._training = 0, True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._install(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if number := self._agree(self._told):
@@ -104,17 +112,7 @@ class Preemption(Checkpoint):
         self._training = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        """Give the signals back to whoever had them."""
         self._training = False
-        for number, handler in self._handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._handlers = {}
 
 
 def save_last(trainer: Trainer) -> str:

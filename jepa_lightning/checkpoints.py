@@ -109,14 +109,18 @@ def _load(path: str | os.PathLike[str], checkpoint: dict[str, Any], kind: type[M
             f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`."
         )
     found = _known(path, checkpoint.get("class"), kind)
-    changes = {}
-    if RECORD in checkpoint and not os.path.exists(checkpoint["hyper_parameters"]["checkpoint"]):
-        changes["checkpoint"] = str(path)  # which describes the JEPA, too
+    # Not by load_from_checkpoint, which would import whatever "_instantiator" names.
+    arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
+    if RECORD in checkpoint and not os.path.exists(arguments["checkpoint"]):
+        arguments["checkpoint"] = str(path)  # which describes the JEPA, too
     try:
-        return found.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes).eval()
+        model = found(**arguments)
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit this version of {found.__name__}: {reason}") from error
+    return model.eval()
 
 
 def _known(path: str | os.PathLike[str], name: str | None, kind: type[ModuleType]) -> type[ModuleType]:
