@@ -58,7 +58,7 @@ class Preemption(Checkpoint):
         self._told = self._told or number
         hint = ", Ctrl-C again ends without saving" if number == signal.SIGINT else ""
         text = f"\n{signal.Signals(number).name}: ending after this step, and saving{hint}.\n"
-        os.write(sys.stderr.fileno(), text.encode())  # unlike print, safe in the middle of another print
+        os.write(2, text.encode())  # unlike print, safe in the middle of another print
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(trainer)

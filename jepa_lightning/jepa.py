@@ -251,7 +251,17 @@ class JEPA(LightningModule, ABC):
         self._planned_steps = checkpoint.get("planned_steps")
 
     def on_train_start(self) -> None:
-        """Say it if a run that is gone on with has another length than it was begun with: its schedules have, too."""
+        """Compare where the processes are; say it if a run has another length than it was begun with, and so its schedules.
+
+        Raises:
+            ValueError: The processes have gone on from different checkpoints.
+        """
+        steps = self.all_gather(torch.tensor(self.trainer.global_step, device=self.device)).view(-1).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes go on at different optimizer steps, {steps}: each found a checkpoint of its own. Put "
+                "trainer.default_root_dir on a file system that all nodes share."
+            )
         before, now = self._planned_steps, total_optimizer_steps(self.trainer)
         if before is not None and before != now and self.trainer.global_step > 0:
             rank_zero_warn(

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,20 @@ SMALL_IJEPA: dict[str, Any] = {
     "predictor_width": 24,
     "predictor_depth": 1,
 }
+
+
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""What Lightning puts into the environment of a process that is one of several."""
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """A test that was one of several processes leaves nothing of it to the tests after it, and to what they start."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in RENDEZVOUS:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,9 @@ import torch
 import yaml
 from conftest import ROOT
 
+from jepa_lightning import PendulumJEPA
 from jepa_lightning.cli import main
+from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.storage import AtomicCheckpointIO
 
 SMALL = [
@@ -165,3 +167,50 @@ def test_help_and_module_entry_point() -> None:
     )  # fmt: skip
     assert done.returncode == 0
     assert "--model.horizon" in done.stdout and "prediction steps in the loss" in done.stdout
+
+
+def test_a_run_with_another_logger_goes_on(tmp_path: Path) -> None:
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "logs")]
+    fit(tmp_path, *logger)
+    fit(tmp_path, *logger, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+    assert list((tmp_path / "logs").rglob("metrics.csv")) and not list((tmp_path / "logs").rglob("*.ckpt"))
+
+
+def test_auto_begins_where_there_is_nothing_and_goes_on_where_there_is(tmp_path: Path) -> None:
+    for epochs in ("1", "2"):
+        fit(tmp_path, "--ckpt_path", "auto", "--trainer.max_epochs", epochs)
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_error_in_training_leaves_its_traceback(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    right = PendulumJEPA.prediction_loss
+
+    def wrong(self: PendulumJEPA, pairs: TargetPairs) -> torch.Tensor:
+        if self.global_step == step and self.training:
+            raise ValueError("a value that nobody expected")
+        return right(self, pairs)
+
+    monkeypatch.setattr(PendulumJEPA, "prediction_loss", wrong)
+    with pytest.raises(SystemExit, match="1"):
+        fit(tmp_path)
+    said = capsys.readouterr().err
+    assert "error: a value that nobody expected" in said and f"The traceback is in {tmp_path / 'error.log'}" in said
+    log = (tmp_path / "error.log").read_text()
+    assert "in wrong" in log and f"optimizer step {step}" in log and f"torch {torch.__version__}" in log
+
+
+def test_a_mistake_before_training_leaves_no_log(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        fit(tmp_path, "--model.horizon", "40")
+    assert not (tmp_path / "error.log").exists()
+
+
+def test_best_is_by_the_guarded_error(tmp_path: Path) -> None:
+    fit(tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
+    (state,) = [state for name, state in saved.items() if name.startswith("BestCheckpoint")]
+    assert state["monitor"] == "val/guarded_error"

@@ -80,3 +80,34 @@ def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, accumu
         if name.startswith(("val/", "train/regularizer")) and "linear_r2" not in name:
             assert first["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
             assert second["metrics"][name] == pytest.approx(first["metrics"][name], rel=1e-6, abs=1e-8), name
+
+
+SIGNALLED = """
+import os, signal, sys
+import torch
+from lightning.pytorch import Callback
+from conftest import small_data, small_model, trainer
+from callbacks import LastCheckpoint, Preemption
+
+class Signal(Callback):
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step == 3 and os.environ.get("LOCAL_RANK") == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+out, resume = sys.argv[1:]
+callbacks = [LastCheckpoint(), Preemption()] + ([] if resume else [Signal()])
+run = trainer(out, devices=2, strategy="ddp", max_steps=9, callbacks=callbacks, enable_checkpointing=True)
+run.fit(small_model(momentum=0.9), small_data(batch_size=2), ckpt_path=resume or None, weights_only=True)
+"""
+
+
+def test_a_signal_to_one_process_ends_all_of_them_in_the_same_step(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SIGNALLED)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
+    last, codes = tmp_path / "checkpoints" / "last.ckpt", []
+    for resume in ("", str(last)):
+        arguments = [sys.executable, str(tmp_path / "script.py"), str(tmp_path), resume]
+        done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, timeout=200, check=False)
+        codes.append((done.returncode, torch.load(last, weights_only=True)["global_step"]))
+    assert codes == [(143, 5), (0, 9)], "agreed on one batch later"

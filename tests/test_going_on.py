@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import small_data, small_iwm, small_model, small_views, trainer
 from faults import same
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
@@ -299,6 +300,85 @@ def test_before_training_there_is_nothing_to_save(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as stopped:
         run.fit(small_model(), small_data())
     assert stopped.value.code == 143 and not (tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A job of one process, with an scontrol that writes down what it is asked; returns where."""
+    monkeypatch.setattr("sys.argv", ["train"])
+    (tmp_path / "bin").mkdir()
+    scontrol, asked = tmp_path / "bin" / "scontrol", tmp_path / "asked"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "x"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    return asked
+
+
+def requeued(root: Path, number: int, step: int, path: Path | None = None, steps: int = 9) -> int:
+    """The exit code of a job that is signalled in a step."""
+    callbacks = [Signal(number, step), LastCheckpoint(), Preemption()]
+    settings = {"max_steps": steps, "enable_checkpointing": True, "callbacks": callbacks, "plugins": [SLURMEnvironment()]}
+    with pytest.raises(Interrupted) as stopped:
+        trainer(root, **settings).fit(small_model(), small_data(), ckpt_path=path)
+    return stopped.value.code
+
+
+def test_a_requeued_job_goes_on_from_its_newest_checkpoint(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert requeued(tmp_path, signal.SIGUSR1, 2) == 138
+    assert slurm.read_text() == "requeue 7\n"
+    first = tmp_path / "hpc_ckpt_1.ckpt"
+    assert read_checkpoint(first)["global_step"] == 3 and not (tmp_path / "checkpoints" / "last.ckpt").exists()
+    assert f"SIGUSR1: saved {first} at optimizer step 3; go on with --ckpt_path last." in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert requeued(tmp_path, signal.SIGUSR1, 4, first) == 138
+    assert slurm.read_text().splitlines()[-1] == "requeue 5_2"
+    assert [path.name for path in tmp_path.glob("hpc*")] == ["hpc_ckpt_2.ckpt"]
+    assert requeued(tmp_path, signal.SIGTERM, 6, tmp_path / "hpc_ckpt_2.ckpt") == 143, "SIGTERM is no reason to requeue"
+    assert len(slurm.read_text().splitlines()) == 2 and read_checkpoint(last(tmp_path))["global_step"] == 7
+    fit(tmp_path, 9, last(tmp_path))
+    assert not list(tmp_path.glob("hpc*")), "a finished run leaves nothing from which its directory would go on"
+
+
+def test_a_job_that_cannot_be_requeued_says_so(
+    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
+    assert requeued(tmp_path, signal.SIGUSR1, 2) == 138
+    assert "scontrol requeue 7 failed: no such job. Start the job again by hand." in capsys.readouterr().err
+
+
+def test_a_run_without_a_last_checkpoint_of_its_own_still_saves_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=9, enable_checkpointing=True, callbacks=[Signal(signal.SIGTERM, 3), Preemption()])
+    with pytest.raises(Interrupted):
+        run.fit(small_model(), small_data())
+    assert read_checkpoint(last(tmp_path))["global_step"] == 4
+
+
+def test_nothing_is_written_twice_for_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callbacks = [Signal(signal.SIGTERM, 3), LastCheckpoint(every_n_train_steps=2), Preemption()]
+    run = trainer(tmp_path, max_steps=9, enable_checkpointing=True, callbacks=callbacks)
+    with pytest.raises(Interrupted):
+        run.fit(small_model(), small_data())
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last-1.ckpt", "last.ckpt"], "of steps 2 and 4: the signal found step 4 written"
+
+
+def test_a_trial_of_one_batch_writes_nothing(tmp_path: Path) -> None:
+    trainer(tmp_path, fast_dev_run=True, callbacks=[LastCheckpoint()], enable_checkpointing=True).fit(
+        small_model(), small_data()
+    )
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("arguments", [{"every_n_train_steps": 0}, {"every_minutes": 0.0}, {"every_minutes": -1.0}])
+def test_intervals_that_are_none_are_refused(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))}={next(iter(arguments.values()))}"):
+        LastCheckpoint(**arguments)
 
 
 # What checkpoints know.
