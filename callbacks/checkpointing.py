@@ -94,7 +94,13 @@ class BestCheckpoint(RunCheckpoint):
     """
 
     def __init__(self, monitor: str | None = None, mode: Literal["min", "max"] | None = None) -> None:
-        super().__init__(filename="best", monitor=monitor, mode=mode or "min", enable_version_counter=False, save_top_k=1)
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode=mode or "min",
+            enable_version_counter=False,
+            save_on_train_epoch_end=False,  # where Lightning moves it if there is a validation in each epoch
+        )
         self._mode_given = mode is not None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,9 +117,6 @@ class BestCheckpoint(RunCheckpoint):
         # Not logged by data without labels, for instance: then there is no best.
         if self.monitor in trainer.callback_metrics:
             super().on_validation_end(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: the figure belongs to a validation."""
 
 
 class LastCheckpoint(RunCheckpoint):

@@ -66,19 +66,19 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
     """The JEPA in a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        path: Written by `jepa-lightning fit`, whichever family the model is of. Of a probe, its JEPA as it was built: the
-            weights that the probe kept of it come with the probe.
+        path: Written by `jepa-lightning fit`, whichever family the model is of. With `DESCRIBED` behind the path of a
+            probe, the JEPA that it was fitted on as it was built, whose weights come with the probe.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, or holds something other than a JEPA.
     """
-    checkpoint = read_checkpoint(path)
-    if (record := checkpoint.get(RECORD)) is not None:
-        jepa = _known(path, record.get("class"), JEPA)(**record["hyper_parameters"])  # type: ignore[type-abstract]
-        jepa.on_load_checkpoint(record)
+    if str(path).endswith(DESCRIBED):
+        described = read_checkpoint(str(path).removesuffix(DESCRIBED))[RECORD]
+        jepa = _known(path, described["class"], JEPA)(**described["hyper_parameters"])  # type: ignore[type-abstract]
+        jepa.on_load_checkpoint(described)
         return jepa.eval()
-    return _load(path, checkpoint, JEPA)  # type: ignore[type-abstract]
+    return _load(path, read_checkpoint(path), JEPA)  # type: ignore[type-abstract]
 
 
 def load_probe(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
@@ -91,8 +91,9 @@ def load_probe(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleTy
     return _load(path, read_checkpoint(path), kind)
 
 
-RECORD = "jepa"
-"""Key in a probe's checkpoint under which its JEPA is described, so that the JEPA's own file may be gone."""
+RECORD, DESCRIBED = "jepa", "#jepa"
+"""Key in a probe's checkpoint under which its JEPA is described, so that the JEPA's own file may be gone; and what stands
+behind the probe's path to name that description."""
 
 
 def record(jepa: JEPA) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def _load(path: str | os.PathLike[str], checkpoint: dict[str, Any], kind: type[M
     # Not by load_from_checkpoint, which would import whatever "_instantiator" names.
     arguments = {name: value for name, value in checkpoint["hyper_parameters"].items() if not name.startswith("_")}
     if RECORD in checkpoint and not os.path.exists(arguments["checkpoint"]):
-        arguments["checkpoint"] = str(path)  # which describes the JEPA, too
+        arguments["checkpoint"] = f"{path}{DESCRIBED}"
     try:
         model = found(**arguments)
         model.on_load_checkpoint(checkpoint)
@@ -128,10 +129,10 @@ def _known(path: str | os.PathLike[str], name: str | None, kind: type[ModuleType
     known = {class_name(cls): cls for cls in _family(kind)}
     known |= {cls.__name__: cls for cls in known.values() if cls.__module__.startswith("jepa_lightning.")}  # older files
     if name not in known:
-        raise ValueError(
-            f"{path} holds {name or 'a model of unknown class'}, not a {kind.__name__}. (If it is a class of your own, "
-            "import it first.)"
-        )
+        ours = name is None or name.removeprefix("jepa_lightning.") != name
+        holds = "a model of unknown class" if name is None else name.rsplit(".", 1)[-1] if ours else name
+        hint = "" if ours else " If that is a class of your own, import it first."
+        raise ValueError(f"{path} holds {holds}, not a {kind.__name__}.{hint}")
     return known[name]
 
 

@@ -29,7 +29,7 @@ import datamodules  # noqa: F401  (short class names)
 from callbacks import BestCheckpoint, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
-from jepa_lightning.checkpoints import read_checkpoint
+from jepa_lightning.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
 from jepa_lightning.storage import AtomicCheckpointIO
@@ -105,8 +105,8 @@ class JEPACommandLine(LightningCLI):
     def before_instantiate_classes(self) -> None:
         section = self._section()
         arguments = section.get("model", {}).get("init_args", {})
-        if section.get("ckpt_path") and not os.path.exists(arguments.get("checkpoint") or section.ckpt_path):
-            arguments["checkpoint"] = section.ckpt_path  # a probe's own file describes the JEPA that it was fitted on
+        if section.get("ckpt_path") and arguments.get("checkpoint") and not os.path.exists(arguments["checkpoint"]):
+            arguments["checkpoint"] = f"{section.ckpt_path}{DESCRIBED}"
         # A checkpoint's model arguments replace those of the command line and the YAML (Lightning issue 20801).
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", {}))

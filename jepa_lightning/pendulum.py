@@ -245,7 +245,11 @@ class PendulumJEPA(JEPA):
 
     def encode_windows(self, encoder: nn.Module, windows: Tensor) -> Tensor:
         """Apply an encoder at all times: (B, T, ...) -> (B, T, D)."""
-        return encoder(windows.flatten(0, 1)).unflatten(0, windows.shape[:2])
+        if windows.ndim == 5:  # windows overlap, and are copied once, in the order that convolutions want
+            flat = windows.movedim(2, -1).flatten(0, 1).movedim(-1, 1)  # (B * T, history * C, S, S)
+        else:
+            flat = windows.flatten(0, 1)
+        return encoder(flat).unflatten(0, windows.shape[:2])
 
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:

@@ -65,11 +65,11 @@ def test_every_overlay_of_a_pendulum(overlay: Path, tmp_path: Path) -> None:
 
 def test_planning_from_torques_to_report(tmp_path: Path) -> None:
     few = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.check_val_every_n_epoch", "1"]
-    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "last")
+    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "auto")
     jepa = tmp_path / "checkpoints" / "last.ckpt"
     first = torch.load(jepa, weights_only=True)
     assert first["global_step"] == 2
-    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "last")
+    run(tmp_path, "fit", CONFIGS / "pendulum_actions.yaml", *few, "--ckpt_path", "auto")
     again = torch.load(jepa, weights_only=True)
     assert again["global_step"] == 2, "a finished run is not trained again"
     assert all(torch.equal(value, again["state_dict"][name]) for name, value in first["state_dict"].items())

@@ -25,8 +25,6 @@ from jepa_lightning.cli import newest_checkpoint
 from jepa_lightning.probes import DecoderProbe
 from jepa_lightning.storage import AtomicCheckpointIO
 
-pytestmark = pytest.mark.filterwarnings("ignore:This run was to take")
-
 
 class Seen(Callback):
     """The first angle of each trajectory of each batch."""

@@ -139,14 +139,17 @@ def test_schedules_agree_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
         official_compat=True,
         image_size=32,
     )
-    run = SimpleNamespace(estimated_stepping_batches=1500, global_step=0)
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    run = SimpleNamespace(
+        estimated_stepping_batches=1500, global_step=0, strategy=strategy, precision_plugin=None, gradient_clip_val=None
+    )
     jepa._trainer = run
     configured = jepa.configure_optimizers()
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     run.optimizers = [optimizer]
     jepa._weight_decay_schedule.on_train_start(run, jepa)
     for step in range(1500):
-        run.global_step = step
+        jepa._weight_decay_schedule.steps = step
         jepa._weight_decay_schedule.on_train_batch_start(run, jepa, None, step)
         if step in RECORDED_SCHEDULES:
             decay, no_decay = optimizer.param_groups

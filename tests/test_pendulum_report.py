@@ -93,7 +93,7 @@ def ideal_probe(root: Path, decoder: object = None) -> SimpleNamespace:
         checkpoint="jepa.ckpt",
         control_steps=5,
         jepa=SimpleNamespace(image_size=16, channels=1, hparams={"latent_dim": 6, "_class_path": "x"}),
-        trainer=SimpleNamespace(datamodule=data, default_root_dir=str(root)),
+        trainer=SimpleNamespace(datamodule=data, default_root_dir=str(root), is_global_zero=False),
     )
 
 
@@ -159,7 +159,7 @@ def test_with_a_decoder_each_encoder_is_painted_by_its_own(
     monkeypatch.setattr(
         evaluation, "write_video", lambda path, film, frames_per_second: filmed.update({path: (film, frames_per_second)})
     )
-    monkeypatch.setattr(evaluation, "show_in_tensorboard", lambda logger, tag, what: shown.update({tag: (logger, what)}))
+    monkeypatch.setattr(evaluation, "show", lambda run, tag, what: shown.update({tag: (run, what)}))
 
     def figure(truth: Tensor, decoded: dict[str, Tensor]) -> SimpleNamespace:
         drawn.append((truth, decoded))
@@ -168,7 +168,6 @@ def test_with_a_decoder_each_encoder_is_painted_by_its_own(
     monkeypatch.setattr(evaluation, "reconstruction_figure", figure)
     states = torch.cat([states, states.flip(0)])
     probe = ideal_probe(tmp_path, LabelPainter())
-    probe.logger = "the logger"
     data = small_data(history=2, masses=PENDULUM.masses, lengths=PENDULUM.lengths)
     data.pendulum = PENDULUM
     probe.trainer.datamodule = data
@@ -189,7 +188,7 @@ def test_with_a_decoder_each_encoder_is_painted_by_its_own(
         torch.testing.assert_close(decoded[name], expected, rtol=0, atol=1e-3)
     ((path, (film, rate)),) = filmed.items()
     assert path == tmp_path / "forecast.mp4" and rate == 10 and film.shape[0] == 3 * 42, "at half the speed"
-    assert shown["forecast/video"][0] == "the logger" and shown["forecast/video"][1] is film
+    assert shown["forecast/video"][0] is probe.trainer and shown["forecast/video"][1] is film
     assert set(shown) == {"forecast/video", "forecast/position_error"}
 
 

@@ -330,7 +330,8 @@ def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
 
     first, other = fit(0), fit(1)
     assert not torch.equal(first.decoder.mean, other.decoder.mean), "the scale is that of the data"
-    resumed = fit(0, tmp_path / "decoder.ckpt")  # of the other data
+    with pytest.warns(UserWarning, match="data.seed was 1 and is 0"):
+        resumed = fit(0, tmp_path / "decoder.ckpt")  # of the other data
     assert parameters_equal(resumed, other), "a finished run that is resumed changes nothing"
 
 

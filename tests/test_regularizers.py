@@ -174,14 +174,13 @@ def test_knots_and_directions_are_where_the_features_are(monkeypatch: pytest.Mon
     assert gaussian_distance(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta")).device.type == "meta"
     features, asked = torch.randn(4, 2, 3), []
 
-    class Directions:
-        def to(self, device: torch.device) -> torch.Tensor:
-            asked.append(device)
-            return random_directions(3, 0)
+    def directions(dim: int, step: int, device: torch.device) -> torch.Tensor:
+        asked.append(device)
+        return random_directions(dim, step)
 
-    monkeypatch.setattr("jepa_lightning.regularizers.random_directions", lambda dim, step: Directions())
+    monkeypatch.setattr("jepa_lightning.regularizers.random_directions", directions)
     Regularizer("sigreg", 3)(features)
-    assert asked == [features.device]
+    assert asked == [features.device] and random_directions(3, 0, torch.device("cpu")).device.type == "cpu"
 
 
 def test_the_centre_follows_the_mean_of_all_samples() -> None:

@@ -1,5 +1,7 @@
 """Roll-outs and the ratios by which forecasts are judged, number by number."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -53,25 +55,27 @@ def test_ratios_are_over_no_change_and_over_the_true_actions() -> None:
     # The truth goes half a unit less far at the first step, and one more at the second: errors 0.5, 0.5 and -1, -1.
     targets = actions.cumsum(dim=2) + torch.tensor([-0.5, 1.0])[:, None]
     first, last = targets[:, 0, 0, 0], targets[:, 0, 1, 0]  # 0.5 2.5 and 3 7
-    found = judged(ForecastErrors(True), starts, targets, actions)
+    found = judged(ForecastErrors(True, 1), starts, targets, actions)
     assert found == {
         "persistence_ratio_first": pytest.approx(0.25 / first.square().mean().item()),
         "persistence_ratio": pytest.approx(1.0 / last.square().mean().item()),
+        "error_over_mean": pytest.approx(1 / last.var().item()),
         "shuffled_over_true": pytest.approx(((6 - 3) ** 2 + (2 - 7) ** 2) / 2),
         "zero_over_true": pytest.approx(last.square().mean().item()),
     }
 
 
 def test_without_actions_there_is_nothing_to_shuffle_and_each_validation_starts_anew() -> None:
-    errors = ForecastErrors(False)
+    errors = ForecastErrors(False, 1)
     starts, targets = torch.zeros(3, 2, 1), torch.ones(3, 2, 4, 1)
-    assert judged(errors, starts, targets, None) == {"persistence_ratio_first": 1, "persistence_ratio": 1}
-    assert judged(errors, starts + 1, 3 * targets, None) == {"persistence_ratio_first": 1, "persistence_ratio": 1}
+    nothing_learned = {"persistence_ratio_first": 1, "persistence_ratio": 1, "error_over_mean": math.inf}  # all alike
+    assert judged(errors, starts, targets, None) == nothing_learned
+    assert judged(errors, starts + 1, 3 * targets, None) == nothing_learned
     errors.update(lambda z, a: 0.5 * targets, starts, targets, None)
     errors.update(lambda z, a: targets, starts, targets, None)
     assert errors.compute()["persistence_ratio"].item() == pytest.approx(0.125), "over all batches"
 
 
 def test_a_trajectory_alone_has_no_other_to_take_actions_from() -> None:
-    found = judged(ForecastErrors(True), torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1))
-    assert set(found) == {"persistence_ratio_first", "persistence_ratio"}
+    found = judged(ForecastErrors(True, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1))
+    assert set(found) == {"persistence_ratio_first", "persistence_ratio", "error_over_mean"}

@@ -34,7 +34,7 @@ def test_groups_named_decay_follow_a_cosine_and_no_other(offset: int) -> None:
     schedule, run = WeightDecaySchedule(0.04, 0.4, offset), run_of(4, "no_decay", "decay", None)
     schedule.on_train_start(run, None)
     for step in range(4):
-        run.global_step = step
+        schedule.steps = step
         schedule.on_train_batch_start(run, None, None, 0)
         value = cosine(step + offset, 4, 0.04, 0.4)
         assert decays(run) == [[0.7, value, 0.7]] * 2

@@ -34,9 +34,9 @@ class ConvEncoder(nn.Module):
                 f"which divide it by {factor}: choose a multiple of {factor} of at least {2 * factor}, or fewer "
                 "encoder_widths."
             )
-        layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], kernel_size=8, stride=4, padding=2), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], kernel_size=8, stride=4, padding=2), nn.ReLU(inplace=True)]
         for narrow, wide in pairwise(widths):
-            layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * (image_size // factor) ** 2, output_dim))
         self.to(memory_format=torch.channels_last)  # a third faster on CPUs and on tensor cores, with the same numbers
 
