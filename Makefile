@@ -90,6 +90,8 @@ benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/ijepa.py
 	$(BIN)/python benchmarks/views.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/scan.py
 
 clean: ## remove the environment and all runs
 	rm -rf .venv runs

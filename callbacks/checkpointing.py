@@ -13,6 +13,7 @@ from fsspec.core import url_to_fs
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
@@ -73,6 +74,7 @@ class RunCheckpoint(ModelCheckpoint):
         except OSError as error:
             if error.errno not in FULL:
                 raise
+            finish_writing(trainer)  # which would raise the same error again and again
             # Only the process that writes comes here; the others wait for it at the end of Trainer.save_checkpoint.
             trainer.strategy.barrier("Trainer.save_checkpoint")
             self.on_failure(filepath, error)
@@ -200,11 +202,15 @@ class LastCheckpoint(RunCheckpoint):
         path = os.path.join(str(self.dirpath), "last.ckpt")
         if trainer.global_step == self._written_step:
             return path
+        if must:
+            finish_writing(trainer)  # what went wrong before is of no account
         self._failed, began = None, time.monotonic()
         if trainer.is_global_zero and is_local(path):
             keep_previous(Path(path))
         trainer.strategy.barrier("previous checkpoints")
         self._save_checkpoint(trainer, path)
+        if must:
+            self._failed = finish_writing(trainer) or self._failed
         now = time.monotonic()
         self._due = now + max(60 * self.every_minutes, (now - began) / self.MAX_SHARE)
         if self._failed is None:
@@ -216,6 +222,19 @@ class LastCheckpoint(RunCheckpoint):
     def on_failure(self, filepath: str, error: OSError) -> None:
         super().on_failure(filepath, error)
         self._failed = error
+
+
+def finish_writing(trainer: Trainer) -> OSError | None:
+    """Wait for a writer that works in the background, if there is one, and forget what went wrong, which is returned."""
+    writer = trainer.strategy.checkpoint_io
+    if not isinstance(writer, AsyncCheckpointIO):
+        return None
+    try:
+        writer.teardown()  # it starts again with the next checkpoint
+    except OSError as error:
+        writer._error = None
+        return error
+    return None
 
 
 def keep_previous(path: Path) -> None:

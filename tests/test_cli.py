@@ -11,6 +11,7 @@ import yaml
 from conftest import ROOT
 
 from jepa_lightning import PendulumJEPA
+from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.cli import main
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.storage import AtomicCheckpointIO
@@ -217,3 +218,12 @@ def test_best_is_by_the_guarded_error(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["callbacks"]
     (state,) = [state for name, state in saved.items() if name.startswith("BestCheckpoint")]
     assert state["monitor"] == "val/guarded_error"
+
+
+def test_checkpoints_at_a_url_and_in_the_background(tmp_path: Path) -> None:
+    root = f"memory://{tmp_path.name}"
+    settings = ["--trainer.logger", "false", "--trainer.plugins", "AsyncCheckpointIO", "--trainer.default_root_dir", root]
+    for epochs in ("1", "2"):
+        main(["fit", *SMALL, *settings, "--ckpt_path", "auto", "--trainer.max_epochs", epochs])
+    assert read_checkpoint(f"{root}/checkpoints/last.ckpt")["global_step"] == 8
+    assert not Path("memory:").exists()

@@ -190,6 +190,16 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(tmp
     assert [read_checkpoint(tmp_path / "checkpoints" / name)["global_step"] for name in names] == [6, 5, 2]
 
 
+def test_a_writer_in_the_background_is_waited_for_at_the_end(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"could not be written"):
+        run, _ = fit(tmp_path, 6, plugins=[AsyncCheckpointIO(FullDisk(2, 4))])
+    assert run.global_step == 6 and read_checkpoint(last(tmp_path))["global_step"] == 6
+    with pytest.raises(OSError, match="No space left"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(tmp_path / "end", 4, plugins=[AsyncCheckpointIO(FullDisk(4, 9))])
+    assert read_checkpoint(last(tmp_path / "end"))["global_step"] == 3
+
+
 def test_a_run_whose_end_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="could not be written"):
         fit(tmp_path, 4, plugins=[FullDisk(4, 9)])
