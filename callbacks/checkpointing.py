@@ -159,6 +159,7 @@ class LastCheckpoint(RunCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agree = Agreement(trainer)  # clocks of several processes differ
         self._due, self._seen_step = time.monotonic() + 60 * self.every_minutes, trainer.global_step
+        self._written_step = -1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.every_steps is None:
@@ -213,10 +214,10 @@ class LastCheckpoint(RunCheckpoint):
             self._failed = finish_writing(trainer) or self._failed
         now = time.monotonic()
         self._due = now + max(60 * self.every_minutes, (now - began) / self.MAX_SHARE)
-        if self._failed is None:
+        if trainer.strategy.reduce_boolean_decision(self._failed is None):  # known to the process that writes alone
             self._written_step = trainer.global_step
-        if must and self._failed is not None:
-            raise self._failed
+        elif must:
+            raise self._failed or OSError(errno.EIO, f"{path} could not be written by another process")
         return path
 
     def on_failure(self, filepath: str, error: OSError) -> None:

@@ -92,11 +92,12 @@ class JEPACommandLine(LightningCLI):
                 f"{section.ckpt_path} holds a {theirs}, and the configuration says {ours or 'nothing'}: give the --config "
                 "of its run."
             )
-        if not is_local(section.ckpt_path) or Path(section.ckpt_path).is_dir():
-            # LightningCLI takes over the model's arguments from files alone.
-            arguments = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
-            model = {"class_path": theirs or ours, "dict_kwargs": arguments}
-            self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
+        arguments = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
+        model = {"class_path": ours, "dict_kwargs": arguments}
+        self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: `_check_checkpoint` has taken over the model's arguments, also from folders, URLs and Python's own files."""
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""
