@@ -97,7 +97,7 @@ class JEPACommandLine(LightningCLI):
         self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: `_check_checkpoint` has taken over the model's arguments, also from folders, URLs and Python's own files."""
+        """Nothing: `_check_checkpoint` has taken over the model's arguments, also from folders and URLs."""
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""
