@@ -191,8 +191,12 @@ class ResumableDataModule(LightningDataModule, ABC):
         trainer = self.trainer
         if trainer is None or trainer.state.fn != TrainerFn.FITTING:
             return
-        accumulated = trainer.accumulate_grad_batches
-        before, now = state_dict["samples_per_step"], self.samples_per_batch * accumulated
+        loaded, accumulated = trainer._checkpoint_connector._loaded_checkpoint, trainer.accumulate_grad_batches
+        now = self.samples_per_batch * accumulated
+        if "samples" not in state_dict:
+            rank_zero_warn("This checkpoint of an earlier version does not count samples: the epoch under way starts anew.")
+            state_dict = {"epoch": loaded["epoch"], "samples": 0, "samples_per_step": now, "order": self.order()}
+        before = state_dict["samples_per_step"]
         if before != now:
             raise ValueError(
                 f"An optimizer step of this run was on {before} samples, and now it would be on {now} (data.batch_size="
@@ -202,7 +206,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         epoch, batches = state_dict["epoch"], state_dict["samples"] // self.samples_per_batch
         if batches >= self.batches_per_epoch():  # of fewer batches than before
             epoch, batches = epoch + 1, 0
-        was, order = state_dict["order"], json.loads(json.dumps(self.order()))
+        was, order = (json.loads(json.dumps(of)) for of in (state_dict["order"], self.order()))
         changed = [f"data.{name} was {was.get(name)} and is {order[name]}" for name in order if order[name] != was.get(name)]
         if changed:
             rank_zero_warn(
@@ -211,7 +215,7 @@ class ResumableDataModule(LightningDataModule, ABC):
             )
             batches = 0
         self.resumed = Progress(epoch, batches)
-        put(trainer._checkpoint_connector._loaded_checkpoint["loops"], self.resumed, accumulated)
+        put(loaded["loops"], self.resumed, accumulated)
 
     @property
     def rank(self) -> tuple[int, int]:

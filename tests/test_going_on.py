@@ -90,6 +90,17 @@ def test_the_same_samples_are_not_a_matter_for_words(tmp_path: Path) -> None:
     assert not any("other samples" in str(warning.message) for warning in said)
 
 
+def test_a_checkpoint_of_an_earlier_version_starts_its_epoch_anew(tmp_path: Path) -> None:
+    fit(tmp_path, 8)
+    checkpoint = torch.load(last(tmp_path), weights_only=True)
+    checkpoint["DoublePendulum"] = {"taken": 2}
+    del checkpoint["format_version"], checkpoint["planned_steps"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    with pytest.warns(UserWarning, match="does not count samples: the epoch under way starts anew"):
+        _, batches = fit(tmp_path, 9, tmp_path / "old.ckpt")
+    assert batches == fit(tmp_path / "uncut", 7)[1][6:]
+
+
 def test_views_whose_actions_mean_something_else_are_refused(tmp_path: Path, pictures: Path) -> None:
     def run(views: Views, path: Path | None = None) -> None:
         callbacks = [LastCheckpoint(every_n_train_steps=1)]
