@@ -85,14 +85,29 @@ def child(arguments: list[str], environment: dict[str, str], log: str) -> None:
     multiprocessing.set_start_method("fork", force=True)  # the platform's own, for workers
     torch.set_num_threads(1)
     sys.argv = ["jepa-lightning", *arguments]
-    main(arguments)
+    code: Any = 1
+    try:
+        main(arguments)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+        raise
+    finally:
+        Path(f"{log}.code").write_text(str(code))
 
 
 def start(arguments: list[str], root: Path, environment: dict[str, str] | None = None) -> Any:
     """Start a run; its output goes into root.log."""
+    Path(f"{root}.log.code").unlink(missing_ok=True)
     process = CONTEXT.Process(target=child, args=(arguments, environment or {}, f"{root}.log"))
     process.start()
     return process
+
+
+def exit_code(process: Any, root: Path) -> int:
+    """Of a process that has ended: what it noted itself, or, if it was killed, what is known of it."""
+    noted = Path(f"{root}.log.code")
+    return int(noted.read_text()) if noted.exists() else process.exitcode
 
 
 def finish(arguments: list[str], root: Path, environment: dict[str, str] | None = None) -> float:
@@ -104,8 +119,8 @@ def finish(arguments: list[str], root: Path, environment: dict[str, str] | None 
     process = start(arguments, root, environment)
     began = wait_until_begun(process, root)
     process.join()
-    if process.exitcode:
-        raise RuntimeError(f"exit code {process.exitcode}:\n{Path(f'{root}.log').read_text()[-2000:]}")
+    if code := exit_code(process, root):
+        raise RuntimeError(f"exit code {code}:\n{Path(f'{root}.log').read_text()[-2000:]}")
     return time.monotonic() - began
 
 
@@ -162,7 +177,7 @@ def cut(process: Any, root: Path, kind: str, seconds: float) -> int | None:
     else:
         os.kill(process.pid, getattr(signal, kind))
     process.join()
-    return None if "`Trainer.fit` stopped" in Path(f"{root}.log").read_text() else process.exitcode
+    return None if "`Trainer.fit` stopped" in Path(f"{root}.log").read_text() else exit_code(process, root)
 
 
 class Result(NamedTuple):
