@@ -143,7 +143,7 @@ class LastCheckpoint(RunCheckpoint):
             raise ValueError(f"every_n_train_steps={every_n_train_steps}: give a number of optimizer steps of at least 1.")
         if not every_minutes > 0:
             raise ValueError(f"every_minutes={every_minutes}: give a positive number of minutes.")
-        super().__init__(filename="last", enable_version_counter=False)
+        super().__init__()
         self.every_minutes, self.every_steps = every_minutes, every_n_train_steps
         self._due = 0.0
         self._seen_step = self._written_step = -1

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -322,14 +323,16 @@ def test_before_training_there_is_nothing_to_save(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of one process, with an scontrol that writes down what it is asked; returns where."""
-    monkeypatch.setattr("sys.argv", ["train"])
-    (tmp_path / "bin").mkdir()
-    scontrol, asked = tmp_path / "bin" / "scontrol", tmp_path / "asked"
-    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A job of one process: what scontrol is asked. (With a real program in benchmarks/faults.py.)"""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        asked.append(command)
+        code = int(os.environ.get("SCONTROL_FAILS", "0"))
+        return subprocess.CompletedProcess(command, code, "", "no such job\n" if code else "")
+
+    monkeypatch.setattr("callbacks.preemption.subprocess.run", run)
     for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "x"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     return asked
@@ -345,29 +348,29 @@ def requeued(root: Path, number: int, step: int, path: Path | None = None, steps
 
 
 def test_a_requeued_job_goes_on_from_its_newest_checkpoint(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, slurm: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert requeued(tmp_path, signal.SIGUSR1, 2) == 138
-    assert slurm.read_text() == "requeue 7\n"
+    assert slurm == [["scontrol", "requeue", "7"]]
     first = tmp_path / "hpc_ckpt_1.ckpt"
     assert read_checkpoint(first)["global_step"] == 3 and not (tmp_path / "checkpoints" / "last.ckpt").exists()
     assert f"SIGUSR1: saved {first} at optimizer step 3; go on with --ckpt_path last." in capsys.readouterr().out
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     assert requeued(tmp_path, signal.SIGUSR1, 4, first) == 138
-    assert slurm.read_text().splitlines()[-1] == "requeue 5_2"
+    assert slurm[1:] == [["scontrol", "requeue", "5_2"]]
     assert [path.name for path in tmp_path.glob("hpc*")] == ["hpc_ckpt_2.ckpt"]
     assert requeued(tmp_path, signal.SIGTERM, 6, tmp_path / "hpc_ckpt_2.ckpt") == 143, "SIGTERM is no reason to requeue"
-    assert len(slurm.read_text().splitlines()) == 2 and read_checkpoint(last(tmp_path))["global_step"] == 7
+    assert len(slurm) == 2 and read_checkpoint(last(tmp_path))["global_step"] == 7
     fit(tmp_path, 9, last(tmp_path))
     assert not list(tmp_path.glob("hpc*")), "a finished run leaves nothing from which its directory would go on"
 
 
 def test_a_job_that_cannot_be_requeued_says_so(
-    tmp_path: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, slurm: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\necho no such job >&2\nexit 1\n")
-    assert requeued(tmp_path, signal.SIGUSR1, 2) == 138
+    monkeypatch.setenv("SCONTROL_FAILS", "1")
+    assert requeued(tmp_path, signal.SIGUSR1, 2) == 138 and len(slurm) == 1
     assert "scontrol requeue 7 failed: no such job. Start the job again by hand." in capsys.readouterr().err
 
 
