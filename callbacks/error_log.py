@@ -59,7 +59,7 @@ def describe(trainer: Trainer, exception: BaseException) -> str:
         "process": f"{trainer.global_rank} of {trainer.world_size} on {platform.node()}",
         "precision": trainer.precision,
         "GPU": gpu,
-        "Python": f"{platform.python_version()} on {platform.platform()}",
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.release()}",
         "versions": f"torch {torch.__version__}, lightning {lightning.__version__}",
     }
     lines = [f"{name}: {fact}" for name, fact in facts.items()]

@@ -195,7 +195,7 @@ class FullDisk(AtomicCheckpointIO):
 
 
 def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"could not be written \(No space left on device\). Training goes on"):
+    with pytest.warns(UserWarning, match=r"last.ckpt could not be written \(No space left on device\). Training goes on"):
         run, _ = fit(tmp_path, 6, plugins=[FullDisk(3, 5)])
     assert run.global_step == 6
     names = ("last.ckpt", "last-1.ckpt", "last-2.ckpt")
@@ -276,15 +276,17 @@ class Signal(Callback):
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
 )  # fmt: skip
 def test_a_signal_ends_the_step_saves_and_says_so_by_its_code(tmp_path: Path, number: int, code: int) -> None:
-    before = signal.getsignal(number)
+    before, preemption = signal.getsignal(number), Preemption()
     run = trainer(
-        tmp_path, max_steps=9, enable_checkpointing=True, callbacks=[Signal(number, 3), LastCheckpoint(), Preemption()]
+        tmp_path, max_steps=9, enable_checkpointing=True, callbacks=[Signal(number, 3), LastCheckpoint(), preemption]
     )
     with pytest.raises(Interrupted) as stopped:
         run.fit(small_model(), small_data())
     assert stopped.value.code == code
     assert read_checkpoint(last(tmp_path))["global_step"] == 4, "the step that was under way is part of it"
     assert signal.getsignal(number) == before
+    with pytest.raises(Interrupted):  # a signal after the end of the run is not noted for a later step
+        preemption._note(number, None)
 
 
 def test_a_validation_is_left_at_its_next_batch(tmp_path: Path) -> None:
@@ -338,10 +340,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return asked
 
 
-def requeued(root: Path, number: int, step: int, path: Path | None = None, steps: int = 9) -> int:
+def requeued(root: Path, number: int, step: int, path: Path | None = None, **slurm: Any) -> int:
     """The exit code of a job that is signalled in a step."""
     callbacks = [Signal(number, step), LastCheckpoint(), Preemption()]
-    settings = {"max_steps": steps, "enable_checkpointing": True, "callbacks": callbacks, "plugins": [SLURMEnvironment()]}
+    settings = {"max_steps": 9, "enable_checkpointing": True, "callbacks": callbacks, "plugins": [SLURMEnvironment(**slurm)]}
     with pytest.raises(Interrupted) as stopped:
         trainer(root, **settings).fit(small_model(), small_data(), ckpt_path=path)
     return stopped.value.code
@@ -364,6 +366,18 @@ def test_a_requeued_job_goes_on_from_its_newest_checkpoint(
     assert len(slurm) == 2 and read_checkpoint(last(tmp_path))["global_step"] == 7
     fit(tmp_path, 9, last(tmp_path))
     assert not list(tmp_path.glob("hpc*")), "a finished run leaves nothing from which its directory would go on"
+
+
+def test_the_signal_of_a_job_is_its_own_and_requeueing_can_be_declined(tmp_path: Path, slurm: list) -> None:
+    for number, settings in (
+        (signal.SIGUSR1, {"auto_requeue": False}),
+        (signal.SIGUSR1, {"requeue_signal": signal.SIGUSR2}),
+    ):
+        assert requeued(tmp_path, number, 2, **settings) == 138
+        assert not slurm and not list(tmp_path.glob("hpc*")) and read_checkpoint(last(tmp_path))["global_step"] == 3
+    assert requeued(tmp_path, signal.SIGUSR2, 2, requeue_signal=signal.SIGUSR2) == 128 + signal.SIGUSR2
+    assert len(slurm) == 1 and (tmp_path / "hpc_ckpt_1.ckpt").exists()
+    signal.signal(signal.SIGUSR2, signal.SIG_DFL)
 
 
 def test_a_job_that_cannot_be_requeued_says_so(
