@@ -77,6 +77,7 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
         described = read_checkpoint(str(path).removesuffix(DESCRIBED))[RECORD]
         jepa = _known(path, described["class"], JEPA)(**described["hyper_parameters"])  # type: ignore[type-abstract]
         jepa.on_load_checkpoint(described)
+        jepa.built_with = described["hyper_parameters"]
         return jepa.eval()
     return _load(path, read_checkpoint(path), JEPA)  # type: ignore[type-abstract]
 
@@ -99,7 +100,8 @@ behind the probe's path to name that description."""
 def record(jepa: JEPA) -> dict[str, Any]:
     """What a JEPA can be built from again, without its weights."""
     trained_on = getattr(jepa, "trained_on", None)
-    described = {"class": class_name(type(jepa)), "hyper_parameters": dict(jepa.hparams)}
+    # Not its hparams: in the command line, what is built inside of a probe is given the probe's.
+    described = {"class": class_name(type(jepa)), "hyper_parameters": jepa.built_with}
     return described | {"trained_on": trained_on or {}, "views": trained_on}  # the keys of the two families
 
 
@@ -116,6 +118,8 @@ def _load(path: str | os.PathLike[str], checkpoint: dict[str, Any], kind: type[M
         arguments["checkpoint"] = f"{path}{DESCRIBED}"
     try:
         model = found(**arguments)
+        if isinstance(model, JEPA):
+            model.built_with = arguments
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, TypeError, KeyError) as error:

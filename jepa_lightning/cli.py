@@ -105,9 +105,6 @@ class JEPACommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         section = self._section()
-        arguments = section.get("model", {}).get("init_args", {})
-        if section.get("ckpt_path") and arguments.get("checkpoint") and not os.path.exists(arguments["checkpoint"]):
-            arguments["checkpoint"] = f"{section.ckpt_path}{DESCRIBED}"
         # A checkpoint's model arguments replace those of the command line and the YAML (Lightning issue 20801).
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", {}))
@@ -119,6 +116,9 @@ class JEPACommandLine(LightningCLI):
                     "a resumed model keeps its arguments.",
                     stacklevel=2,
                 )
+        arguments = section.get("model", {}).get("init_args", {})
+        if section.get("ckpt_path") and arguments.get("checkpoint") and not os.path.exists(arguments["checkpoint"]):
+            arguments["checkpoint"] = f"{section.ckpt_path}{DESCRIBED}"
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         section = self._section()

@@ -74,6 +74,9 @@ class JEPA(LightningModule, ABC):
     target_encoder: nn.Module
     predictor: nn.Module
 
+    built_with: dict[str, Any]
+    """Arguments of a model that comes from a checkpoint."""
+
     _planned_steps: int | None = None  # optimizer steps over which the schedules are laid
 
     def __init__(

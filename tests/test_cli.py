@@ -227,3 +227,17 @@ def test_checkpoints_at_a_url_and_in_the_background(tmp_path: Path) -> None:
         main(["fit", *SMALL, *settings, "--ckpt_path", "auto", "--trainer.max_epochs", epochs])
     assert read_checkpoint(f"{root}/checkpoints/last.ckpt")["global_step"] == 8
     assert not Path("memory:").exists()
+
+
+def test_a_probe_is_validated_when_the_file_of_its_jepa_is_gone(tmp_path: Path) -> None:
+    fit(tmp_path)
+    jepa = tmp_path / "checkpoints" / "last.ckpt"
+    data = ["--data", "DoublePendulum", "--data.observation", "coordinates", "--data.size", "32", "--data.val_size", "4"]
+    probe = ["--model", "DecoderProbe", "--model.checkpoint", str(jepa), *data, "--data.batch_size", "8"]
+    probe += ["--trainer.default_root_dir", str(tmp_path / "probe"), "--trainer.accelerator", "cpu"]
+    probe += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    main(["fit", *probe])
+    jepa.unlink()
+    main(["validate", *probe, "--ckpt_path", "last"])
+    with pytest.raises(SystemExit):
+        main(["validate", *probe])
