@@ -131,3 +131,25 @@ def test_a_large_bank_is_worked_through_in_parts() -> None:
     with Largest() as largest:
         vote(bank, labels, bank[:1500], 20, 0.07)
     assert largest.size <= 4 * 1024 * 2**15, "1500 queries by 300,000 members would be 1.8 GB, by 20,000 classes 120 MB"
+
+
+def test_the_vote_of_many_neighbours_is_counted_in_parts() -> None:
+    similarities, labels = torch.rand(2000, 256), torch.arange(256).expand(2000, -1)
+    with Largest() as largest:
+        winners = majority(similarities, labels, 0.07)
+    assert largest.size <= jepa_lightning.classifiers.PART_BYTES <= 70e6, "256 neighbours by 256 of 2000 would be 524 MB"
+    assert torch.equal(winners, similarities.argmax(dim=1))
+
+
+def test_processes_put_their_samples_together() -> None:
+    """What one has seen twice is what two have seen, one after the other."""
+    features, labels = mixture(40, 4, 8, 1.0)
+    mine, whole = OnlineClassifiers(), OnlineClassifiers()
+    mine.update(features, labels)
+    whole.update(features.repeat(2, 1), labels.repeat(2))
+    with mine.sync_context(dist_sync_fn=lambda state, group: [state, state], distributed_available=lambda: True):
+        assert (
+            mine._computed is None
+            and torch.equal(mine.features, whole.features[0])
+            and torch.equal(mine.labels, whole.labels[0])
+        )

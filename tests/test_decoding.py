@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_script, write_pictures
-from PIL import ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules import Views
@@ -168,7 +168,8 @@ def test_a_picture_without_pixels_is_bad(tmp_path: Path, monkeypatch: pytest.Mon
         assert Pictures(samples(tmp_path / "a.png"), (8, 8), 0).decode(0) is None
 
 
-def test_what_starts_another_program_is_not_read(tmp_path: Path) -> None:
+def test_what_starts_another_program_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)  # even if it were looked for, none would be started
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(OSError, match="cannot identify"):
         read_picture(str(tmp_path / "a.jpg"))

@@ -118,3 +118,12 @@ def test_a_new_folder_is_open_to_whom_a_folder_is_open_to(tmp_path: Path) -> Non
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.download='mnist': choose one of cifar10, stl10, imagenette"):
         small_pictures(tmp_path, download="mnist")
+
+
+def test_a_new_folder_is_filled_beside_its_place_by_a_name_that_says_whose_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "there" / "pictures"
+    with new_folder(root) as folder:
+        assert folder.parent.parent == root.parent and folder.parent.name.startswith("pictures.part-")
+        (folder / "a").touch()
+        assert not root.exists()
+    assert [path.name for path in root.parent.iterdir()] == ["pictures"] and (root / "a").exists()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from conftest import small_data, small_model, trainer
 from lightning.pytorch import Callback
@@ -44,6 +45,18 @@ def test_an_error_of_a_run_that_has_begun_is_kept(tmp_path: Path, stage: str, ho
     text = (tmp_path / "error.log").read_text()
     assert f"stage: {said}" in text and "ValueError: what went wrong" in text and "in called" in text
     assert "precision: 32-true" in text and "process: 0 of 1 on " in text and "versions: torch " in text
+
+
+def test_other_processes_have_a_log_of_their_own(tmp_path: Path) -> None:
+    class FailsInTheSecondOfTwo(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.strategy.global_rank = 1
+            raise ValueError("mine alone")
+
+    with pytest.raises(ValueError, match="mine alone") as raised:
+        trainer(tmp_path, callbacks=[ErrorLog(), FailsInTheSecondOfTwo()], max_steps=2).fit(small_model(), small_data())
+    assert raised.value.__notes__ == [f"The traceback is in {tmp_path / 'error-1.log'}."]
+    assert "mine alone" in (tmp_path / "error-1.log").read_text() and not (tmp_path / "error.log").exists()
 
 
 def test_an_error_before_the_first_batch_is_not(tmp_path: Path) -> None:

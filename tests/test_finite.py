@@ -1,6 +1,7 @@
 """Gradients that are not finite reach neither weights nor files."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ from conftest import small_data, small_ijepa, small_model, small_pictures, train
 from lightning.pytorch import Callback
 
 from callbacks import LastCheckpoint
-from jepa_lightning.finite import FiniteGuard, NonFiniteError, check_weights
+from jepa_lightning.finite import FiniteGuard, NonFiniteError, check_weights, decides_on_gpu
 
 
 class Poison(Callback):
@@ -94,6 +95,25 @@ def test_a_finding_stays_and_is_raised_when_asked(monkeypatch: pytest.MonkeyPatc
     assert found == [0, 0, 1, 1, 1, 1], "no step after the first bad one"
     with pytest.raises(NonFiniteError, match="at optimizer step 2;"):
         guard.raise_if_found()
+
+
+def test_the_first_of_all_steps_is_named_though_later_ones_are_bad_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, optimizer = OnGPU(monkeypatch), torch.optim.AdamW([torch.zeros(1)])
+    for step in range(3):
+        guard.check(torch.tensor(float("nan")), optimizer, step)
+    with pytest.raises(NonFiniteError, match="at optimizer step 0;"):
+        guard.raise_if_found()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_gpu_decides_for_its_own_kernel_alone(fused: bool, device: str) -> None:
+    class Parameter:
+        """A parameter as far as it is looked at."""
+
+    Parameter.device = torch.device(device)
+    optimizer = SimpleNamespace(param_groups=[{"params": [Parameter()], "fused": fused}])
+    assert decides_on_gpu(optimizer) is (fused and device == "cuda")
 
 
 def test_a_fused_optimizer_leaves_out_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:

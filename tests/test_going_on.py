@@ -1,5 +1,6 @@
 """What a resumed run reads, what it says about what has changed, and which checkpoint it goes on from."""
 
+import copy
 import errno
 import os
 import signal
@@ -16,10 +17,12 @@ from faults import same
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from callbacks import Interrupted, LastCheckpoint, Preemption
 from callbacks.checkpointing import checkpoints_to_resume, keep_previous
 from datamodules import Views
+from datamodules.loop_progress import Progress, put
 from datamodules.resumable import EpochBatches
 from jepa_lightning.checkpoints import load_jepa, load_probe, read_checkpoint
 from jepa_lightning.cli import newest_checkpoint
@@ -82,6 +85,23 @@ def test_other_samples_are_said_and_the_epoch_starts_anew(tmp_path: Path, change
         _, batches = fit(tmp_path, 9, last(tmp_path), data=small_data(**changes))
     _, uncut = fit(tmp_path / "uncut", length + 1, data=small_data(**changes))
     assert batches == uncut[length:]
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4])
+def test_an_epoch_that_became_shorter_than_what_was_read_of_it_is_over(tmp_path: Path, limit: int) -> None:
+    _, whole = fit(tmp_path / "whole", 12)
+    fit(tmp_path, 4)
+    run, rest = fit(tmp_path, 4 + limit + 1, last(tmp_path), limit_train_batches=limit)
+    assert rest[:limit] == whole[6 : 6 + limit] and len(rest) == limit + 1, "the second epoch, and one of the third"
+    assert run.current_epoch == 3, "as many have begun"
+
+
+def test_progress_is_put_as_lightning_has_it_at_the_end_of_a_batch(tmp_path: Path) -> None:
+    fit(tmp_path, 8, accumulate_grad_batches=1)
+    written = torch.load(last(tmp_path), weights_only=True)["loops"]
+    changed = copy.deepcopy(written)
+    put(changed, Progress(1, 2), 1)
+    assert changed == written
 
 
 def test_the_same_samples_are_not_a_matter_for_words(tmp_path: Path) -> None:
@@ -167,6 +187,25 @@ def test_the_newest_of_all_checkpoints_is_taken(tmp_path: Path) -> None:
     (tmp_path / "hpc_ckpt_x.ckpt").write_text("not one of them")
     os.utime(later, ns=(later.stat().st_mtime_ns + 10**10,) * 2)
     assert newest_checkpoint(str(tmp_path)) == str(later)
+
+
+class SecondProcess(SingleDeviceStrategy):
+    """As if this were the second of two processes."""
+
+    is_global_zero = False
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_files_of_this_disk_are_kept_by_the_first_process_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+) -> None:
+    kept: list[Path] = []
+    monkeypatch.setattr("callbacks.checkpointing.keep_previous", kept.append)
+    fit(tmp_path, 2)
+    assert kept == [last(tmp_path)] * 2
+    root = {"default_root_dir": f"memory://{tmp_path.name}-kept"} if remote else {"strategy": SecondProcess()}
+    fit(tmp_path / "other", 2, **root, plugins=[AtomicCheckpointIO()])
+    assert len(kept) == 2
 
 
 def test_a_failed_write_does_not_push_out_good_checkpoints(tmp_path: Path) -> None:
@@ -329,10 +368,10 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A job of one process: what scontrol is asked. (With a real program in benchmarks/faults.py.)"""
     asked: list[list[str]] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+    def run(command: list[str], text: bool = False, **_: Any) -> subprocess.CompletedProcess:
         asked.append(command)
-        code = int(os.environ.get("SCONTROL_FAILS", "0"))
-        return subprocess.CompletedProcess(command, code, "", "no such job\n" if code else "")
+        code, said = (1, b"no such job\n") if os.environ.get("SCONTROL_FAILS") else (0, b"")
+        return subprocess.CompletedProcess(command, code, "", said.decode() if text else said)
 
     monkeypatch.setattr("callbacks.preemption.subprocess.run", run)
     for name, value in {"JOB_ID": "7", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "x"}.items():

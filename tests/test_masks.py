@@ -298,6 +298,9 @@ def test_curriculum_moves_the_scale() -> None:
     ("arguments", "message"),
     [
         ({"grid": (1, 1)}, "grid of 1 x 1"),
+        ({"grid": (1, 3)}, "grid of 1 x 3"),
+        ({"grid": (-2, -3)}, "grid of -2 x -3"),
+        ({"grid": (5, 2), "target_scale": (0.9, 1.0), "target_aspect": (0.1, 2.05)}, "covers all of the 5 x 2 patches"),
         ({"num_targets": 0}, "num_targets=0"),
         ({"target_scale": (0.3, 0.2)}, "target_scale=\\(0.3, 0.2\\)"),
         ({"final_target_scale": (0.0, 0.2)}, "final_target_scale=\\(0.0"),
@@ -311,3 +314,41 @@ def test_curriculum_moves_the_scale() -> None:
 def test_impossible_masks_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiBlock(**({"grid": (14, 14)} | arguments))
+
+
+def test_the_context_block_is_one() -> None:
+    masks = MultiBlock((14, 14))
+    _, block = masks._place(50, (3, 3), (6, 4), seeded_generator(10))
+    assert (block.sum(dim=1) == 24).all()
+
+
+def test_the_released_sizes_come_from_the_generator_of_sizes() -> None:
+    masks = MultiBlock((14, 14), official_compat=True)
+    drawn = [masks.draw(2, seeded_generator(1), size_generator=seeded_generator(2)) for _ in range(9)]
+    assert all(torch.equal(one.targets, drawn[0].targets) for one in drawn)
+    assert (
+        len({masks.draw(2, seeded_generator(1), size_generator=seeded_generator(seed)).targets.shape for seed in range(9)})
+        > 1
+    )
+
+
+class Indices:
+    """A tensor of indices as far as moving it is concerned: what was asked of it."""
+
+    def __init__(self, device: str, asked: tuple = ()) -> None:
+        self.device, self.asked = torch.device(device), asked
+
+    def pin_memory(self) -> "Indices":
+        return Indices("cpu", (*self.asked, "pinned"))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Indices":
+        return Indices(str(device), (*self.asked, "without a wait" if non_blocking else "moved"))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "asked"),
+    [("cpu", "cuda:1", ("pinned", "without a wait")), ("cuda:1", "cuda:1", ("moved",)), ("cuda:0", "cpu", ("moved",))],
+)
+def test_a_gpu_fetches_masks_from_page_locked_memory(start: str, end: str, asked: tuple) -> None:
+    moved = Masks(Indices(start), Indices(start)).to(torch.device(end))
+    assert [(indices.device, indices.asked) for indices in moved] == [(torch.device(end), asked)] * 2

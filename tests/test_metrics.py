@@ -14,6 +14,7 @@ from jepa_lightning.metrics import (
     reciprocal_ranks,
     valid_prediction_time,
 )
+from jepa_lightning.probes.classification import HalvesAccuracy
 from jepa_lightning.wide import WideMean
 
 
@@ -84,8 +85,8 @@ def test_r2_is_one_for_truth_zero_for_the_mean_and_negative_below() -> None:
 
 
 def test_valid_prediction_time_is_the_first_step_past_the_threshold() -> None:
-    errors = torch.tensor([[0.1, 0.5, 0.1, 0.6], [0.41, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    assert valid_prediction_time(errors, 0.4).tolist() == [2, 1, 4]
+    errors = torch.tensor([[0.1, 0.75, 0.1, 0.8], [0.51, 0.0, 0.0, 0.0], [0.1, 0.2, 0.3, 0.5], [0.5, 0.5, 0.6, 0.1]])
+    assert valid_prediction_time(errors, 0.5).tolist() == [2, 1, 4, 3]
 
 
 def test_features_that_are_not_finite_give_nan_and_no_exception() -> None:
@@ -198,3 +199,19 @@ def test_sums_stay_wide_in_a_module_that_does_not() -> None:
     assert module["mean"].compute() == 1.5 and module["mean"].weight == 1000
     assert module["ranks"].count == 1000 and module["ranks"].outer.dtype == torch.float64
     assert module.to("meta")["ranks"].outer.device.type == "meta"
+
+
+@pytest.mark.parametrize("kind", ["ridge", "halves"])
+def test_sums_of_processes_are_added(kind: str) -> None:
+    """As in two processes that have seen the same."""
+    if kind == "ridge":
+        metric = RidgeProbe(3, 1)
+        for fit in (True, False):
+            metric.update(torch.randn(20, 3), torch.randn(20, 1), fit)
+    else:
+        metric = HalvesAccuracy(2)
+        metric.update(torch.tensor([[0, 1], [1, 1], [0, 0]]), torch.tensor([0, 1, 1]))
+    before = {name: state.clone() for name, state in metric.metric_state.items()}
+    with metric.sync_context(dist_sync_fn=lambda state, group: [state, state], distributed_available=lambda: True):
+        for name, state in metric.metric_state.items():
+            assert torch.equal(state, 2 * before[name]) and before[name].any(), name

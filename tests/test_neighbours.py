@@ -1,6 +1,9 @@
 """The k-NN probe shares its training pictures out over the processes, and gives the figures of one."""
 
 import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from conftest import run_script, small_ijepa, small_pictures, trainer, write_pictures
 
+import jepa_lightning.probes.bank
 from jepa_lightning.classifiers import directions, vote
 from jepa_lightning.probes import NeighbourProbe
 from jepa_lightning.probes.bank import FeatureBank
@@ -39,47 +43,69 @@ def test_one_process_votes_as_without_shares(neighbours: int) -> None:
 CASES = {1: 0.07, 5: 0.07, 50: 1.0}
 """Neighbours and temperatures: at the last, those that a share of fewer does not have would weigh as much as others."""
 
-BANKS = """
-import sys
-from pathlib import Path
-import torch
-from torch import distributed, multiprocessing
-import jepa_lightning.probes.bank
-from jepa_lightning.probes.bank import FeatureBank
-from test_neighbours import CASES, members
 
-out = Path(sys.argv[1])
-QUERIES = ((0, 5), (5, 5), (5, 12))  # the second process has none
+class Processes:
+    """What the bank uses of torch.distributed, among threads. (Among real processes further below.)"""
 
-def work(rank):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{out}/meet", rank=rank, world_size=3)
-    jepa_lightning.probes.bank.QUERY_ROWS = 3
-    features, labels = members(20, 0)
-    bank = FeatureBank(7, rank, 3)
-    for row in range(rank, 20, 3):
-        bank.add(features[row : row + 1], labels[row : row + 1])
-    count = bank.close()
-    mine = members(12, 1)[0][slice(*QUERIES[rank])]
-    votes = {k: bank.vote(mine, k, temperature) for k, temperature in CASES.items()}
-    torch.save([count, bank.count, bank.mean, votes], out / f"rank{rank}.pt")
+    def __init__(self, count: int) -> None:
+        self.meeting, self.sent, self.me = threading.Barrier(count, timeout=60), [None] * count, threading.local()
 
-if __name__ == "__main__":
-    multiprocessing.start_processes(work, nprocs=3, start_method="fork")
-"""
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What a function of the rank returns in each of them."""
+
+        def started(rank: int) -> Any:
+            self.me.rank = rank
+            try:
+                return work(rank)
+            except BaseException:
+                self.meeting.abort()  # nobody waits for this one
+                raise
+
+        with ThreadPoolExecutor(len(self.sent)) as pool:
+            return list(pool.map(started, range(len(self.sent))))
+
+    def exchange(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        self.sent[self.me.rank] = mine.clone()
+        self.meeting.wait()
+        theirs = list(self.sent)
+        assert len({tensor.shape for tensor in theirs}) == 1 and len({tensor.dtype for tensor in theirs}) == 1
+        self.meeting.wait()
+        return theirs
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(torch.stack(self.exchange(tensor)).sum(dim=0))
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        tensor.copy_(self.exchange(tensor)[source])
+
+    def all_gather(self, places: list[torch.Tensor], mine: torch.Tensor) -> None:
+        for place, theirs in zip(places, self.exchange(mine), strict=True):
+            place.copy_(theirs)
 
 
-def test_three_processes_with_uneven_shares_vote_as_one(tmp_path: Path) -> None:
+def test_three_processes_with_uneven_shares_vote_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shares of 7, 7 and 6 of 20 pictures, 5, 0 and 7 queries, and more neighbours asked for than a share has."""
-    run_script(BANKS, tmp_path / "three")
-    found = [torch.load(tmp_path / "three" / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
+    processes = Processes(3)
+    monkeypatch.setattr(jepa_lightning.probes.bank, "distributed", processes)
+    monkeypatch.setattr(jepa_lightning.probes.bank, "QUERY_ROWS", 3)
+    features, labels = members(20, 0)
+    queries = members(12, 1)[0]
+
+    def work(rank: int) -> tuple[int, int, torch.Tensor, dict]:
+        bank = FeatureBank(7, rank, 3)
+        for row in range(rank, 20, 3):
+            bank.add(features[row : row + 1], labels[row : row + 1])
+        count, mine = bank.close(), queries[slice(*((0, 5), (5, 5), (5, 12))[rank])]
+        return count, bank.count, bank.mean, {k: bank.vote(mine, k, temperature) for k, temperature in CASES.items()}
+
+    found = processes.run(work)
     bank = FeatureBank(20)
-    bank.add(*members(20, 0))
+    bank.add(features, labels)
     bank.close()
     assert [(total, own) for total, own, _, _ in found] == [(20, 7), (20, 7), (20, 6)]
     for neighbours, temperature in CASES.items():
         votes = torch.cat([votes[neighbours] for _, _, _, votes in found])
-        assert torch.equal(votes, bank.vote(members(12, 1)[0], neighbours, temperature)), f"{neighbours} neighbours"
+        assert torch.equal(votes, bank.vote(queries, neighbours, temperature)), f"{neighbours} neighbours"
         assert len(votes.unique()) > 1
     for _, _, mean, _ in found:
         torch.testing.assert_close(mean, bank.mean)
@@ -161,4 +187,5 @@ def test_without_baselines_the_features_alone_are_judged(
     alone = test(baselines=False)
     assert set(alone) == {"features"} and len(banks) == 1
     assert alone["features"] == test()["features"] and len(banks) == 4
+    assert alone["features"]["num_neighbours"] == 20
     assert "untrained" not in dict(NeighbourProbe(checkpoint, num_classes=2, baselines=False).named_children())

@@ -51,3 +51,10 @@ def test_processes_share_an_epoch_and_leave_less_than_a_batch(batch_size, ranks,
     assert len(set(seen)) == len(seen) and set(seen) <= set(range(samples))
     assert samples - len(seen) < batch_size * ranks
     assert len({len(part) for part in parts}) == 1, "no process waits for another"
+
+
+def test_settings_reach_the_training_loader(pictures: Path) -> None:
+    data = small_pictures(pictures, num_workers=2, prefetch_factor=3, timeout=7.0)
+    data.setup("fit")
+    loader = data.make_train_loader().loader
+    assert (loader.num_workers, loader.prefetch_factor, loader.timeout) == (2, 3, 7.0)
