@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/python -m jepa_lightning
 READY := .venv/.ready
-# For `make ijepa` and `make iwm`, pictures that are there already: make ijepa DATA="--data.root DIR"
+# For `make ijepa` and `make iwm`, images that are there already: make ijepa DATA="--data.root DIR"
 DATA ?=
 # For `make mutate`: files, and how many mutants in all (0 for every one)
 MODULES ?=
@@ -41,7 +41,7 @@ coordinates: $(READY) ## the full run from coordinates and its report, into runs
 	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
 	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
 
-plan: $(READY) ## a world model of the driven pendulum, trained (unless it is there) and put to use: 16 minutes on 2 CPU cores, into runs/plan
+plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is there) and put to use: 16 minutes on 2 CPU cores, into runs/plan
 	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path auto
 	$(RUN) fit --config configs/state_decoder.yaml
 	$(RUN) test --config configs/planning.yaml

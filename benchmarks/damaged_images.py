@@ -1,12 +1,12 @@
-"""Damaged files of pictures, read as in a run: none may end it.
+"""Damaged files of images, read as in a run: none may end it.
 
     python benchmarks/damaged_images.py [--files 100000] [--seed 0]
 
-Small pictures of every format and mode that is read, at least half of them with an orientation in their EXIF block, are
+Small images of every format and mode that is read, at least half of them with an orientation in their EXIF block, are
 damaged at random: bytes changed, cut off, left out, put in or repeated, anywhere or within the EXIF block, the latter also
 before a checksum is made of it. Each is written to a file, since that is what is read in a run. Prints how many files were
 read or left out, by format and by class of the exception (libtiff writes lines of its own); exits with 1 if an exception
-left the reader or what it gave was no picture.
+left the reader or what it gave was no image.
 """
 
 import argparse
@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from datamodules.pictures import Pictures, UnreadableImageWarning
-from datamodules.samples import Samples
+from datamodules.image_datasets import ImageDataset, UnreadableImageWarning
+from datamodules.image_files import Samples
 
 FORMATS: dict[str, tuple[tuple[str, ...], tuple[dict[str, object], ...]]] = {
     "jpg": (("RGB", "L", "CMYK"), ({"quality": 75}, {"quality": 95, "progressive": True, "subsampling": 0})),
@@ -46,7 +46,7 @@ WITH_EXIF = ("jpg", "png", "webp", "tif")
 
 
 def damaged(ending: str, random: np.random.Generator) -> tuple[bytes, bool]:
-    """A damaged file of a picture of 8 to 40 pixels a side, and whether it had an orientation."""
+    """A damaged file of an image of 8 to 40 pixels a side, and whether it had an orientation."""
     modes, ways = FORMATS[ending]
     mode, way = modes[random.integers(len(modes))], ways[random.integers(len(ways))]
     height, width = random.integers(8, 41, size=2)
@@ -167,11 +167,11 @@ def main(num_files: int, seed: int) -> int:
     outcomes: dict[str, Counter[str]] = {ending: Counter() for ending in endings}
     tagged, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture"
+        path = Path(folder) / "image"
         places = [path.with_suffix(f".{ending}") for ending in endings]
         drawn = random.choice(len(endings), num_files, p=share)
         names = np.array([os.fsencode(place) for place in places])[drawn]
-        pictures = Pictures(Samples(names, torch.zeros(num_files, dtype=torch.int64)), (16, 16), seed)
+        images = ImageDataset(Samples(names, torch.zeros(num_files, dtype=torch.int64)), (16, 16), seed)
         for number, kind in enumerate(drawn):
             ending = endings[kind]
             content, has_orientation = damaged(ending, random)
@@ -180,7 +180,7 @@ def main(num_files: int, seed: int) -> int:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 try:
-                    image = pictures.decode(number)
+                    image = images.decode(number)
                 except Exception:
                     traceback.print_exc()
                     outcomes[ending]["LEFT THE READER"] += 1

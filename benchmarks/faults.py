@@ -134,7 +134,7 @@ def wait_until_begun(process: Any, root: Path) -> float:
 
 def outcome(root: Path) -> dict[str, Any]:
     """What two runs must have in common."""
-    from jepa_lightning.checkpoints import read_checkpoint
+    from jepa_lightning.weights.checkpoints import read_checkpoint
 
     checkpoint = read_checkpoint(root / "checkpoints" / "last.ckpt")
     return {name: checkpoint[name] for name in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}

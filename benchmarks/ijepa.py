@@ -2,7 +2,7 @@
 
     python benchmarks/ijepa.py [--full]
 
-`--full` measures the training step of ViT-S/16 at 224 pixels with 32 pictures on a CPU, not 4.
+`--full` measures the training step of ViT-S/16 at 224 pixels with 32 images on a CPU, not 4.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from torchvision import transforms
 
 from callbacks.ema import update_average
-from datamodules.decoding import read_picture
-from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, normalise
-from datamodules.pictures import TrainingPictures
-from datamodules.samples import Samples
+from datamodules.decoding import read_image
+from datamodules.image_datasets import TrainingImages
+from datamodules.image_files import Samples
+from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, normalize
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor
@@ -49,14 +49,14 @@ def seconds(function: Callable[[], object], repeats: int = 5) -> float:
 
 
 def bench_masks() -> None:
-    """14 x 14 patches, 128 pictures, one thread."""
+    """14 x 14 patches, 128 images, one thread."""
     generator = torch.Generator().manual_seed(0)
     unbiased, released = MultiBlock((14, 14)), MultiBlock((14, 14), official_compat=True)
     for scale in range(200):  # calibrate all sizes
         unbiased.draw(8, torch.Generator().manual_seed(scale))
     ours = seconds(lambda: unbiased.draw(128, generator), 200) / 128
     truncated = seconds(lambda: released.draw(128, generator), 200) / 128
-    print(f"masks, 14 x 14, 128 pictures: {1e3 * ours:.4f} ms a picture (limit 0.05)")
+    print(f"masks, 14 x 14, 128 images: {1e3 * ours:.4f} ms an image (limit 0.05)")
     print(f"  with the flaws of the released code: {1e3 * truncated:.4f} ms (the released code itself takes about 1 ms)")
 
 
@@ -87,33 +87,33 @@ def bench_input() -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = photographs(Path(folder))
         samples = Samples(np.array([path.encode() for path in paths]), torch.zeros(len(paths), dtype=torch.int64))
-        pictures = TrainingPictures(samples, (224, 224), 0, (0.3, 1.0), 0.0)
+        images = TrainingImages(samples, (224, 224), 0, (0.3, 1.0), 0.0)
         epoch = iter(range(1_000))
         whole = range(len(paths))
 
         def ours() -> None:
             number = next(epoch)
-            pictures.__getitems__([(number, index) for index in whole])
+            images.__getitems__([(number, index) for index in whole])
 
         def ours_to_float() -> None:
             number = next(epoch)
-            normalise(pictures.__getitems__([(number, index) for index in whole]).images)
+            normalize(images.__getitems__([(number, index) for index in whole]).images)
 
         def reference() -> None:
             torch.stack([plain(Image.open(path).convert("RGB")) for path in paths])
 
         def decode() -> None:
             for path in paths:
-                read_picture(path)
+                read_image(path)
 
         # In turns, so that a busy machine slows all of them.
         arms = (ours, ours_to_float, reference, decode)
         found = np.array([[seconds(f, 1) for f in arms] for _ in range(7)]) / len(paths)
     mine, mine_to_float, theirs, floor = found.min(axis=0)
     print(
-        f"input, 500-pixel JPEGs: {1 / mine:.0f} pictures a second and core; PIL with torchvision v1 transforms "
+        f"input, 500-pixel JPEGs: {1 / mine:.0f} images a second and core; PIL with torchvision v1 transforms "
         f"{1 / theirs:.0f}: ratio {theirs / mine:.2f} (limit 1.5)\n"
-        f"  were the device's part, normalised floats, done by the same core: ratio {theirs / mine_to_float:.2f}\n"
+        f"  were the device's part, normalized floats, done by the same core: ratio {theirs / mine_to_float:.2f}\n"
         f"  decoding alone, the floor: {1 / floor:.0f}; it is {floor / mine:.0%} of our time"
     )
 
@@ -184,7 +184,7 @@ def bench_step(batch: int) -> None:
     found = np.array([[seconds(step, 1) for step, _ in steps] for _ in range(repeats)])
     (ours, theirs), operations = found.min(axis=0), steps[0][1]
     print(
-        f"training step, ViT-S/16 at 224, {batch} pictures, bfloat16, {DEVICE.type}: {batch / ours:.1f} pictures a second, "
+        f"training step, ViT-S/16 at 224, {batch} images, bfloat16, {DEVICE.type}: {batch / ours:.1f} images a second, "
         f"plain reference {batch / theirs:.1f}: ratio {theirs / ours:.2f}"
     )
     if DEVICE.type == "cuda":
@@ -202,7 +202,7 @@ def bench_step(batch: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="32 pictures per training step on a CPU, not 4")
+    parser.add_argument("--full", action="store_true", help="32 images per training step on a CPU, not 4")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     bench_masks()

@@ -1,11 +1,11 @@
-"""Target modes, auxiliary losses and encoders of the driven pendulum, side by side in short runs.
+"""Target modes, auxiliary losses and encoders of the actuated pendulum, side by side in short runs.
 
-    python benchmarks/modes.py [--steps 1000] [--encoders cnn mlp vit] [--auxiliary VICReg "DINO centring"]
+    python benchmarks/modes.py [--steps 1000] [--encoders cnn mlp vit] [--auxiliary VICReg "DINO centering"]
 
 Prints a Markdown table, a row as soon as its run has ended: linear R2 of held-out trajectories from the target encoder
 (the least of sines and cosines, then both velocities), error of the features 3 steps ahead over persistence and over that
 under another trajectory's actions, RankMe (of 32), and whether the collapse alarm was on at the end. The first row of an
-encoder is the untrained one. 32-pixel pictures, one seed.
+encoder is the untrained one. 32-pixel images, one seed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ AUXILIARY: dict[str, dict[str, Any]] = {
     "SIGReg": {"regularizer": "sigreg"},
     "inverse dynamics": {"regularizer": None, "inverse_dynamics": 1.0},
     "VICReg, inverse dynamics": {"regularizer_weights": {"curvature": 0.1}, "inverse_dynamics": 1.0},
-    "DINO centring": {"regularizer": "dino_centring"},
+    "DINO centering": {"regularizer": "dino_centering"},
     "none": {"regularizer": None},
 }
 

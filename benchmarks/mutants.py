@@ -24,7 +24,7 @@ UNTOUCHED = (
     m.Assign(value=m.Subscript(value=m.Name("Literal") | m.Name("tuple") | m.Name("dict") | m.Name("list"))),
     m.Assign(targets=[m.AssignTarget(target=m.Name("__all__"))]),
 )
-"""What holds no behaviour to test: annotations, and the words of errors and warnings. Nothing within is changed."""
+"""What holds no behavior to test: annotations, and the words of errors and warnings. Nothing within is changed."""
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,15 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from datamodules import Shapes
-from jepa_lightning.storage import AtomicCheckpointIO
+from datamodules import SyntheticImages
+from jepa_lightning.weights.io import AtomicCheckpointIO
 
 ROUNDS = 5
 
 
 def epoch_starts(root: Path, workers: int) -> dict[str, list[float]]:
     """Seconds until the first batch of later epochs, by kind of workers."""
-    data = Shapes(str(root / "shapes"), size=2_000, num_workers=workers, batch_size=32)
+    data = SyntheticImages(str(root / "shapes"), size=2_000, num_workers=workers, batch_size=32)
     data.prepare_data()
     data.setup("fit")
     found: dict[str, list[float]] = {}

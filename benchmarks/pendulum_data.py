@@ -62,7 +62,7 @@ def plain_trajectory(state: list[float]) -> list[list[float]]:
     return frames
 
 
-def plain_picture(t1: float, t2: float) -> np.ndarray:
+def plain_image(t1: float, t2: float) -> np.ndarray:
     """One frame with PIL, in whole pixels."""
     scale = SIZE / (4 * MARGIN)
     x1, y1 = SIZE / 2 + scale * math.sin(t1), SIZE / 2 + scale * math.cos(t1)
@@ -102,7 +102,7 @@ def rendering(states: torch.Tensor) -> None:
         ours = best_of(lambda size=size: render(frames, size)) / len(frames)
         print(f"rendering, {size} px, one thread\n  ours {ours * 1e6:7.1f} us a frame")
         if size == SIZE:
-            plain = best_of(lambda: [plain_picture(*pair) for pair in frames[:500, :2].tolist()]) / 500
+            plain = best_of(lambda: [plain_image(*pair) for pair in frames[:500, :2].tolist()]) / 500
             print(f"  PIL  {plain * 1e6:7.1f} us a frame    ratio {plain / ours:.1f}")
 
 

@@ -1,4 +1,4 @@
-"""Time to find the pictures of a folder, beside `Path.rglob`, in turns in one run.
+"""Time to find the images of a folder, beside `Path.rglob`, in turns in one run.
 
     python benchmarks/scan.py [--files 1280000] [--classes 1000] [--folder DIR]
 
@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from datamodules.samples import EXTENSIONS, scan
+from datamodules.image_files import EXTENSIONS, scan
 
 
 def by_rglob(folder: Path) -> list[bytes]:

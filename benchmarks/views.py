@@ -11,9 +11,9 @@ import torch
 from ijepa import photographs, seconds
 from torchvision.transforms import v2
 
-from datamodules.pictures import TrainingPictures, TrainingViews
-from datamodules.samples import Samples
-from datamodules.transformations import SOLARIZE_THRESHOLD, ViewMaker, Views, blur_kernel
+from datamodules.image_datasets import TrainingImages, TrainingViews
+from datamodules.image_files import Samples
+from datamodules.views import SOLARIZE_THRESHOLD, ViewMaker, Views, blur_kernel
 
 CROP = (0.3, 1.0)
 
@@ -34,7 +34,7 @@ def bench_views(side: int) -> None:
         paths = photographs(Path(folder))
         samples = Samples(np.array([path.encode() for path in paths]), torch.zeros(len(paths), dtype=torch.int64))
         pairs = TrainingViews(samples, size, 0, ViewMaker(views, size, CROP, 0.5))
-        plain = TrainingPictures(samples, size, 0, CROP, 0.5)
+        plain = TrainingImages(samples, size, 0, CROP, 0.5)
         epoch, whole = iter(range(1_000)), range(len(paths))
 
         def ours() -> None:
@@ -54,7 +54,7 @@ def bench_views(side: int) -> None:
         found = np.array([[seconds(f, 1) for f in (ours, ijepa, bare)] for _ in range(7)]) / len(paths)
     mine, pipeline, transforms = 1e3 * np.median(found, axis=0)  # what is drawn differs from turn to turn
     print(
-        f"views at {side} pixels: {mine:.2f} ms a picture; I-JEPA's pipeline {pipeline:.2f} and torchvision's transforms "
+        f"views at {side} pixels: {mine:.2f} ms an image; I-JEPA's pipeline {pipeline:.2f} and torchvision's transforms "
         f"{transforms:.2f}: ratio {mine / (pipeline + transforms):.2f} to the sum (limit 1.5)"
     )
 

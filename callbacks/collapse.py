@@ -26,7 +26,7 @@ NO_REGULARIZER = {
     "default": ("only inverse_dynamics", ""),
     "none": ("in model.target_mode=none nothing", ", or model.target_mode to vjepa2"),
 }
-"""By target mode: what keeps features apart without a regularizer, and what else could. JEPAs of pictures have the first."""
+"""By target mode: what keeps features apart without a regularizer, and what else could. JEPAs of images have the first."""
 
 
 class CollapseWarning(UserWarning):
@@ -42,7 +42,7 @@ class CollapseAlarm(Callback):
     Args:
         min_feature_std: Least mean standard deviation of a feature over the validation set.
         min_rankme: Least RankMe, the effective number of dimensions in use.
-        max_top_share: Greatest share of the total variance in a single direction.
+        max_largest_eigenvalue_share: Greatest share of the total variance in a single direction.
         max_persistence_ratio: Greatest prediction error relative to that of predicting no change at all, at the
             farthest predicted step. Near 1 the predictor has learned only to copy; far above it, nothing yet.
         grace_steps: Optimizer steps before the first judgement: a fresh encoder has small features.
@@ -56,7 +56,7 @@ class CollapseAlarm(Callback):
         self,
         min_feature_std: float = 0.1,
         min_rankme: float = 3.0,
-        max_top_share: float = 0.9,
+        max_largest_eigenvalue_share: float = 0.9,
         max_persistence_ratio: float = 0.9,
         grace_steps: int = 200,
         action: Literal["warn", "stop"] = "warn",
@@ -64,7 +64,7 @@ class CollapseAlarm(Callback):
         if grace_steps < 0:
             raise ValueError(f"grace_steps={grace_steps}: give a number of optimizer steps >= 0.")
         self.min_feature_std, self.min_rankme = min_feature_std, min_rankme
-        self.max_top_share, self.max_persistence_ratio = max_top_share, max_persistence_ratio
+        self.max_largest_eigenvalue_share, self.max_persistence_ratio = max_largest_eigenvalue_share, max_persistence_ratio
         self.grace_steps, self.action = grace_steps, action
         self.alarms: list[str] = []
 
@@ -87,12 +87,12 @@ class CollapseAlarm(Callback):
         found = []
         if "feature_std" in signs:
             found += self._against("features from shrinking", SCALE_TERMS, module)
-            if "rankme" in known and not {"rankme", "top_share"} & signs.keys():
+            if "rankme" in known and not {"rankme", "largest_eigenvalue_share"} & signs.keys():
                 found.append(
                     f"they still vary in many directions (RankMe {known['rankme']:.1f}), so they are small rather than "
-                    "alike: a probe that standardises features may find them sound"
+                    "alike: a probe that standardizes features may find them sound"
                 )
-        if {"rankme", "top_share"} & signs.keys():
+        if {"rankme", "largest_eigenvalue_share"} & signs.keys():
             found += self._against("features from varying together", SPREAD_TERMS, module)
         if "persistence_ratio" in signs:
             found.append(self._against_bad_forecasts(known["persistence_ratio"], module))
@@ -117,9 +117,9 @@ class CollapseAlarm(Callback):
                 "the features vary in hardly any direction",
             ),
             (
-                "top_share",
-                lambda value: value <= self.max_top_share,
-                f"{{:.0%}} of the variance lies in one direction (healthy: below {self.max_top_share:.0%})",
+                "largest_eigenvalue_share",
+                lambda value: value <= self.max_largest_eigenvalue_share,
+                f"{{:.0%}} of the variance lies in one direction (healthy: below {self.max_largest_eigenvalue_share:.0%})",
                 "the features vary together",
             ),
             (

@@ -1,10 +1,19 @@
 """Data modules and what they are made of. Nothing here knows of the models."""
 
 from datamodules.batches import ImageBatch, PendulumBatch, ViewBatch
+from datamodules.double_pendulum import DoublePendulum
 from datamodules.image_folder import ImageFolder
-from datamodules.pendulum import DoublePendulum
-from datamodules.shapes import Shapes
-from datamodules.tasks import Tasks
-from datamodules.transformations import Views
+from datamodules.multi_task import MultiTask
+from datamodules.synthetic_images import SyntheticImages
+from datamodules.views import Views
 
-__all__ = ["DoublePendulum", "ImageBatch", "ImageFolder", "PendulumBatch", "Shapes", "Tasks", "ViewBatch", "Views"]
+__all__ = [
+    "DoublePendulum",
+    "ImageBatch",
+    "ImageFolder",
+    "PendulumBatch",
+    "SyntheticImages",
+    "MultiTask",
+    "ViewBatch",
+    "Views",
+]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from datamodules.randomness import seeded_generator
+from datamodules.rng import seeded_generator
 
 
 class PendulumBatch(NamedTuple):
@@ -20,7 +20,7 @@ class PendulumBatch(NamedTuple):
 
     observations: Tensor
     """Pixels: (B, T, history * C, S, S) in [0, 1], oldest frame first. Coordinates: (B, T, history * 4), each frame
-    x1, y1, x2, y2 in metres."""
+    x1, y1, x2, y2 in meters."""
 
     states: Tensor
     """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
@@ -32,10 +32,10 @@ class PendulumBatch(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """A batch of pictures."""
+    """A batch of images."""
 
     images: Tensor
-    """(B, C, H, W), normalised to the mean and standard deviation of ImageNet."""
+    """(B, C, H, W), normalized to the mean and standard deviation of ImageNet."""
 
     labels: Tensor
     """(B,), int64 class indices; -1 where there are none. For probes and metrics only."""
@@ -48,16 +48,16 @@ class ViewBatch(NamedTuple):
     """A batch of pairs of views: what IWM learns from."""
 
     sources: Tensor
-    """(B, C, H, W), normalised: what the context encoder sees a part of."""
+    """(B, C, H, W), normalized: what the context encoder sees a part of."""
 
     targets: Tensor
-    """(B, C, H, W), normalised: what the target encoder sees."""
+    """(B, C, H, W), normalized: what the target encoder sees."""
 
     actions: Tensor
-    """(B, A): what leads from source to target, scalar by scalar as in `datamodules.transformations`; 0 is no change."""
+    """(B, A): what leads from source to target, scalar by scalar as in `datamodules.views`; 0 is no change."""
 
     images: Tensor | None
-    """(B, C, H, W), normalised: the pictures as they are. None in training, where nobody looks at them."""
+    """(B, C, H, W), normalized: the images as they are. None in training, where nobody looks at them."""
 
     labels: Tensor
     """(B,), int64 class indices; -1 where there are none. For probes and metrics only."""
@@ -68,8 +68,8 @@ class ViewBatch(NamedTuple):
 
 WHOSE = {
     PendulumBatch: "DoublePendulum",
-    ImageBatch: "ImageFolder or Shapes",
-    ViewBatch: "ImageFolder or Shapes with data.views.strength=default",
+    ImageBatch: "ImageFolder or SyntheticImages",
+    ViewBatch: "ImageFolder or SyntheticImages with data.views.strength=default",
 }
 """Kind of batch -> the data modules that hand it out."""
 

@@ -1,4 +1,4 @@
-"""What is in the file of a picture: its pixels in RGB, the right way up.
+"""What is in the file of an image: its pixels in RGB, the right way up.
 
 Shapes: H W pixels.
 """
@@ -30,15 +30,15 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 """EXIF's orientation -> what puts pixels (H, W, 3) the right way up; 1, or anything else, is upright."""
 
 
-def read_picture(path: str | bytes) -> Tensor:
-    """A picture in RGB, the right way up: uint8 (3, H, W).
+def read_image(path: str | bytes) -> Tensor:
+    """An image in RGB, the right way up: uint8 (3, H, W).
 
-    * Transparent pixels show a white background, as in most viewers, not the colour that is hidden in them.
+    * Transparent pixels show a white background, as in most viewers, not the color that is hidden in them.
     * Of 16 bits the upper eight are taken, so that white stays white. (A camera's 12 bits in a file of 16 stay dark: the
       file does not say how many are in use.)
     * Of an animation the first frame is read.
     * An orientation that cannot be read counts as upright, as do damaged metadata altogether.
-    * Nothing that Pillow merely warns of is an error, nor said. A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
+    * Nothing that Pillow merely warns of is an error, nor said. An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
       (179 million pixels, half a gigabyte) is an error, as Pillow has it; a smaller one is read.
 
     Args:
@@ -64,7 +64,7 @@ def read_picture(path: str | bytes) -> Tensor:
 
 
 def _decode_plain_jpeg(name: str) -> np.ndarray | None:
-    """Nearly all pictures of nearly all data sets, a fifth faster than by Pillow: the same decoder, fewer copies."""
+    """Nearly all images of nearly all data sets, a fifth faster than by Pillow: the same decoder, fewer copies."""
     try:
         return simplejpeg.decode_jpeg(Path(name).read_bytes(), "RGB")  # (H, W, 3)
     except ValueError:

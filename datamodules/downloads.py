@@ -1,4 +1,4 @@
-"""Public data sets by name, as folders of pictures."""
+"""Public data sets by name, as folders of images."""
 
 import shutil
 from collections.abc import Callable
@@ -23,11 +23,11 @@ def download(name: DatasetName, root: Path) -> None:
     """Let torchvision download a data set, and write it as root/train/CLASS/* and root/val/CLASS/*.
 
     The folder appears when all is there; one that is there already is kept. See `new_folder` for what a killed run leaves:
-    archives and pictures alike lie there until then. Pictures are written without loss (PNG),
-    photographs that come as files are copied as they are. STL-10's unlabelled pictures are left out.
+    archives and images alike lie there until then. Images are written without loss (PNG),
+    photographs that come as files are copied as they are. STL-10's unlabeled images are left out.
 
     Args:
-        name: "cifar10" (60,000 pictures of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394 photographs).
+        name: "cifar10" (60,000 images of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394 photographs).
         root: Folder to make.
 
     Raises:
@@ -40,7 +40,7 @@ def download(name: DatasetName, root: Path) -> None:
     with new_folder(root) as folder:
         archive = folder.with_name("archive")
         for split, train in (("train", True), ("val", False)):
-            print(f"Downloading {name}, {split} pictures, into {root} (by way of {folder.parent}) ...", flush=True)
+            print(f"Downloading {name}, {split} images, into {root} (by way of {folder.parent}) ...", flush=True)
             dataset = SOURCES[name](str(archive), train)
             classes = [name if isinstance(name, str) else name[0] for name in dataset.classes]
             for class_name in classes:
@@ -50,7 +50,7 @@ def download(name: DatasetName, root: Path) -> None:
 
 
 def _write(dataset: Any, number: int, folder: Path, classes: list[str]) -> None:
-    """One picture: its own file where it has one, else pixels as PNG."""
+    """One image: its own file where it has one, else pixels as PNG."""
     files = getattr(dataset, "_samples", None)  # Imagenette: (path, class)
     if files is not None:
         path, label = Path(files[number][0]), files[number][1]

@@ -1,6 +1,6 @@
-"""Folders of pictures as a data module: ImageNet's layout, or any other folder.
+"""Folders of images as a data module: ImageNet's layout, or any other folder.
 
-Workers decode and crop to uint8; the device turns that into normalised floats, a quarter of the bytes to send.
+Workers decode and crop to uint8; the device turns that into normalized floats, a quarter of the bytes to send.
 Shapes: B batch, C channels, H W pixels.
 """
 
@@ -22,42 +22,42 @@ from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
-from datamodules.pictures import HeldOutLoader, HeldOutPictures, HeldOutViews, TrainingPictures, TrainingViews
-from datamodules.randomness import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
+from datamodules.image_datasets import HeldOutImages, HeldOutLoader, HeldOutViews, TrainingImages, TrainingViews
+from datamodules.image_files import Samples, Scan, describe, draw_per_class, part_of, read_list, scan
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
-from datamodules.samples import Samples, Scan, describe, draw_per_class, part_of, read_list, scan
-from datamodules.transformations import ViewMaker, Views
+from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
+from datamodules.views import ViewMaker, Views
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFolder(SingleLoaderDataModule):
-    """Pictures in folders, with or without classes.
+    """Images in folders, with or without classes.
 
-    The training pictures are those of root/train, or of root if there is no such folder: in a sub-folder per class, or
+    The training images are those of root/train, or of root if there is no such folder: in a sub-folder per class, or
     without classes and sub-folders. Those of root/val are for validation; if there is no such folder, `val_fraction` of the
-    training pictures is held out instead, though never the only picture of a class. `test` reads what validation reads.
+    training images is held out instead, though never the only image of a class. `test` reads what validation reads.
 
     What is found and what is left out, and why, is said when the folders are read. A file that cannot be decoded is named
-    once in a run and left out: in training another picture stands in, held-out pictures are that many fewer.
+    once in a run and left out: in training another image stands in, held-out images are that many fewer.
 
     Args:
-        root: Folder of the pictures.
+        root: Folder of the images.
         image_size: Height and width in pixels, one number or two.
         val_fraction: Part of each class that is held out, in (0, 1), where there is no folder val.
-        fraction: Part of each class that is trained on, in (0, 1], at least one picture of each: 0.01 and 0.1 are usual.
+        fraction: Part of each class that is trained on, in (0, 1], at least one image of each: 0.01 and 0.1 are usual.
             Drawn once per seed.
         download: Name of a public data set that is downloaded into `root` if there is no such folder: "cifar10", "stl10" or
             "imagenette".
-        file_list: Text file that names the training pictures, one path relative to the training folder a line.
-        crop_scale: Area of a training crop, least and greatest fraction of the picture; (1, 1) with a square picture is
+        file_list: Text file that names the training images, one path relative to the training folder a line.
+        crop_scale: Area of a training crop, least and greatest fraction of the image; (1, 1) with a square image is
             the whole.
         flip: Probability of a mirror image in training. The released I-JEPA has none.
-        rand_augment: Two random distortions per training picture (RandAugment), for fine-tuning.
+        rand_augment: Two random distortions per training image (RandAugment), for fine-tuning.
         views: Hand out pairs of views and the action that leads from one to the other, as IWM needs them; see
-            `datamodules.transformations.Views`.
-        batch_size: Pictures per batch and process.
+            `datamodules.views.Views`.
+        batch_size: Images per batch and process.
         num_workers: Processes that decode, as long as the run lasts; 0 decodes in the training process.
         prefetch_factor: Batches that each of them has ready, at least 1; torch's 2 if left out.
         timeout: Seconds to wait for a batch before the run ends with an error, for file systems that hang; 0 waits for ever.
@@ -131,16 +131,16 @@ class ImageFolder(SingleLoaderDataModule):
         return len(self.classes)
 
     def prepare_data(self) -> None:
-        """Download the pictures, if they are asked for by name and not there."""
+        """Download the images, if they are asked for by name and not there."""
         if self.download is not None:
             download(self.download, self.root)
 
     def setup(self, stage: str) -> None:
-        """Find the pictures: on rank 0, which tells the others, so that all have the same files in the same order.
+        """Find the images: on rank 0, which tells the others, so that all have the same files in the same order.
 
         Raises:
-            FileNotFoundError: A folder, a list or a picture of it is missing.
-            ValueError: No pictures, an empty class, classes that differ between training and validation, or a list that
+            FileNotFoundError: A folder, a list or an image of it is missing.
+            ValueError: No images, an empty class, classes that differ between training and validation, or a list that
                 leads out of the folder.
         """
         if self._samples:
@@ -176,10 +176,10 @@ class ImageFolder(SingleLoaderDataModule):
         else:
             held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM), spare=1)
             if not held_out.any():
-                raise ValueError(f"{folder} has too few pictures to hold out {self.val_fraction:.0%} of each class.")
+                raise ValueError(f"{folder} has too few images to hold out {self.val_fraction:.0%} of each class.")
             val, train = part_of(train, held_out), part_of(train, ~held_out)
             if alone := len(classes) - len(val.labels.unique()) if classes else 0:
-                rank_zero_info(f"{alone} of {len(classes)} classes have one picture each, which is not held out.")
+                rank_zero_info(f"{alone} of {len(classes)} classes have one image each, which is not held out.")
         if self.file_list is not None:
             train = read_list(Path(self.file_list), folder, everything.samples)
             if not split:
@@ -201,18 +201,18 @@ class ImageFolder(SingleLoaderDataModule):
 
     def make_train_loader(self) -> ResumableLoader:
         train = self._samples["train"]
-        pictures: TrainingPictures | TrainingViews
+        images: TrainingImages | TrainingViews
         if self.views is None:
-            pictures = TrainingPictures(
+            images = TrainingImages(
                 train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment, self._unreadable["train"]
             )
         else:
-            pictures = TrainingViews(train, self.image_size, self.seed, self._view_maker(), self._unreadable["train"])
-        return ResumableLoader(pictures, self.train_sampler(len(pictures)), **self.loader_settings())
+            images = TrainingViews(train, self.image_size, self.seed, self._view_maker(), self._unreadable["train"])
+        return ResumableLoader(images, self.train_sampler(len(images)), **self.loader_settings())
 
     def order(self) -> dict[str, Any]:
         return {
-            "pictures": self._fingerprint,
+            "images": self._fingerprint,
             "image_size": self.image_size,
             "crop_scale": self.crop_scale,
             "flip": self.flip,
@@ -223,7 +223,7 @@ class ImageFolder(SingleLoaderDataModule):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Tells one set of training pictures from another, wherever the folder lies."""
+        """Tells one set of training images from another, wherever the folder lies."""
         train = self._samples["train"]
         names = hashlib.sha256(b"\0".join(path.rsplit(b"/", 1)[-1] for path in train.paths.tolist()))
         return f"{len(train.labels)} ({names.hexdigest()[:12]})"
@@ -233,20 +233,20 @@ class ImageFolder(SingleLoaderDataModule):
         return ViewMaker(self.views, self.image_size, self.crop_scale, self.flip)
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
-        """The training pictures as validation would see them, uncropped, in order, all of them in every process."""
-        pictures = HeldOutPictures(self._samples["train"], self.image_size, self.seed, self._unreadable["train"])
-        return HeldOutLoader(pictures, batch_size=self.batch_size, collate_fn=already_collated, **self.loader_settings())
+        """The training images as validation would see them, uncropped, in order, all of them in every process."""
+        images = HeldOutImages(self._samples["train"], self.image_size, self.seed, self._unreadable["train"])
+        return HeldOutLoader(images, batch_size=self.batch_size, collate_fn=already_collated, **self.loader_settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
         held_out, unreadable = (self._samples["val"], self.image_size, self.seed), self._unreadable["val"]
         if self.views is None:
-            pictures = HeldOutPictures(*held_out, unreadable)
+            images = HeldOutImages(*held_out, unreadable)
         else:
-            pictures = HeldOutViews(*held_out, self._view_maker(), unreadable)
+            images = HeldOutViews(*held_out, self._view_maker(), unreadable)
         return HeldOutLoader(
-            pictures,
+            images,
             batch_size=self.batch_size,
-            sampler=self.held_out_sampler("validation", pictures),
+            sampler=self.held_out_sampler("validation", images),
             collate_fn=already_collated,
             **self.loader_settings(),
         )
@@ -258,15 +258,15 @@ class ImageFolder(SingleLoaderDataModule):
         return self.val_dataloader()
 
     def on_after_batch_transfer(self, batch: ImageBatch | ViewBatch, dataloader_idx: int) -> ImageBatch | ViewBatch:
-        """From uint8 to normalised floats, on the device."""
+        """From uint8 to normalized floats, on the device."""
         uint8 = {name: value for name, value in batch._asdict().items() if getattr(value, "dtype", None) == torch.uint8}
-        floats: Any = {name: normalise(value) for name, value in uint8.items()}
+        floats: Any = {name: normalize(value) for name, value in uint8.items()}
         batch = batch._replace(**floats)
         # Lightning has converted what was a float before; these floats are new.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) -> float32 of ImageNet's mean 0 and standard deviation 1."""
     mean, std = imagenet_statistics(images.device)
     return vision.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)
@@ -279,7 +279,7 @@ def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def denormalise(images: Tensor) -> Tensor:
-    """The bytes that normalised pictures were made of: floats (B, 3, H, W) -> uint8."""
+def denormalize(images: Tensor) -> Tensor:
+    """The bytes that normalized images were made of: floats (B, 3, H, W) -> uint8."""
     mean, std = (images.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

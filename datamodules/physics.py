@@ -1,4 +1,4 @@
-"""The double pendulum: equations of motion, integrator, energy and initial states, vectorised over trajectories.
+"""The double pendulum: equations of motion, integrator, energy and initial states, vectorized over trajectories.
 
 Two point masses on massless rods. Angles are absolute and measured from the downward vertical, so that
 theta = 0 hangs at rest and x = L sin(theta), y = -L cos(theta) with y pointing up.
@@ -26,8 +26,8 @@ class Pendulum:
 
     Args:
         masses: Of the first and the second bob, in kilograms.
-        lengths: Of the first and the second rod, in metres.
-        gravity: In metres per second squared.
+        lengths: Of the first and the second rod, in meters.
+        gravity: In meters per second squared.
 
     Raises:
         ValueError: A mass or a length that is not positive, or a gravity that is negative.
@@ -76,7 +76,7 @@ class Pendulum:
             states: (..., 4); only the angles are read.
 
         Returns:
-            (..., 4): x1, y1, x2, y2 in metres, y pointing up.
+            (..., 4): x1, y1, x2, y2 in meters, y pointing up.
         """
         l1, l2 = self.lengths
         theta1, theta2 = states[..., 0], states[..., 1]
@@ -87,7 +87,7 @@ class Pendulum:
         """A state at rest in which the second bob is at a place (of two, the one whose first rod is turned further).
 
         Args:
-            tip: x and y in metres, relative to the pivot, y pointing up.
+            tip: x and y in meters, relative to the pivot, y pointing up.
 
         Returns:
             (4,) in float64.
@@ -116,8 +116,8 @@ class Pendulum:
 
         Args:
             states: (..., 4).
-            torques: (..., 2) joint torques (shoulder, elbow) in newton metres, or None for a free pendulum. The
-                elbow motor pushes the second rod and is held by the first, so the generalised forces on the two
+            torques: (..., 2) joint torques (shoulder, elbow) in newton meters, or None for a free pendulum. The
+                elbow motor pushes the second rod and is held by the first, so the generalized forces on the two
                 absolute angles are (shoulder - elbow, elbow).
 
         Returns:
@@ -155,7 +155,7 @@ class Pendulum:
             initial: (B, 4) states of the first frame. Its dtype is the precision of the computation: float64 for
                 roll-outs of more than 100 frames, where float32 noise has grown to 0.02 rad.
             num_frames: T, the first one included.
-            torques: (B, T - 1, 2) newton metres, held constant from one frame to the next, or None.
+            torques: (B, T - 1, 2) newton meters, held constant from one frame to the next, or None.
             substeps: Runge-Kutta steps per frame.
             dtype: Of the result, if it is to be kept in less precision than it is computed in.
 
@@ -184,7 +184,7 @@ class Pendulum:
 
 
 def sample_initial_states(count: int, generator: torch.Generator) -> Tensor:
-    """Draw states that favour no direction of turning.
+    """Draw states that favor no direction of turning.
 
     Angles are uniform in [-pi, pi] and angular velocities in [-2 pi, 2 pi]. (System "jepa_first_study" drew
     velocities from [0, 2 pi] only, so that its first frames never turn clockwise.)
@@ -194,3 +194,12 @@ def sample_initial_states(count: int, generator: torch.Generator) -> Tensor:
     """
     unit = torch.rand(count, 4, generator=generator, dtype=torch.float64) * 2 - 1
     return unit * torch.tensor([math.pi, math.pi, 2 * math.pi, 2 * math.pi], dtype=torch.float64)
+
+
+LABELS = ("sin_theta1", "cos_theta1", "sin_theta2", "cos_theta2", "omega1", "omega2")
+
+
+def state_labels(states: Tensor) -> Tensor:
+    """What probes read out: sine and cosine of both angles, and both angular velocities, (..., 4) -> (..., 6)."""
+    theta1, theta2, omega1, omega2 = states.unbind(-1)
+    return torch.stack([theta1.sin(), theta1.cos(), theta2.sin(), theta2.cos(), omega1, omega2], dim=-1)

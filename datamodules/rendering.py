@@ -1,10 +1,10 @@
 """Draw a double pendulum with antialiasing, in pure tensor code on any device.
 
 Each arm (rod and bob) is a signed distance field; a pixel is covered by `clamp(0.5 - distance, 0, 1)`, so a motion of a
-hundredth of a pixel changes the picture. Drawing programs that truncate to whole pixels throw that away, and with it
-the angular velocity: 1 pixel per frame is 1.4 rad/s at the first bob of a 64-pixel picture.
+hundredth of a pixel changes the image. Drawing programs that truncate to whole pixels throw that away, and with it
+the angular velocity: 1 pixel per frame is 1.4 rad/s at the first bob of a 64-pixel image.
 
-Shapes: F frames, C channels (1 grey, 3 RGB), S image size, K patch size.
+Shapes: F frames, C channels (1 gray, 3 RGB), S image size, K patch size.
 """
 
 import math
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 MARGIN = 1.1
-"""Half of the picture's width, as a multiple of the stretched pendulum's length."""
+"""Half of the image's width, as a multiple of the stretched pendulum's length."""
 
 ROD_RADIUS, BOB_RADIUS = 1 / 64, 2 / 64
-"""As fractions of the picture's width, so that pictures of all sizes show the same pendulum."""
+"""As fractions of the image's width, so that images of all sizes show the same pendulum."""
 
 RGB = (((0.2, 0.8, 0.9), (0.95, 0.85, 0.2)), ((0.9, 0.3, 0.8), (0.95, 0.3, 0.2)))
-"""Colours of rod and bob of the first arm, then of the second, in the order in which they are painted."""
+"""Colors of rod and bob of the first arm, then of the second, in the order in which they are painted."""
 
 CPU_CHUNK = 640 * 64**2
 """Pixels drawn at a time on a CPU: fewer would cost more in calls, more would leave its cache."""
@@ -30,16 +30,16 @@ MIN_IMAGE_SIZE = 16
 
 
 def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0, 1.0), channels: int = 1) -> Tensor:
-    """Draw one picture per state: light on black, pivot in the exact centre, y pointing up.
+    """Draw one image per state: light on black, pivot in the exact center, y pointing up.
 
     On a CPU each arm is painted into a square just large enough for it, which costs a quarter of painting the whole
-    picture; elsewhere the whole picture is painted at once. Both give the same pixels.
+    image; elsewhere the whole image is painted at once. Both give the same pixels.
 
     Args:
         states: (..., 4); only the angles are read.
         image_size: S, height and width in pixels.
-        lengths: Of the two rods, in metres.
-        channels: 1 for grey, 3 for RGB.
+        lengths: Of the two rods, in meters.
+        channels: 1 for gray, 3 for RGB.
 
     Returns:
         (..., C, S, S) in [0, 1], in the dtype of `states`.
@@ -47,7 +47,7 @@ def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0,
     Raises:
         ValueError: `image_size` below 16 or `channels` not 1 or 3.
     """
-    check_picture(image_size, channels)
+    check_image(image_size, channels)
     angles = states[..., :2].reshape(-1, 2)  # (F, 2)
     if states.device.type == "cpu":
         images = angles.new_zeros(len(angles), channels, image_size * image_size)
@@ -61,13 +61,13 @@ def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0,
 
 
 def render_whole(angles: Tensor, image_size: int, lengths: tuple[float, float], channels: int) -> Tensor:
-    """The same pictures, every pixel computed: what accelerators do, and what the CPU's short cut is tested against.
+    """The same images, every pixel computed: what accelerators do, and what the CPU's short cut is tested against.
 
     Args:
         angles: (F, 2) in radians.
         image_size: S, height and width in pixels.
-        lengths: Of the two rods, in metres.
-        channels: C, 1 for grey or 3 for RGB.
+        lengths: Of the two rods, in meters.
+        channels: C, 1 for gray or 3 for RGB.
 
     Returns:
         (F, C, S * S).
@@ -77,17 +77,17 @@ def render_whole(angles: Tensor, image_size: int, lengths: tuple[float, float], 
     return images
 
 
-def check_picture(image_size: int, channels: int) -> None:
-    """Raise a ValueError for a picture that cannot be drawn."""
+def check_image(image_size: int, channels: int) -> None:
+    """Raise a ValueError for an image that cannot be drawn."""
     if image_size < MIN_IMAGE_SIZE:
         raise ValueError(f"image_size={image_size}: the pendulum cannot be drawn below {MIN_IMAGE_SIZE} pixels.")
     if channels not in (1, 3):
-        raise ValueError(f"channels={channels}: choose 1 (grey) or 3 (RGB).")
+        raise ValueError(f"channels={channels}: choose 1 (gray) or 3 (RGB).")
 
 
 def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float, float], whole: bool) -> None:
     """Paint both arms into `images` (F, C, S * S), in place."""
-    scale = image_size / (2 * MARGIN * sum(lengths))  # pixels per metre
+    scale = image_size / (2 * MARGIN * sum(lengths))  # pixels per meter
     # Distance at which antialiasing ends: half a pixel outside.
     rod, bob = ROD_RADIUS * image_size + 0.5, BOB_RADIUS * image_size + 0.5
     channels = images.shape[1]
@@ -112,7 +112,7 @@ def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float
 
 
 def _distances(corner: Tensor, size: int, start: Tensor, direction: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """Distance in pixels of each pixel centre of a patch to the rod's axis and to the bob's centre.
+    """Distance in pixels of each pixel center of a patch to the rod's axis and to the bob's center.
 
     In coordinates along the rod, counted from its middle, and across it. Both are affine in x and y, so each is the outer
     sum of two vectors of length K.
@@ -121,8 +121,8 @@ def _distances(corner: Tensor, size: int, start: Tensor, direction: Tensor, reac
         Two tensors (F, K * K), in raster order.
     """
     half = reach / 2
-    centres = torch.arange(size, dtype=corner.dtype, device=corner.device) + 0.5
-    offsets = corner[..., None] + centres - (start + half * direction)[..., None]  # (F, 2, K), from the rod's middle
+    centers = torch.arange(size, dtype=corner.dtype, device=corner.device) + 0.5
+    offsets = corner[..., None] + centers - (start + half * direction)[..., None]  # (F, 2, K), from the rod's middle
     along_parts = offsets * direction[..., None]
     across_parts = offsets * direction.flip(-1)[..., None]
     along = (along_parts[:, 0, None, :] + along_parts[:, 1, :, None]).flatten(1)
@@ -148,10 +148,10 @@ def _over(below: Tensor | None, to_rod: Tensor, to_bob: Tensor, rod: float, bob:
     Args:
         below: (F, C, P), or None for black.
         to_rod: (F, P) distance to the rod's axis in pixels.
-        to_bob: (F, P) distance to the bob's centre; overwritten.
+        to_bob: (F, P) distance to the bob's center; overwritten.
         rod: Distance from the rod's axis at which antialiasing ends.
-        bob: Likewise from the bob's centre.
-        arm: 0 or 1, for the colours.
+        bob: Likewise from the bob's center.
+        arm: 0 or 1, for the colors.
         channels: C.
 
     Returns:
@@ -161,8 +161,8 @@ def _over(below: Tensor | None, to_rod: Tensor, to_bob: Tensor, rod: float, bob:
         cover = (rod - torch.minimum(to_rod, to_bob.sub_(bob - rod))).clamp_(0, 1)[:, None]
         return cover if below is None else torch.maximum(below, cover, out=cover)
     canvas = to_rod.new_zeros(len(to_rod), channels, to_rod.shape[1]) if below is None else below
-    for distance, radius, colour in ((to_rod, rod, RGB[arm][0]), (to_bob, bob, RGB[arm][1])):
+    for distance, radius, color in ((to_rod, rod, RGB[arm][0]), (to_bob, bob, RGB[arm][1])):
         cover = (radius - distance).clamp_(0, 1)
-        for channel, value in enumerate(colour):
+        for channel, value in enumerate(color):
             canvas[:, channel].lerp_(torch.full_like(cover, value), cover)
     return canvas

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loop_progress import Progress, progress, put
-from datamodules.randomness import seeded_generator
+from datamodules.rng import seeded_generator
 
 WORKER_GRACE_SECONDS = 30
 """How long a worker that was told to end goes on, so that the training process can finish its batch and save."""

@@ -38,7 +38,7 @@ def after_warm_up(
 
     Args:
         pendulum: Its constants.
-        limits: Of the two torques, in newton metres.
+        limits: Of the two torques, in newton meters.
         frames: (N,) how long each was driven, 0 to `WARM_UP_FRAMES`.
         held: Frames that an action lasts.
         generator: On the CPU.
@@ -52,7 +52,7 @@ def after_warm_up(
     return motion[torch.arange(len(frames)), frames]
 
 
-def driven_trajectories(
+def actuated_trajectories(
     pendulum: Pendulum,
     limits: tuple[float, float],
     count: int,
@@ -67,7 +67,7 @@ def driven_trajectories(
 
     Args:
         pendulum: Its constants.
-        limits: Of the two torques, in newton metres.
+        limits: Of the two torques, in newton meters.
         count: N.
         num_frames: T.
         held: Frames that an action lasts.

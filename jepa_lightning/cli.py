@@ -29,10 +29,10 @@ import datamodules  # noqa: F401  (short class names)
 from callbacks import BestCheckpoint, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
-from jepa_lightning.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
-from jepa_lightning.storage import AtomicCheckpointIO
+from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
+from jepa_lightning.weights.io import AtomicCheckpointIO
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 

@@ -1,4 +1,4 @@
-"""I-JEPA: predict the features of hidden blocks of a picture from those of a visible one (Assran et al. 2023).
+"""I-JEPA: predict the features of hidden blocks of an image from those of a visible one (Assran et al. 2023).
 
 Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
 """
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import ImageBatch
+from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor
-from jepa_lightning.picture_jepa import PictureJEPA
 from jepa_lightning.regularizers import RegularizerName
 
 
-class IJEPA(PictureJEPA):
+class IJEPA(ImageJEPA):
     """A vision transformer learns to fill in features: no labels, no augmentation that says what to ignore.
 
-    The context encoder sees the visible patches alone; the target encoder sees the whole picture, and its features,
-    layer-normalised, are the targets at the hidden blocks.
+    The context encoder sees the visible patches alone; the target encoder sees the whole image, and its features,
+    layer-normalized, are the targets at the hidden blocks.
 
     Args:
         encoder: Name of a timm vision transformer, "vit_tiny_patch16_224" ... "vit_giant_patch14_224"; the sizes in it
@@ -32,14 +32,14 @@ class IJEPA(PictureJEPA):
         predictor_heads: Its heads; those of the encoder if left out.
         predictor_dropout: In its linear layers.
         loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
-        normalize_targets: Layer-normalise the target features, as the released code does.
-        num_targets: M, target blocks per picture.
-        target_scale: Area of a target block, least and greatest fraction of the picture.
+        normalize_targets: Layer-normalize the target features, as the released code does.
+        num_targets: M, target blocks per image.
+        target_scale: Area of a target block, least and greatest fraction of the image.
         more_target_scales: Further ranges; each batch takes its blocks from one of them or from `target_scale`.
         final_target_scale: `target_scale` at the end of training, for a curriculum; the same if left out.
         target_aspect: Height over width of a target block, least and greatest.
         context_scale: Area of the context block before it loses the targets.
-        context_quantile: Fraction of pictures of whose context block too little is left, so that they see some beside it.
+        resampling_fraction: Fraction of images of whose context block too little is left, so that they see some beside it.
         official_compat: Masks with the flaws of the released code, and its count of optimizer steps from 1 in the
             schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Less memory for a third more time.
@@ -79,7 +79,7 @@ class IJEPA(PictureJEPA):
         more_target_scales: tuple[tuple[float, float], ...] = (),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
-        context_quantile: float = 0.1,
+        resampling_fraction: float = 0.1,
         official_compat: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
@@ -135,7 +135,7 @@ class IJEPA(PictureJEPA):
             target_scale,
             target_aspect,
             context_scale,
-            context_quantile,
+            resampling_fraction,
             final_target_scale,
             more_target_scales,
             official_compat,

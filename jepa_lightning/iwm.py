@@ -1,4 +1,4 @@
-"""IWM: predict the features of a picture after a known transformation (Garrido et al. 2024).
+"""IWM: predict the features of an image after a known transformation (Garrido et al. 2024).
 
 Shapes: B batch, N patches, K kept patches, L hidden patches, D width, A scalars of an action.
 """
@@ -13,27 +13,27 @@ from torch.nn import functional as F
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import ViewBatch
-from datamodules.image_folder import denormalise
-from datamodules.transformations import COLOURS
-from jepa_lightning.equivariance import ActionProbe, MeanReciprocalRanks, bank_generator, nearest_figure
+from datamodules.image_folder import denormalize
+from datamodules.views import COLORS
+from jepa_lightning.figures import show, wants_figures
+from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
+from jepa_lightning.mean_reciprocal_rank import ActionProbe, MeanReciprocalRanks, bank_generator, nearest_figure
 from jepa_lightning.networks.predictor import Conditioning, WorldModel
-from jepa_lightning.picture_jepa import PictureJEPA
-from jepa_lightning.pictures import show, wants_figures
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.sharding import is_sharded
 
 WATCHED = 8
-"""Pictures whose versions are ranked at each validation, with 256 versions each."""
+"""Images whose versions are ranked at each validation, with 256 versions each."""
 
 
-class IWM(PictureJEPA):
-    """A world model of transformations: what will the features be, if this is done to the picture?
+class IWM(ImageJEPA):
+    """A world model of transformations: what will the features be, if this is done to the image?
 
     The context encoder sees the visible patches of a source view; the predictor is told the action that leads to the target
-    view, and predicts the target encoder's layer-normalised features of that view at all patches that were hidden. The data
-    module makes the views: `data.views`. Afterwards the predictor is of use too, see `PredictorTuning`.
+    view, and predicts the target encoder's layer-normalized features of that view at all patches that were hidden. The data
+    module makes the views: `data.views`. Afterwards the predictor is of use too, see `PredictorFineTuning`.
 
     Args:
         encoder: Name of a timm vision transformer; the sizes in it are overruled by the next two arguments.
@@ -49,11 +49,11 @@ class IWM(PictureJEPA):
         predictor_heads: Its heads; those of the encoder if left out.
         predictor_dropout: In its linear layers.
         loss: "squared_error" as in the paper, or "smooth_l1".
-        normalize_targets: Layer-normalise the target features, as I-JEPA does; the paper does not say.
+        normalize_targets: Layer-normalize the target features, as I-JEPA does; the paper does not say.
         num_targets: Rectangles whose union is hidden.
-        target_scale: Area of a rectangle, least and greatest fraction of the picture.
+        target_scale: Area of a rectangle, least and greatest fraction of the image.
         target_aspect: Height over width of a rectangle, least and greatest; I-JEPA's, the paper does not say.
-        context_quantile: Fraction of pictures whose rectangles leave too little visible, and then lie on each other.
+        resampling_fraction: Fraction of images whose rectangles leave too little visible, and then lie on each other.
         gradient_checkpointing: Less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak of the schedule, at the end of the warm-up.
@@ -84,7 +84,7 @@ class IWM(PictureJEPA):
         patch_size: int = 16,
         encoder_depth: int | None = None,
         conditioning: Conditioning = "feature",
-        action_dim: int = len(COLOURS),
+        action_dim: int = len(COLORS),
         predictor_width: int = 384,
         predictor_depth: int = 18,
         predictor_heads: int | None = None,
@@ -94,7 +94,7 @@ class IWM(PictureJEPA):
         num_targets: int = 4,
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
-        context_quantile: float = 0.1,
+        resampling_fraction: float = 0.1,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -131,8 +131,8 @@ class IWM(PictureJEPA):
             regularizer_weights=regularizer_weights,
         )
         self.save_hyperparameters()
-        if action_dim < len(COLOURS):
-            raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLOURS)} scalars, or 12 with geometry.")
+        if action_dim < len(COLORS):
+            raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -149,7 +149,9 @@ class IWM(PictureJEPA):
         self.set_networks(context_encoder, self.build_predictor(), context_encoder.dim)
         self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
         # No context block: everything outside of the rectangles may be seen.
-        self.masks = MultiBlock(context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), context_quantile)
+        self.masks = MultiBlock(
+            context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
+        )
         self.ranks = MeanReciprocalRanks()
         self.action_probe = ActionProbe(context_encoder.dim, action_dim)
 
@@ -192,15 +194,15 @@ class IWM(PictureJEPA):
         return self.predictor(context, masks.context, masks.targets, batch.actions)
 
     def encode_targets(self, images: Tensor) -> Tensor:
-        """Features of the target encoder in the space of the predictions: normalised (B, 3, H, W) -> (B, N, D)."""
+        """Features of the target encoder in the space of the predictions: normalized (B, 3, H, W) -> (B, N, D)."""
         return self.to_target_space(self.encode(images))
 
     def apply_actions(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
         """Imagine: predicted features of all patches after an action.
 
         Args:
-            features: (B, N, D), of all patches of the pictures, from the context encoder.
-            actions: (B, A), or the colours alone, (B, 7); no change if left out.
+            features: (B, N, D), of all patches of the images, from the context encoder.
+            actions: (B, A), or the colors alone, (B, 7); no change if left out.
 
         Returns:
             (B, N, D).
@@ -208,7 +210,7 @@ class IWM(PictureJEPA):
         Raises:
             ValueError: Actions of another length.
         """
-        if actions is not None and actions.shape[1] not in (len(COLOURS), self.predictor.action_dim):
+        if actions is not None and actions.shape[1] not in (len(COLORS), self.predictor.action_dim):
             raise ValueError(f"Actions of {actions.shape[1]} scalars for a model of {self.predictor.action_dim}.")
         if actions is not None:
             actions = actions.to(self.predictor.positions.dtype)
@@ -216,7 +218,7 @@ class IWM(PictureJEPA):
         everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
         return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
 
-    def picture_features(self, batch: ViewBatch, pairs: TargetPairs) -> Tensor:
+    def image_features(self, batch: ViewBatch, pairs: TargetPairs) -> Tensor:
         assert batch.images is not None
         return self.encode(batch.images).float().mean(dim=1)
 
@@ -226,17 +228,17 @@ class IWM(PictureJEPA):
         self.action_probe.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             data: Any = self.trainer.datamodule
-            for number, picture in enumerate(denormalise(batch.images[: self._watched(len(batch.images))])):
+            for number, image in enumerate(denormalize(batch.images[: self._watched(len(batch.images))])):
                 generator = bank_generator(batch, number, self.trainer.world_size)
-                self.ranks.update(self, picture, data.views, generator, each=False)
-            # Sharded networks compute in all processes or in none, see PictureJEPA.validation_step.
+                self.ranks.update(self, image, data.views, generator, each=False)
+            # Sharded networks compute in all processes or in none, see ImageJEPA.validation_step.
             if wants_figures(self.trainer) or is_sharded(self.target_encoder):
                 figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
                 show(self.trainer, "nearest versions", figure, self.global_step)
         return pairs
 
     def _watched(self, count: int) -> int:
-        """How many pictures of a batch are asked about: as many in all processes, if the networks are sharded."""
+        """How many images of a batch are asked about: as many in all processes, if the networks are sharded."""
         if is_sharded(self.predictor):
             count = int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="min"))
         return min(count, WATCHED)

@@ -25,7 +25,7 @@ from jepa_lightning.metrics import FeatureStatistics
 from jepa_lightning.optim import fused_is_safe, gradient_norm, parameter_groups, warmup_cosine_schedule
 from jepa_lightning.regularizers import Regularizer, RegularizerName
 from jepa_lightning.sharding import check_strategy
-from jepa_lightning.storage import sign
+from jepa_lightning.signature import sign
 
 
 class TargetPairs(NamedTuple):
@@ -117,7 +117,7 @@ class JEPA(LightningModule, ABC):
         self._regularizer_arguments = (regularizer, regularizer_weights)
 
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
-        """Take the networks and make the target encoder, a frozen copy of the context encoder as initialised.
+        """Take the networks and make the target encoder, a frozen copy of the context encoder as initialized.
 
         Args:
             context_encoder: Returns features of width D.

@@ -14,10 +14,10 @@ from torch import Tensor
 Range = tuple[float, float]
 
 MAX_DRAWS = 20
-"""How often `official_compat` draws a batch again of which some picture has no context left."""
+"""How often `official_compat` draws a batch again of which some image has no context left."""
 
 CALIBRATION_DRAWS = 1000
-"""Pictures that are simulated to choose the number of context patches."""
+"""Images that are simulated to choose the number of context patches."""
 
 
 class Masks(NamedTuple):
@@ -43,25 +43,25 @@ class Masks(NamedTuple):
 
 
 class MultiBlock:
-    """Draw one large context block and several target blocks per picture; the context loses what the targets cover.
+    """Draw one large context block and several target blocks per image; the context loses what the targets cover.
 
-    The size of the target block is drawn once per batch, so that all blocks stack; places are drawn per picture, and
-    every place at which a block fits is equally likely. How many context patches are left differs from picture to
-    picture. Public implementations stack them by cutting all to the least of the batch, in raster order: the lower right
-    of the picture is then hardly ever seen, and the larger the batch, the smaller the context. Here the number kept, K,
-    depends on the size of the blocks alone: it is the `context_quantile` of the number left. Pictures with more keep a
+    The size of the target block is drawn once per batch, so that all blocks stack; places are drawn per image, and
+    every place at which a block fits is equally likely. How many context patches are left differs from image to
+    image. Public implementations stack them by cutting all to the least of the batch, in raster order: the lower right
+    of the image is then hardly ever seen, and the larger the batch, the smaller the context. Here the number kept, K,
+    depends on the size of the blocks alone: it is the quantile `resampling_fraction` of the number left. Images with more keep a
     uniformly random part; those with fewer take further patches from beside the context block. Where all that lies outside
-    of the targets is too little, target blocks give way: the last ones move onto the first. To draw such pictures again
+    of the targets is too little, target blocks give way: the last ones move onto the first. To draw such images again
     would make places at the corners rarer (by 8 % on 14 x 14 patches), since blocks far apart leave the least; but which
     block moves onto which does not depend on where they lie, so that each is as likely at every place as before.
 
     Args:
         grid: (H, W) in patches.
-        num_targets: M, target blocks per picture; they may overlap.
-        target_scale: Area of a target block, least and greatest fraction of the picture.
+        num_targets: M, target blocks per image; they may overlap.
+        target_scale: Area of a target block, least and greatest fraction of the image.
         target_aspect: Height over width of a target block, least and greatest.
-        context_scale: Area of the context block, which is as square as the picture.
-        context_quantile: Fraction of pictures, in [0, 1), of whose context block too few patches are left.
+        context_scale: Area of the context block, which is as square as the image.
+        resampling_fraction: Fraction of images, in [0, 1), of whose context block too few patches are left.
         more_target_scales: Further ranges: each batch takes its blocks from one of all the ranges, each as likely.
         final_target_scale: `target_scale` at the end of training, for a curriculum that moves there linearly.
         official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
@@ -79,7 +79,7 @@ class MultiBlock:
         target_scale: Range = (0.15, 0.2),
         target_aspect: Range = (0.75, 1.5),
         context_scale: Range = (0.85, 1.0),
-        context_quantile: float = 0.1,
+        resampling_fraction: float = 0.1,
         final_target_scale: Range | None = None,
         more_target_scales: Sequence[Range] = (),
         official_compat: bool = False,
@@ -89,8 +89,8 @@ class MultiBlock:
             raise ValueError(f"A grid of {height} x {width} patches is too small to hide a part: use 4 patches or more.")
         if num_targets < 1:
             raise ValueError(f"num_targets={num_targets}: give at least 1.")
-        if not 0 <= context_quantile < 1:
-            raise ValueError(f"context_quantile={context_quantile}: choose a fraction in [0, 1).")
+        if not 0 <= resampling_fraction < 1:
+            raise ValueError(f"resampling_fraction={resampling_fraction}: choose a fraction in [0, 1).")
         self.target_scales = (target_scale, target_scale if final_target_scale is None else final_target_scale)
         self.more_target_scales = [(low, high) for low, high in more_target_scales]
         greatest = max(scale[1] for scale in (*self.target_scales, *self.more_target_scales))
@@ -107,7 +107,7 @@ class MultiBlock:
         if not 0 < target_aspect[0] <= target_aspect[1]:
             raise ValueError(f"target_aspect={target_aspect}: give the least and greatest ratio, 0 < least <= greatest.")
         self.grid, self.num_targets, self.target_aspect, self.context_scale = grid, num_targets, target_aspect, context_scale
-        self.context_quantile, self.official_compat = context_quantile, official_compat
+        self.resampling_fraction, self.official_compat = resampling_fraction, official_compat
         self._kept: dict[tuple[int, int], int] = {}
         low, high = target_aspect
         for aspect in (low + part / 10 * (high - low) for part in range(11)):
@@ -153,7 +153,7 @@ class MultiBlock:
             crowded = covered.shape[1] - covered.sum(dim=1) < kept
             if not crowded.any():
                 break
-            # To swap two blocks makes no picture more or less crowded: so what moves, and what it moves onto, is as likely
+            # To swap two blocks makes no image more or less crowded: so what moves, and what it moves onto, is as likely
             # at every place as what stays.
             corners[crowded, last] = corners[crowded, 0]
             covered[crowded] = self._covered(corners[crowded], size)
@@ -172,8 +172,8 @@ class MultiBlock:
                 context_size = block_size(self.grid, least + part * (greatest - least), self.grid[0] / self.grid[1])
                 corners, block = self._place(CALIBRATION_DRAWS // 10, size, context_size, generator)
                 counts.append((block & ~self._covered(corners, size)).sum(dim=1))
-            quantile = int(torch.cat(counts).float().quantile(self.context_quantile))
-            # Never more than what is left when all blocks lie on the first: none of the pictures had more.
+            quantile = int(torch.cat(counts).float().quantile(self.resampling_fraction))
+            # Never more than what is left when all blocks lie on the first: none of the images had more.
             self._kept[size] = max(1, quantile)
         return self._kept[size]
 
@@ -202,7 +202,7 @@ class MultiBlock:
 
 
 def block_size(grid: tuple[int, int], scale: float, aspect: float) -> tuple[int, int]:
-    """Height and width in patches of a block of a given part of the picture and a given height over width.
+    """Height and width in patches of a block of a given part of the image and a given height over width.
 
     The area counts first: a block too tall for the grid is wider instead, and one too wide is cut.
     """
@@ -226,7 +226,7 @@ def _draw_like_the_released_code(
     Differs from it where it would not end: a context with no patch left draws again, `MAX_DRAWS` times.
 
     Raises:
-        RuntimeError: Some picture of the batch had no context patch left each time.
+        RuntimeError: Some image of the batch had no context patch left each time.
     """
     height, width = masks.grid
     u, w = torch.rand(2, generator=size_generator).tolist()

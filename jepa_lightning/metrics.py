@@ -41,10 +41,10 @@ class FeatureStatistics(WideMetric):
         """Figures by name, scalars.
 
         feature_std, feature_std_min: mean and least standard deviation of a dimension.
-        rankme: exp of the entropy of the normalised eigenvalues of the covariance, between 1 and D. (Garrido et al.
+        rankme: exp of the entropy of the normalized eigenvalues of the covariance, between 1 and D. (Garrido et al.
             2023 use the singular values of the uncentred features, which the mean dominates.)
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares, between 1 and D.
-        top_share: share of the greatest eigenvalue in their sum.
+        largest_eigenvalue_share: share of the greatest eigenvalue in their sum.
 
         All are NaN if a feature was not finite.
         """
@@ -52,7 +52,9 @@ class FeatureStatistics(WideMetric):
         covariance = self.outer / self.count - torch.outer(mean, mean)
         if not covariance.isfinite().all():  # which no eigenvalues are computed of: say so, and let the run go on
             nan = covariance.new_tensor(math.nan)
-            return dict.fromkeys(("feature_std", "feature_std_min", "rankme", "participation_ratio", "top_share"), nan)
+            return dict.fromkeys(
+                ("feature_std", "feature_std_min", "rankme", "participation_ratio", "largest_eigenvalue_share"), nan
+            )
         std = covariance.diagonal().clamp(min=0).sqrt()
         eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
         # A constant feature has no directions at all; count it as one.
@@ -62,7 +64,7 @@ class FeatureStatistics(WideMetric):
             "feature_std_min": std.min(),
             "rankme": torch.special.entr(share).sum().exp(),
             "participation_ratio": 1 / share.square().sum().clamp(min=1 / len(share)),
-            "top_share": share.max(),
+            "largest_eigenvalue_share": share.max(),
         }
 
 
@@ -130,7 +132,7 @@ def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
 class RidgeProbe(WideMetric):
     """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
 
-    Kept are the sums that the normal equations need, not the samples. Features are standardised, so `ridge` is relative
+    Kept are the sums that the normal equations need, not the samples. Features are standardized, so `ridge` is relative
     to a feature's variance.
 
     Args:

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from callbacks.schedules import ScheduleName
 from datamodules.batches import PendulumBatch, check_batches
+from datamodules.physics import LABELS, state_labels
 from jepa_lightning.jepa import JEPA, TargetPairs
-from jepa_lightning.labels import LABELS, state_labels
 from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe, guarded_error
+from jepa_lightning.networks.encoders import EncoderName, window_encoder
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
-from jepa_lightning.networks.windows import EncoderName, window_encoder
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
 
@@ -41,17 +41,17 @@ class PendulumJEPA(JEPA):
 
     Args:
         observation: "pixels" or "coordinates".
-        image_size: Height and width of the pictures; as in the data. With coordinates, of those in the report.
-        channels: 1 for grey, 3 for RGB; as in the data.
+        image_size: Height and width of the images; as in the data. With coordinates, of those in the report.
+        channels: 1 for gray, 3 for RGB; as in the data.
         history: Frames per window; as in the data.
         latent_dim: D, width of the features.
-        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.windows`; if left out, "cnn" for pixels and "mlp" for
+        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.encoders`; if left out, "cnn" for pixels and "mlp" for
             coordinates.
         encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; if
             left out, 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
         predictor_width: Width of the predictor's two hidden layers.
         predictor_dropout: After each of them, in [0, 1). With dropout a resumed run is not the uncut one bit for bit.
-        action_dim: A, scalars of an action, 2 of a driven pendulum; 0 if nothing acts.
+        action_dim: A, scalars of an action, 2 of an actuated pendulum; 0 if nothing acts.
         action_width: Width that a linear layer gives an action.
         target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's features of each
             start to the target encoder's of the later windows; the regularizer sees the starts. "default": from the target
@@ -158,21 +158,21 @@ class PendulumJEPA(JEPA):
         self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
         self.probe = RidgeProbe(latent_dim, len(LABELS))
         self.inverse_dynamics = inverse_dynamics
-        self.tell_action = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
+        self.inverse_dynamics_model = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
         self.forecast_errors = ForecastErrors(action_dim > 0, latent_dim)
 
     def build_encoder(self) -> nn.Module:
-        """A freshly initialised encoder: (N, window) -> (N, D)."""
+        """A freshly initialized encoder: (N, window) -> (N, D)."""
         pixels = self.observation == "pixels"
         frame = (self.channels * self.history, self.image_size, self.image_size) if pixels else (4 * self.history,)
         return window_encoder(self.encoder_name, frame, self.encoder_widths, self.latent_dim)
 
     def build_predictor(self) -> nn.Module:
-        """A freshly initialised predictor: (..., D), and (..., A) if something acts -> (..., D)."""
+        """A freshly initialized predictor: (..., D), and (..., A) if something acts -> (..., D)."""
         return ResidualPredictor(self.latent_dim, *self._predictor)
 
     def trained_networks(self) -> list[nn.Module]:
-        return [*super().trained_networks(), *([] if self.tell_action is None else [self.tell_action])]
+        return [*super().trained_networks(), *([] if self.inverse_dynamics_model is None else [self.inverse_dynamics_model])]
 
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs.
@@ -284,10 +284,10 @@ class PendulumJEPA(JEPA):
     def auxiliary_loss(self, batch: PendulumBatch, pairs: TargetPairs) -> Tensor:
         """The regularizer, and how badly actions are told from the features around them."""
         loss = super().auxiliary_loss(batch, pairs)
-        if self.tell_action is not None:
+        if self.inverse_dynamics_model is not None:
             assert batch.actions is not None
             around = torch.cat([pairs.features[:, :-1], pairs.features[:, 1:]], dim=-1)  # (B, S - 1, 2 D)
-            error = functional.mse_loss(self.tell_action(around), batch.actions[:, : around.shape[1]])
+            error = functional.mse_loss(self.inverse_dynamics_model(around), batch.actions[:, : around.shape[1]])
             self.log("train/inverse_dynamics", error)
             loss = loss + self.inverse_dynamics * error
         return loss
@@ -318,7 +318,7 @@ class PendulumJEPA(JEPA):
         for name, ratio in ratios.items():
             self.log(f"val/{name}", ratio, prog_bar=name == "persistence_ratio")
         # Of the two controls the better: features that hardly change are predicted by no change, noise by its mean.
-        ratio = torch.maximum(ratios["persistence_ratio"], ratios["error_over_mean"])
+        ratio = torch.maximum(ratios["persistence_ratio"], ratios["normalized_error"])
         self.log("val/guarded_error", guarded_error(ratio, rankme, self.latent_dim))
         if not self.trainer.sanity_checking:
             scores = dict(zip(LABELS, self.probe.compute(), strict=True))

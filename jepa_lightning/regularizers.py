@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "dino_centring"]
+RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "dino_centering"]
 
-CENTRE_MOMENTUM = 0.9
-"""Of the centre of `dino_centring`, as in Caron et al. 2021."""
+CENTER_MOMENTUM = 0.9
+"""Of the center of `dino_centering`, as in Caron et al. 2021."""
 
 NUM_PROJECTIONS = 256
 """Directions in which `sigreg` looks at the features, new ones each optimizer step."""
@@ -42,8 +42,8 @@ def covariance_penalty(features: Tensor) -> Tensor:
     Returns:
         Scalar.
     """
-    centred = features - features.mean(dim=0)
-    covariance = centred.T @ centred / (len(features) - 1)
+    centerd = features - features.mean(dim=0)
+    covariance = centerd.T @ centerd / (len(features) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / features.shape[1]
 
 
@@ -130,7 +130,7 @@ DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
     "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
     "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
     "sigreg": {"gauss": 10.0},
-    "dino_centring": {"centring": 1.0},
+    "dino_centering": {"centering": 1.0},
 }
 
 
@@ -139,11 +139,11 @@ class Regularizer(nn.Module):
 
     * "variance_hinge" is the recipe of the first pendulum JEPA, `std`: 0.1 * ReLU(1 - std).
     * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `std` (the hinge),
-      `cov` (covariance, divided by D), `sim` (difference of consecutive features, 0 unless asked for: it penalises fast
+      `cov` (covariance, divided by D), `sim` (difference of consecutive features, 0 unless asked for: it penalizes fast
       motion) and `curvature` (second difference in time), which VICReg does not have.
     * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
     * "sigreg": `gauss`, the distance from a standard normal distribution along random lines.
-    * "dino_centring": `centring`, the squared distance of the batch mean from its own moving average. It does **not**
+    * "dino_centering": `centering`, the squared distance of the batch mean from its own moving average. It does **not**
       prevent collapse, a constant feature satisfies it, and is here to show that: the collapse alarm must catch it.
 
     Args:
@@ -155,7 +155,7 @@ class Regularizer(nn.Module):
         ValueError: An unknown name or term, or a negative weight.
     """
 
-    centre: Tensor
+    center: Tensor
 
     def __init__(self, name: RegularizerName, dim: int, weights: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -171,8 +171,8 @@ class Regularizer(nn.Module):
                 raise ValueError(f"model.regularizer_weights: {term}={weight} must be >= 0.")
         self.name = name
         self.weights = DEFAULT_WEIGHTS[name] | (weights or {})
-        if name == "dino_centring":
-            self.register_buffer("centre", torch.zeros(dim))
+        if name == "dino_centering":
+            self.register_buffer("center", torch.zeros(dim))
 
     @property
     def needed_times(self) -> int:
@@ -200,12 +200,12 @@ class Regularizer(nn.Module):
             return dict(zip(("invariance", "redundancy"), penalties, strict=True))
         if self.name == "sigreg":
             return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step, flat.device))}
-        if self.name == "dino_centring":
+        if self.name == "dino_centering":
             mean = flat.mean(dim=0)
-            distance = (mean - self.centre).square().mean()
+            distance = (mean - self.center).square().mean()
             with torch.no_grad():
-                self.centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
-            return {"centring": distance}
+                self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
+            return {"centering": distance}
         terms = {"std": variance_hinge(flat)}
         if self.name == "vicreg":
             terms |= {"cov": covariance_penalty(flat), "curvature": curvature(features), "sim": similarity_in_time(features)}

@@ -82,7 +82,7 @@ class ForecastErrors(nn.Module):
         """Ratios by name, and start anew.
 
         persistence_ratio, persistence_ratio_first: over the error of predicting no change, at the last and first step.
-        error_over_mean: over the error of predicting the mean of all targets, at the last step. Of features that have
+        normalized_error: over the error of predicting the mean of all targets, at the last step. Of features that have
             become noise, predicting no change has twice that error, and a constant beats it.
         shuffled_over_true, zero_over_true: error under other actions over that under the true ones, at the last step.
         """
@@ -92,7 +92,7 @@ class ForecastErrors(nn.Module):
         ratios = {
             "persistence_ratio_first": errors["first"] / errors["first_still"],
             "persistence_ratio": errors["last"] / errors["last_still"],
-            "error_over_mean": self.over_mean.compute(),
+            "normalized_error": self.over_mean.compute(),
         }
         self.over_mean.reset()
         for name in {"shuffled", "zero"} & errors.keys():

@@ -36,7 +36,7 @@ SMALL_MODEL: dict[str, Any] = {
     "predictor_width": 16,
     "horizon": 4,
 }
-SMALL_PICTURES: dict[str, Any] = {"image_size": 16, "batch_size": 4, "num_workers": 0, "val_fraction": 0.2}
+SMALL_IMAGES: dict[str, Any] = {"image_size": 16, "batch_size": 4, "num_workers": 0, "val_fraction": 0.2}
 SMALL_IJEPA: dict[str, Any] = {
     "encoder": "vit_tiny_patch16_224",
     "encoder_depth": 1,
@@ -94,28 +94,28 @@ def small_driven_model(**changes: Any) -> PendulumJEPA:
     return small_model(**({"history": 3, "horizon": 2, "action_dim": 2} | changes))
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int] = (20, 24), hue: int = 0) -> None:
-    """Noise over a colour, so that classes differ, as files 0000.jpg ..."""
+def write_images(folder: Path, count: int, size: tuple[int, int] = (20, 24), hue: int = 0) -> None:
+    """Noise over a color, so that classes differ, as files 0000.jpg ..."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(hue)
     for number in range(count):
-        picture = torch.randint(0, 100, (3, *size), generator=generator)
-        picture[hue % 3] += 100
-        pixels = picture.to(torch.uint8).permute(1, 2, 0).numpy()
+        image = torch.randint(0, 100, (3, *size), generator=generator)
+        image[hue % 3] += 100
+        pixels = image.to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(folder / f"{number:04d}.jpg")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 15 pictures, of which a fifth is held out: 24 to train on, 6 for validation."""
-    root = tmp_path_factory.mktemp("pictures")
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 15 images, of which a fifth is held out: 24 to train on, 6 for validation."""
+    root = tmp_path_factory.mktemp("images")
     for hue, name in enumerate(("ant", "bee")):
-        write_pictures(root / name, 15, hue=hue)
+        write_images(root / name, 15, hue=hue)
     return root
 
 
-def small_pictures(root: Path, **changes: Any) -> ImageFolder:
-    return ImageFolder(**({"root": str(root)} | SMALL_PICTURES | changes))
+def small_images(root: Path, **changes: Any) -> ImageFolder:
+    return ImageFolder(**({"root": str(root)} | SMALL_IMAGES | changes))
 
 
 def small_ijepa(**changes: Any) -> IJEPA:
@@ -129,11 +129,11 @@ def small_iwm(**changes: Any) -> IWM:
 
 
 def small_views(root: Path, **changes: Any) -> ImageFolder:
-    return small_pictures(root, **({"views": Views()} | changes))
+    return small_images(root, **({"views": Views()} | changes))
 
 
-FAMILIES = {"ijepa": (small_ijepa, small_pictures), "iwm": (small_iwm, small_views)}
-"""Models of pictures: how to make the smallest model and its data."""
+FAMILIES = {"ijepa": (small_ijepa, small_images), "iwm": (small_iwm, small_views)}
+"""Models of images: how to make the smallest model and its data."""
 
 
 def trainer(root: Path, **changes: Any) -> pl.Trainer:

@@ -8,7 +8,7 @@ import pytest
 from conftest import small_data, small_model, trainer
 
 from callbacks import BestCheckpoint
-from jepa_lightning.checkpoints import read_checkpoint
+from jepa_lightning.weights.checkpoints import read_checkpoint
 
 FIGURES = (0.5, 0.2, 0.9, 0.4)
 

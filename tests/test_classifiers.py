@@ -27,31 +27,31 @@ class Largest(TorchDispatchMode):
 def mixture(count: int, classes: int, dim: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of classes that overlap, far from zero, one dimension dead."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, classes, (count,), generator=generator)
-    features = 5 + centres[labels] + noise * torch.randn(count, dim, generator=generator)
+    features = 5 + centers[labels] + noise * torch.randn(count, dim, generator=generator)
     features[:, 1] = 3.0
     return features, labels
 
 
-def votes_by_the_formula(bank, bank_labels, queries, num_neighbours: int, temperature: float) -> torch.Tensor:
+def votes_by_the_formula(bank, bank_labels, queries, num_neighbors: int, temperature: float) -> torch.Tensor:
     """Wu et al. 2018, written out over all classes at once."""
-    weights, neighbours = (queries @ bank.T).topk(min(num_neighbours, len(bank)), dim=1)
+    weights, neighbors = (queries @ bank.T).topk(min(num_neighbors, len(bank)), dim=1)
     sums = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    return sums.scatter_add_(1, bank_labels[neighbours], (weights / temperature).exp()).argmax(dim=1)
+    return sums.scatter_add_(1, bank_labels[neighbors], (weights / temperature).exp()).argmax(dim=1)
 
 
 def ridge_scores_by_the_formula(bank, bank_labels, features, penalty: float) -> torch.Tensor:
     """The normal equations of one-hot classes, written out."""
     ones = torch.nn.functional.one_hot(bank_labels).double()
     mean, prior = bank.double().mean(0), ones.mean(0)
-    centred = bank.double() - mean
-    covariance, cross = centred.T @ centred / len(bank), centred.T @ (ones - prior) / len(bank)
+    centerd = bank.double() - mean
+    covariance, cross = centerd.T @ centerd / len(bank), centerd.T @ (ones - prior) / len(bank)
     shrunk = covariance + torch.diag(penalty * covariance.diagonal() + 1e-12)
     return prior + (features.double() - mean) @ torch.linalg.solve(shrunk, cross)
 
 
-def test_nearest_neighbours_know_clusters_and_guess_at_noise() -> None:
+def test_nearest_neighbors_know_clusters_and_guess_at_noise() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (400,), generator=generator)
     clusters, noise = torch.randn(5, 8, generator=generator) * 5, torch.randn(400, 8, generator=generator)
@@ -71,9 +71,9 @@ def test_votes_and_ridge_equal_their_formulas(parts: dict, monkeypatch: pytest.M
     (bank, bank_labels), (features, labels) = mixture(300, 9, 16, 2.0), mixture(101, 9, 16, 2.0, seed=1)
     mean = bank.mean(dim=0)
     units = directions(bank, mean), bank_labels, directions(features, mean)
-    for neighbours, temperature in ((1, 0.07), (20, 0.07), (20, 1.0), (5000, 0.2)):
-        expected = votes_by_the_formula(*units, neighbours, temperature)
-        assert torch.equal(vote(*units, neighbours, temperature), expected)
+    for neighbors, temperature in ((1, 0.07), (20, 0.07), (20, 1.0), (5000, 0.2)):
+        expected = votes_by_the_formula(*units, neighbors, temperature)
+        assert torch.equal(vote(*units, neighbors, temperature), expected)
     for penalty in (1e-4, 1.0):
         expected = ridge_scores_by_the_formula(bank, bank_labels, features, penalty).argmax(dim=1)
         found = ridge_accuracy(bank, bank_labels, features, labels, penalty)
@@ -116,7 +116,7 @@ def test_thousands_of_classes_need_no_large_tables() -> None:
     features, labels = torch.randn(1000, 384), torch.arange(1000) * 8 + 7
     with Largest() as largest:
         accuracy = ridge_accuracy(features, labels, features.repeat(3, 1), labels.repeat(3))
-    assert accuracy == 1, "as many dimensions as separate a thousand pictures by heart"
+    assert accuracy == 1, "as many dimensions as separate a thousand images by heart"
     assert 4 * 8000 * 384 <= largest.size <= 40e6
     metric = OnlineClassifiers()
     metric.update(features, labels)
@@ -133,11 +133,11 @@ def test_a_large_bank_is_worked_through_in_parts() -> None:
     assert largest.size <= 4 * 1024 * 2**15, "1500 queries by 300,000 members would be 1.8 GB, by 20,000 classes 120 MB"
 
 
-def test_the_vote_of_many_neighbours_is_counted_in_parts() -> None:
+def test_the_vote_of_many_neighbors_is_counted_in_parts() -> None:
     similarities, labels = torch.rand(2000, 256), torch.arange(256).expand(2000, -1)
     with Largest() as largest:
         winners = majority(similarities, labels, 0.07)
-    assert largest.size <= jepa_lightning.classifiers.PART_BYTES <= 70e6, "256 neighbours by 256 of 2000 would be 524 MB"
+    assert largest.size <= jepa_lightning.classifiers.PART_BYTES <= 70e6, "256 neighbors by 256 of 2000 would be 524 MB"
     assert torch.equal(winners, similarities.argmax(dim=1))
 
 

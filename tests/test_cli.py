@@ -11,10 +11,10 @@ import yaml
 from conftest import ROOT
 
 from jepa_lightning import PendulumJEPA
-from jepa_lightning.checkpoints import read_checkpoint
 from jepa_lightning.cli import main
 from jepa_lightning.jepa import TargetPairs
-from jepa_lightning.storage import AtomicCheckpointIO
+from jepa_lightning.weights.checkpoints import read_checkpoint
+from jepa_lightning.weights.io import AtomicCheckpointIO
 
 SMALL = [
     "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"),

@@ -14,7 +14,7 @@ from jepa_lightning.regularizers import Regularizer
 
 NAN = float("nan")
 
-HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/top_share": 0.2, "val/persistence_ratio": 0.1}
+HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/largest_eigenvalue_share": 0.2, "val/persistence_ratio": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/top_share": 0.2, "va
         ({"val/feature_std": 0.05}, "standard deviation of a feature is 0.05 (healthy: above 0.1): all inputs look alike"),
         ({"val/rankme": 1.5}, "RankMe is 1.50 (healthy: above 3.0): the features vary in hardly any direction"),
         (
-            {"val/top_share": 0.95},
+            {"val/largest_eigenvalue_share": 0.95},
             "95% of the variance lies in one direction (healthy: below 90%): the features vary together",
         ),
         ({"val/persistence_ratio": 1.0}, "1.00 times that of predicting no change (healthy: below 0.9): the predictor only"),
@@ -34,7 +34,7 @@ HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/top_share": 0.2, "va
         ),
         ({"val/feature_std": NAN}, "standard deviation of a feature is nan (healthy: above 0.1)"),
         ({"val/rankme": NAN}, "RankMe is nan (healthy: above 3.0)"),
-        ({"val/top_share": NAN}, "nan% of the variance lies in one direction"),
+        ({"val/largest_eigenvalue_share": NAN}, "nan% of the variance lies in one direction"),
         ({"val/persistence_ratio": NAN}, "nan times that of predicting no change"),
     ],
 )
@@ -46,7 +46,7 @@ def test_each_sign_is_named(change: dict, words: str) -> None:
 
 
 def test_healthy_figures_and_those_at_the_limits_are_no_signs() -> None:
-    limits = {"val/feature_std": 0.1, "val/rankme": 3.0, "val/top_share": 0.9, "val/persistence_ratio": 0.9}
+    limits = {"val/feature_std": 0.1, "val/rankme": 3.0, "val/largest_eigenvalue_share": 0.9, "val/persistence_ratio": 0.9}
     for metrics in (HEALTHY, limits, {}, {"train/rankme": 1.0, "rankme": 1.0}):
         assert CollapseAlarm().signs(metrics) == []
         assert CollapseAlarm().advice(metrics, SimpleNamespace()) == []
@@ -58,7 +58,7 @@ def model(name: str | None, mode: str = "vjepa2", **weights: float) -> SimpleNam
     return SimpleNamespace(regularizer=regularizer, target_mode=mode, learning_rate=0.004)
 
 
-SMALL, FLAT, ONE_SIDED = {"val/feature_std": 0.01}, {"val/rankme": 1.2}, {"val/top_share": 0.99}
+SMALL, FLAT, ONE_SIDED = {"val/feature_std": 0.01}, {"val/rankme": 1.2}, {"val/largest_eigenvalue_share": 0.99}
 ALL_THREE = SMALL | FLAT | ONE_SIDED
 
 
@@ -102,10 +102,10 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
         ),
         (
             SMALL | FLAT,
-            model("dino_centring"),
+            model("dino_centering"),
             [
-                "model.regularizer=dino_centring has no term that keeps features from shrinking: choose vicreg",
-                "dino_centring has no term that keeps features from varying",
+                "model.regularizer=dino_centering has no term that keeps features from shrinking: choose vicreg",
+                "dino_centering has no term that keeps features from varying",
             ],
         ),
         # One that is not there is not.

@@ -7,10 +7,10 @@ import torch
 import yaml
 from conftest import ROOT
 
-import jepa_lightning.equivariance
 import jepa_lightning.iwm
-from jepa_lightning.checkpoints import load_jepa
+import jepa_lightning.mean_reciprocal_rank
 from jepa_lightning.cli import main
+from jepa_lightning.weights.checkpoints import load_jepa
 
 CONFIGS = ROOT / "configs"
 JEPAS = ("demo", "pendulum", "pendulum_coordinates")
@@ -112,9 +112,9 @@ IMAGENET_SIZE = ["--model.image_size", "56", "--model.predictor_depth", "1", "--
 CIFAR_PROBES = ("linear", "lowshot_1", "lowshot_10", "attentive", "finetuning", "completion", "knn")
 
 
-def few_pictures(pictures: Path, root: Path) -> list[str]:
-    """Two steps on a handful of pictures, on one CPU."""
-    arguments = ["--data.root", str(pictures), "--data.batch_size", "2", "--data.num_workers", "0"]
+def few_images(image_root: Path, root: Path) -> list[str]:
+    """Two steps on a handful of images, on one CPU."""
+    arguments = ["--data.root", str(image_root), "--data.batch_size", "2", "--data.num_workers", "0"]
     arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.enable_progress_bar", "false"]
     arguments += ["--trainer.default_root_dir", str(root)]
     return arguments
@@ -125,14 +125,14 @@ FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", 
 
 @pytest.fixture
 def few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An IWM is judged on few versions of few pictures."""
+    """An IWM is judged on few versions of few images."""
     monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
-    monkeypatch.setattr(jepa_lightning.equivariance, "BANK_SIZE", 16)
+    monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
 
 
 @pytest.mark.parametrize("name", SMALL_IJEPAS | SMALL_IWMS)
-def test_every_jepa_on_pictures(name: str, tmp_path: Path, pictures: Path, few_ranks: None) -> None:
-    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *(SMALL_IJEPAS | SMALL_IWMS)[name]]
+def test_every_jepa_on_images(name: str, tmp_path: Path, image_root: Path, few_ranks: None) -> None:
+    small = [*few_images(image_root, tmp_path), *FEW_STEPS, *(SMALL_IJEPAS | SMALL_IWMS)[name]]
     if "imagenet" in name:
         small += [*IMAGENET_SIZE, "--trainer.num_nodes", "1"]
         small += ["--model.patch_size", "14"] if name.endswith("14") else ["--model.patch_size", "8"]
@@ -141,16 +141,16 @@ def test_every_jepa_on_pictures(name: str, tmp_path: Path, pictures: Path, few_r
 
 
 @pytest.fixture
-def small_checkpoint(tmp_path: Path, pictures: Path) -> Path:
+def small_checkpoint(tmp_path: Path, image_root: Path) -> Path:
     root = tmp_path / "ijepa"
-    few = [*few_pictures(pictures, root), *FEW_STEPS, *SMALL_IJEPAS["ijepa_cifar10_cpu"]]
+    few = [*few_images(image_root, root), *FEW_STEPS, *SMALL_IJEPAS["ijepa_cifar10_cpu"]]
     main(["fit", "--config", str(CONFIGS / "ijepa_cifar10_cpu.yaml"), *few])
     return root / "checkpoints" / "last.ckpt"
 
 
 @pytest.mark.parametrize("name", CIFAR_PROBES)
-def test_every_probe_of_ijepa(name: str, tmp_path: Path, pictures: Path, small_checkpoint: Path) -> None:
-    arguments = ["--config", str(CONFIGS / f"ijepa_cifar10_{name}.yaml"), *few_pictures(pictures, tmp_path)]
+def test_every_probe_of_ijepa(name: str, tmp_path: Path, image_root: Path, small_checkpoint: Path) -> None:
+    arguments = ["--config", str(CONFIGS / f"ijepa_cifar10_{name}.yaml"), *few_images(image_root, tmp_path)]
     arguments += ["--model.checkpoint", str(small_checkpoint)]
     if name != "completion":
         arguments += ["--model.num_classes", "2"]
@@ -165,20 +165,20 @@ def test_every_probe_of_ijepa(name: str, tmp_path: Path, pictures: Path, small_c
     assert (tmp_path / "report.json").exists()
 
 
-def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> None:
+def test_both_phases_of_iwm(tmp_path: Path, image_root: Path, few_ranks: None) -> None:
     shapes = ["--data.root", str(tmp_path / "shapes"), "--data.size", "40", "--data.batch_size", "8"]
     shapes += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", *FEW_STEPS]
     main(["fit", "--config", str(CONFIGS / "iwm_smoke.yaml"), *shapes, "--trainer.default_root_dir", str(tmp_path)])
     jepa = tmp_path / "checkpoints" / "last.ckpt"
     arguments = ["--config", str(CONFIGS / "iwm_cifar10_equivariance.yaml"), "--model.checkpoint", str(jepa)]
-    arguments += few_pictures(pictures, tmp_path / "equivariance")
-    main(["test", *arguments, "--model.num_pictures", "2"])
-    assert "all four colours" in (tmp_path / "equivariance" / "report.md").read_text()
+    arguments += few_images(image_root, tmp_path / "equivariance")
+    main(["test", *arguments, "--model.num_images", "2"])
+    assert "all four colors" in (tmp_path / "equivariance" / "report.md").read_text()
     arguments = ["--config", str(CONFIGS / "iwm_cifar10_completion.yaml"), "--model.checkpoint", str(jepa)]
-    main(["fit", *arguments, *few_pictures(pictures, tmp_path / "completion"), *FEW_STEPS])
-    assert (tmp_path / "completion" / "sliders.png").exists()
+    main(["fit", *arguments, *few_images(image_root, tmp_path / "completion"), *FEW_STEPS])
+    assert (tmp_path / "completion" / "action_sweep.png").exists()
     arguments = ["--config", str(CONFIGS / "iwm_cifar10_predictor.yaml"), "--model.checkpoint", str(jepa)]
-    arguments += [*few_pictures(pictures, tmp_path / "predictor"), "--model.num_classes", "2"]
+    arguments += [*few_images(image_root, tmp_path / "predictor"), "--model.num_classes", "2"]
     main(["fit", *arguments, *FEW_STEPS])
     main(["test", *arguments, "--ckpt_path", str(tmp_path / "predictor" / "checkpoints" / "last.ckpt")])
     assert "predictor with random weights" in (tmp_path / "predictor" / "report.md").read_text()
@@ -188,7 +188,7 @@ def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
         "num_classes": dict.fromkeys(config["data"]["init_args"]["folders"], 2),
     }
     for folder in config["data"]["init_args"]["folders"].values():
-        folder["init_args"] |= {"root": str(pictures), "batch_size": 2, "num_workers": 0}
+        folder["init_args"] |= {"root": str(image_root), "batch_size": 2, "num_workers": 0}
         del folder["init_args"]["download"]
     config["trainer"]["default_root_dir"] = str(tmp_path / "tasks")
     (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(config))
@@ -196,9 +196,9 @@ def test_both_phases_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> 
     assert (tmp_path / "tasks" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_the_overlay_of_iwm(tmp_path: Path, pictures: Path, few_ranks: None) -> None:
+def test_the_overlay_of_iwm(tmp_path: Path, image_root: Path, few_ranks: None) -> None:
     config = ["--config", str(CONFIGS / "iwm_imagenet.yaml"), "--config", str(CONFIGS / "overlays" / "iwm_invariant.yaml")]
-    small = [*few_pictures(pictures, tmp_path), *FEW_STEPS, *SMALL_IWMS["iwm_imagenet"], "--trainer.num_nodes", "1"]
+    small = [*few_images(image_root, tmp_path), *FEW_STEPS, *SMALL_IWMS["iwm_imagenet"], "--trainer.num_nodes", "1"]
     small += ["--model.image_size", "32", "--data.image_size", "32"]
     main(["fit", *config, *small])
     assert len(load_jepa(tmp_path / "checkpoints" / "last.ckpt").predictor.blocks) == 12

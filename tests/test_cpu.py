@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, small_data, small_model, trainer
 
 from jepa_lightning import cpu
-from jepa_lightning.checkpoints import read_checkpoint
+from jepa_lightning.weights.checkpoints import read_checkpoint
 
 # user nice system idle iowait irq softirq steal, in ticks
 QUIET, BUSY = [100, 0, 50, 5000, 40, 0, 5, 0], [0, 0, 0, 0, 0, 0, 0, 0]

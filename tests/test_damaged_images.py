@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes of a picture's file, it is either read or left out with one warning."""
+"""Whatever happens to the bytes of an image's file, it is either read or left out with one warning."""
 
 import io
 import tempfile
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from datamodules.pictures import HeldOutPictures, UnreadableImageWarning
-from datamodules.samples import Samples
+from datamodules.image_datasets import HeldOutImages, UnreadableImageWarning
+from datamodules.image_files import Samples
 
 FORMATS = {
     "JPEG": ("RGB", "L", "CMYK"),
@@ -70,11 +70,11 @@ def test_a_damaged_file_is_read_or_left_out(
 
 def check(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.jpg"
+        path = Path(folder) / "image.jpg"
         path.write_bytes(content)
-        pictures = HeldOutPictures(Samples(np.array([str(path).encode()]), torch.zeros(1, dtype=torch.int64)), (8, 8), 0)
+        images = HeldOutImages(Samples(np.array([str(path).encode()]), torch.zeros(1, dtype=torch.int64)), (8, 8), 0)
         with warnings.catch_warnings(record=True, action="always") as said:
-            batch = pictures.__getitems__([0])
+            batch = images.__getitems__([0])
     if batch is None:
         assert [warning.category for warning in said] == [UnreadableImageWarning]
     else:
@@ -86,7 +86,7 @@ def check(content: bytes) -> None:
 @example(b"")
 @example(b"\xff\xd8\xff")
 @example(b"GIF89a\0\0\0\0\0\0\0;")
-def test_bytes_that_are_no_picture_are_left_out(content: bytes) -> None:
+def test_bytes_that_are_no_image_are_left_out(content: bytes) -> None:
     check(content)
 
 

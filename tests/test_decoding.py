@@ -1,4 +1,4 @@
-"""What is read from the file of a picture, and that damage to it ends nothing."""
+"""What is read from the file of an image, and that damage to it ends nothing."""
 
 import struct
 import warnings
@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, write_pictures
+from conftest import run_script, write_images
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules import Views
-from datamodules.decoding import read_picture
-from datamodules.pictures import CENTRE_CROP, HeldOutPictures, Pictures, TrainingPictures, TrainingViews
-from datamodules.samples import Samples
-from datamodules.transformations import ViewMaker
+from datamodules.decoding import read_image
+from datamodules.image_datasets import CENTER_CROP, HeldOutImages, ImageDataset, TrainingImages, TrainingViews
+from datamodules.image_files import Samples
+from datamodules.views import ViewMaker
 
 ORIENTATION = (0x0112, 3, 1, b"\6\0\0\0")  # to be turned to the right
 
 
-def picture(height: int = 12, width: int = 20) -> Image.Image:
+def drawing(height: int = 12, width: int = 20) -> Image.Image:
     pixels = torch.randint(0, 256, (3, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     return vision.to_pil_image(vision.resize(pixels, [height, width]))
 
@@ -37,14 +37,14 @@ def exif(*tags: tuple[int, int, int, bytes]) -> bytes:
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif", "lzw.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_the_right_way_up(tmp_path: Path, ending: str, orientation: int) -> None:
+def test_images_are_the_right_way_up(tmp_path: Path, ending: str, orientation: int) -> None:
     path, tags = tmp_path / f"turned.{ending}", Image.Exif()
     tags[ExifTags.Base.Orientation] = orientation
     way = {"webp": {"lossless": True}, "lzw.tif": {"compression": "tiff_lzw"}}.get(ending, {})
-    picture().save(path, exif=tags, **way)
+    drawing().save(path, exif=tags, **way)
     with Image.open(path) as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    found = read_picture(str(path))
+    found = read_image(str(path))
     assert found.shape == ((3, 12, 20) if orientation < 5 else (3, 20, 12))
     assert np.array_equal(found.permute(1, 2, 0), expected)
 
@@ -57,9 +57,9 @@ def test_pictures_are_the_right_way_up(tmp_path: Path, ending: str, orientation:
         (0xA005, 11, 1, b"aaaa"),  # a directory at a fraction of a byte: struct.error
     ],
 )
-def test_a_turned_picture_with_an_odd_tag_is_read(tmp_path: Path, odd: tuple[int, int, int, bytes]) -> None:
-    picture().save(tmp_path / "odd.jpg", exif=exif(ORIENTATION, odd))
-    assert Pictures(samples(tmp_path / "odd.jpg"), (8, 8), 0).decode(0).shape == (3, 20, 12)
+def test_a_turned_image_with_an_odd_tag_is_read(tmp_path: Path, odd: tuple[int, int, int, bytes]) -> None:
+    drawing().save(tmp_path / "odd.jpg", exif=exif(ORIENTATION, odd))
+    assert ImageDataset(samples(tmp_path / "odd.jpg"), (8, 8), 0).decode(0).shape == (3, 20, 12)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_a_turned_picture_with_an_odd_tag_is_read(tmp_path: Path, odd: tuple[int
     ],
 )
 def test_an_orientation_that_cannot_be_read_is_upright(tmp_path: Path, block: bytes) -> None:
-    picture().save(tmp_path / "odd.jpg", exif=block, dpi=(72, 72))  # or else Pillow looks for those there
-    assert read_picture(str(tmp_path / "odd.jpg")).shape == (3, 12, 20)
+    drawing().save(tmp_path / "odd.jpg", exif=block, dpi=(72, 72))  # or else Pillow looks for those there
+    assert read_image(str(tmp_path / "odd.jpg")).shape == (3, 12, 20)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), AttributeError("no such thing"), struct.error("short"), RecursionError()])
@@ -83,13 +83,13 @@ def test_no_exception_of_a_file_ends_a_run(tmp_path: Path, monkeypatch: pytest.M
         raise error
 
     monkeypatch.setattr(Image, "open", fail)
-    pictures = Pictures(samples(tmp_path / "a.jpg", tmp_path / "b.jpg"), (8, 8), 0)
+    images = ImageDataset(samples(tmp_path / "a.jpg", tmp_path / "b.jpg"), (8, 8), 0)
     with pytest.warns(
         UserWarning, match=rf"b.jpg cannot be decoded and is left out \({type(error).__name__}:.* 1 of 2 so far"
     ):
-        assert pictures.decode(1) is None
+        assert images.decode(1) is None
     monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("a bad file is tried again"))
-    assert pictures.decode(1) is None
+    assert images.decode(1) is None
 
 
 def test_ctrl_c_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,17 +98,17 @@ def test_ctrl_c_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Image, "open", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        Pictures(samples(tmp_path / "a.jpg"), (8, 8), 0).decode(0)
+        ImageDataset(samples(tmp_path / "a.jpg"), (8, 8), 0).decode(0)
 
 
 def test_what_pillow_warns_of_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "big.png"
-    picture(20, 20).save(path)
+    drawing(20, 20).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300)  # 400 pixels: a warning, and warnings are errors here
-    assert read_picture(str(path)).shape == (3, 20, 20)
+    assert read_image(str(path)).shape == (3, 20, 20)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(Image.DecompressionBombError):
-        read_picture(str(path))
+        read_image(str(path))
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
@@ -116,7 +116,7 @@ def test_16_bits_are_scaled(tmp_path: Path, ending: str) -> None:
     values = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     for order in "<>":  # TIFF knows both
         Image.fromarray(values.astype(f"{order}u2") if ending == "tif" else values).save(tmp_path / f"deep.{ending}")
-        found = read_picture(str(tmp_path / f"deep.{ending}"))
+        found = read_image(str(tmp_path / f"deep.{ending}"))
         assert np.array_equal(found[0], values >> 8) and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -124,13 +124,13 @@ def test_16_bits_are_scaled(tmp_path: Path, ending: str) -> None:
 def test_values_without_a_known_white_are_left_out(tmp_path: Path, mode: str, word: str) -> None:
     Image.new(mode, (8, 8)).save(tmp_path / "odd.tif")
     with pytest.raises(ValueError, match=f"its values are {word}: save it with 8 or 16 bits"):
-        read_picture(str(tmp_path / "odd.tif"))
+        read_image(str(tmp_path / "odd.tif"))
 
 
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff"])
 def test_every_ending_is_read(tmp_path: Path, ending: str) -> None:
     Image.new("RGB", (8, 9), (200, 10, 60)).save(tmp_path / f"a.{ending}")
-    found = read_picture(str(tmp_path / f"a.{ending}"))
+    found = read_image(str(tmp_path / f"a.{ending}"))
     assert found.shape == (3, 9, 8) and (found[:, 4, 4] - torch.tensor([200, 10, 60])).abs().max() <= 3
 
 
@@ -140,9 +140,9 @@ def test_transparent_pixels_show_white(tmp_path: Path) -> None:
     plain.paste((0, 255, 0, 0), (4, 0, 8, 4))
     half = plain.copy()
     half.paste((0, 0, 0, 128), (4, 0, 8, 4))
-    plain.save(tmp_path / "colour.png")
-    plain.save(tmp_path / "colour.webp", lossless=True)
-    plain.save(tmp_path / "colour.tif")
+    plain.save(tmp_path / "color.png")
+    plain.save(tmp_path / "color.webp", lossless=True)
+    plain.save(tmp_path / "color.tif")
     palette = Image.new("P", (8, 4), 0)
     palette.putpalette([255, 0, 0, 0, 255, 0])
     palette.paste(1, (4, 0, 8, 4))
@@ -151,33 +151,33 @@ def test_transparent_pixels_show_white(tmp_path: Path) -> None:
     palette.save(tmp_path / "table.png", transparency=bytes([255, 0]))
     plain.convert("RGB").save(tmp_path / "key.png", transparency=(0, 255, 0))
     for path in sorted(tmp_path.iterdir()):
-        found = read_picture(str(path))
+        found = read_image(str(path))
         assert found[:, 1, 1].tolist() == [255, 0, 0] and found[:, 1, 6].tolist() == [255, 255, 255], path.name
     half.save(tmp_path / "half.png")
-    assert read_picture(str(tmp_path / "half.png"))[:, 1, 6].tolist() == [127, 127, 127]
+    assert read_image(str(tmp_path / "half.png"))[:, 1, 6].tolist() == [127, 127, 127]
     Image.merge("LA", [Image.new("L", (8, 4), 30), plain.getchannel("A")]).save(tmp_path / "gray.png")
-    assert read_picture(str(tmp_path / "gray.png"))[0, 1].tolist() == [30] * 4 + [255] * 4
+    assert read_image(str(tmp_path / "gray.png"))[0, 1].tolist() == [30] * 4 + [255] * 4
     deep = Image.fromarray(np.array([[256, 512]], dtype=np.uint16))
     deep.save(tmp_path / "deep.png", transparency=512)
-    assert read_picture(str(tmp_path / "deep.png"))[0].tolist() == [[1, 255]]
+    assert read_image(str(tmp_path / "deep.png"))[0].tolist() == [[1, 255]]
 
 
-def test_a_picture_without_pixels_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_without_pixels_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "open", lambda *_, **__: Image.new("RGB", (0, 4)))
     with pytest.warns(UserWarning, match=r"a.png cannot be decoded .*it has 4 x 0 pixels"):
-        assert Pictures(samples(tmp_path / "a.png"), (8, 8), 0).decode(0) is None
+        assert ImageDataset(samples(tmp_path / "a.png"), (8, 8), 0).decode(0) is None
 
 
 def test_what_starts_another_program_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", False)  # even if it were looked for, none would be started
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with pytest.raises(OSError, match="cannot identify"):
-        read_picture(str(tmp_path / "a.jpg"))
+        read_image(str(tmp_path / "a.jpg"))
 
 
-def old_centre(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The whole picture is resized, then cut."""
-    scale = max(size[0] / image.shape[1], size[1] / image.shape[2]) / CENTRE_CROP
+def old_center(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The whole image is resized, then cut."""
+    scale = max(size[0] / image.shape[1], size[1] / image.shape[2]) / CENTER_CROP
     image = vision.resize(image, [int(np.ceil(side * scale)) for side in image.shape[1:]])
     return vision.center_crop(image, list(size))
 
@@ -186,23 +186,23 @@ def old_centre(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (48, 32)])
 def test_the_middle_is_cut_as_from_the_whole(tmp_path: Path, shape: tuple[int, int], size: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    held_out = HeldOutPictures(samples(tmp_path / "unused"), size, 0)
-    assert torch.equal(held_out.centre(image), old_centre(image, size))
+    held_out = HeldOutImages(samples(tmp_path / "unused"), size, 0)
+    assert torch.equal(held_out.center(image), old_center(image, size))
 
 
 @pytest.mark.parametrize("shape", [(1000, 10), (10, 1000), (1999, 3), (3, 1999)])
-def test_the_middle_of_a_long_picture_is_where_it_was(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_the_middle_of_a_long_image_is_where_it_was(tmp_path: Path, shape: tuple[int, int]) -> None:
     ramp = torch.linspace(0, 255, max(shape)).view([-1 if side == max(shape) else 1 for side in shape])
     image = ramp.expand(3, *shape).to(torch.uint8)
-    found = HeldOutPictures(samples(tmp_path / "unused"), (32, 32), 0).centre(image)
-    assert (found.int() - old_centre(image, (32, 32)).int()).abs().max() <= 1
+    found = HeldOutImages(samples(tmp_path / "unused"), (32, 32), 0).center(image)
+    assert (found.int() - old_center(image, (32, 32)).int()).abs().max() <= 1
 
 
 MEMORY = """
 import re, sys
 from pathlib import Path
 import torch
-from test_decoding import Image, HeldOutPictures, TrainingPictures, TrainingViews, ViewMaker, Views, samples
+from test_decoding import Image, HeldOutImages, TrainingImages, TrainingViews, ViewMaker, Views, samples
 
 def megabytes():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
@@ -213,40 +213,40 @@ for file, (width, height) in zip(files, [(256, 256), (10000, 1), (1, 10000), (1,
     Image.new("RGB", (width, height)).save(file)
 torch.set_num_threads(1)
 maker = ViewMaker(Views(geometric=True), size, (0.3, 1.0), 0.5)
-sets = [(HeldOutPictures(samples(*files), size, 0), lambda n: n),
-        (TrainingPictures(samples(*files), size, 0, (0.3, 1.0), 0.5), lambda n: (0, n)),
+sets = [(HeldOutImages(samples(*files), size, 0), lambda n: n),
+        (TrainingImages(samples(*files), size, 0, (0.3, 1.0), 0.5), lambda n: (0, n)),
         (TrainingViews(samples(*files), size, 0, maker), lambda n: (0, n))]
-for pictures, name in sets:
-    pictures.__getitems__([name(0)])
+for images, name in sets:
+    images.__getitems__([name(0)])
 before = megabytes()
-for pictures, name in sets:
+for images, name in sets:
     for number in (1, 2, 3):
-        pictures.__getitems__([name(number)])
+        images.__getitems__([name(number)])
 assert megabytes() - before < 100, f"{before} to {megabytes()} MB"
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux tells it")
-def test_no_shape_of_a_picture_takes_much_memory(tmp_path: Path) -> None:
+def test_no_shape_of_an_image_takes_much_memory(tmp_path: Path) -> None:
     run_script(MEMORY, tmp_path / "memory")
 
 
-def test_the_next_picture_stands_in_for_a_bad_one_whoever_found_it(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 3)
-    (tmp_path / "0001.jpg").write_bytes(b"no picture")
+def test_the_next_image_stands_in_for_a_bad_one_whoever_found_it(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    (tmp_path / "0001.jpg").write_bytes(b"no image")
     files = samples(*(tmp_path / f"000{number}.jpg" for number in range(3)))
-    first = TrainingPictures(files, (8, 8), 0, (0.3, 1.0), 0.0)
+    first = TrainingImages(files, (8, 8), 0, (0.3, 1.0), 0.0)
     with warnings.catch_warnings(record=True, action="always") as said:
         found = first.__getitems__([(0, 1)]).images
     assert len(said) == 1
-    later = TrainingPictures(files, (8, 8), 0, (0.3, 1.0), 0.0, unreadable=first.unreadable)
+    later = TrainingImages(files, (8, 8), 0, (0.3, 1.0), 0.0, unreadable=first.unreadable)
     assert torch.equal(later.__getitems__([(0, 1)]).images, found), "and says nothing: warnings are errors here"
 
 
 def test_views_share_what_is_known_of_bad_files(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 2)
+    write_images(tmp_path, 2)
     files = samples(tmp_path / "none.jpg", tmp_path / "0001.jpg")
-    held_out = HeldOutPictures(files, (8, 8), 0)
+    held_out = HeldOutImages(files, (8, 8), 0)
     with pytest.warns(UserWarning, match="none.jpg"):
         assert held_out.__getitems__([0]) is None
     maker = ViewMaker(Views(), (8, 8), (0.3, 1.0), 0.5)

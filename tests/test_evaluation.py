@@ -8,12 +8,11 @@ import torch
 from conftest import small_data
 from torch import Tensor, nn
 
-from datamodules.physics import FRAME_SECONDS, Pendulum, sample_initial_states
-from datamodules.randomness import seeded_generator
-from jepa_lightning.labels import LABELS, state_labels
+from datamodules.physics import FRAME_SECONDS, LABELS, Pendulum, sample_initial_states, state_labels
+from datamodules.rng import seeded_generator
 from jepa_lightning.metrics import FeatureStatistics
-from jepa_lightning.probes import evaluation
-from jepa_lightning.probes.evaluation import (
+from jepa_lightning.probes.dynamics import evaluation
+from jepa_lightning.probes.dynamics.evaluation import (
     DECODE_STEPS,
     ENERGY_STEPS,
     RATIO_STEPS,
@@ -83,11 +82,11 @@ def test_constant_velocity_turns_each_rod_at_its_own_pace() -> None:
         ([[0.5, 0.6, 0, 0]], [[1, 1, 0, 0]], 1 / 2),  # brighter than a half
     ],
 )
-def test_overlap_of_two_pictures(mine: list, true: list, expected: float) -> None:
-    pictures = [torch.tensor(values, dtype=torch.float32).view(1, -1, 2, 2) for values in (mine, true)]
-    assert intersection_over_union(*pictures).tolist() == [pytest.approx(expected)]
-    both = intersection_over_union(torch.cat([pictures[0], pictures[1]]), torch.cat([pictures[1]] * 2))
-    assert both.tolist() == [pytest.approx(expected), float(pictures[1].sum() > 0)], "each picture has its own"
+def test_overlap_of_two_images(mine: list, true: list, expected: float) -> None:
+    images = [torch.tensor(values, dtype=torch.float32).view(1, -1, 2, 2) for values in (mine, true)]
+    assert intersection_over_union(*images).tolist() == [pytest.approx(expected)]
+    both = intersection_over_union(torch.cat([images[0], images[1]]), torch.cat([images[1]] * 2))
+    assert both.tolist() == [pytest.approx(expected), float(images[1].sum() > 0)], "each image has its own"
 
 
 def test_valid_prediction_times_of_known_errors() -> None:
@@ -120,8 +119,8 @@ def test_scene_draws_and_compares_at_the_right_step(states: Tensor) -> None:
         drawn = one.draw(states[:, START + k])
         assert drawn.shape == (5, 1, 16, 16) and one.overlap(drawn, k) == 1
         assert one.overlap(one.draw(states[:, START + k + 6]), k) < 0.7
-        assert one.picture(drawn) is drawn
-        torch.testing.assert_close(one.picture(PENDULUM.positions(states[:, START + k])), drawn, rtol=0, atol=1e-4)
+        assert one.image(drawn) is drawn
+        torch.testing.assert_close(one.image(PENDULUM.positions(states[:, START + k])), drawn, rtol=0, atol=1e-4)
 
 
 def test_ratios_are_errors_over_changes() -> None:
@@ -224,7 +223,7 @@ class Painter:
         return features + self.error
 
 
-def test_decoded_pictures_are_compared_with_their_own_times(states: Tensor) -> None:
+def test_decoded_images_are_compared_with_their_own_times(states: Tensor) -> None:
     data = small_data(history=2, masses=PENDULUM.masses, lengths=PENDULUM.lengths)
     features = PENDULUM.positions(states)
     forecast = features[:, START + 1 :].clone()

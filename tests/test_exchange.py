@@ -11,9 +11,12 @@ from conftest import small_ijepa, small_iwm, trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from jepa_lightning import IJEPA, layouts
-from jepa_lightning.checkpoints import load_encoder, load_jepa, load_official, main
+from jepa_lightning import IJEPA
 from jepa_lightning.cli import main as command_line
+from jepa_lightning.weights import formats
+from jepa_lightning.weights.__main__ import main
+from jepa_lightning.weights.checkpoints import load_jepa
+from jepa_lightning.weights.importing import load_encoder, load_official
 
 # What the released code at 52c1ae9 calls the weights of an encoder and a predictor of one block.
 BLOCK = ["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"]
@@ -29,7 +32,7 @@ RELEASED_PREDICTOR = {"mask_token", "predictor_pos_embed"} | {
 
 @pytest.fixture
 def jepa() -> IJEPA:
-    """A model whose two encoders differ and whose weights are those of no initialisation."""
+    """A model whose two encoders differ and whose weights are those of no initialization."""
     jepa = small_ijepa(predictor_heads=3).eval()
     with torch.no_grad():
         for parameter in jepa.parameters():
@@ -166,12 +169,12 @@ def test_the_encoder_of_an_iwm_goes_out_too(tmp_path: Path) -> None:
 
 
 def test_training_does_not_go_on_from_an_import(
-    tmp_path: Path, pictures: Path, checkpoint: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, image_root: Path, checkpoint: Path, capsys: pytest.CaptureFixture
 ) -> None:
     main(["export", str(checkpoint), str(tmp_path / "out.pth.tar"), "--layout", "official"])
     main(["import", str(tmp_path / "out.pth.tar"), str(tmp_path / "in.ckpt")])
     with pytest.raises(SystemExit):
-        command_line(["fit", "--model", "IJEPA", "--data", "ImageFolder", "--data.root", str(pictures),
+        command_line(["fit", "--model", "IJEPA", "--data", "ImageFolder", "--data.root", str(image_root),
                       "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", str(tmp_path / "in.ckpt")])  # fmt: skip
     assert "holds weights alone" in capsys.readouterr().err
 
@@ -225,7 +228,7 @@ def test_weights_of_something_else_are_one_message(tmp_path: Path) -> None:
         main(["import", str(tmp_path / "nothing.pth"), str(tmp_path / "in.ckpt")])
 
 
-def test_pictures_that_are_not_square_need_their_size(tmp_path: Path) -> None:
+def test_images_that_are_not_square_need_their_size(tmp_path: Path) -> None:
     jepa = small_ijepa(image_size=(16, 24))
     state = {"pos_embed": jepa.target_encoder.positions[None].clone(), **jepa.target_encoder.vit.state_dict()}
     save_file(state, tmp_path / "wide.safetensors")
@@ -238,4 +241,4 @@ def test_pictures_that_are_not_square_need_their_size(tmp_path: Path) -> None:
 
 def test_hugging_face_round_trip_keeps_every_weight(jepa: IJEPA) -> None:
     state = {"pos_embed": jepa.target_encoder.positions[None], **jepa.target_encoder.vit.state_dict()}
-    torch.testing.assert_close(layouts.from_hugging_face(layouts.to_hugging_face(state)), state, rtol=0, atol=0)
+    torch.testing.assert_close(formats.from_hugging_face(formats.to_hugging_face(state)), state, rtol=0, atol=0)

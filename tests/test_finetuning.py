@@ -1,4 +1,4 @@
-"""Fine-tuning: what is minimised, at which rates, and what is reported."""
+"""Fine-tuning: what is minimized, at which rates, and what is reported."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import small_ijepa, small_pictures, trainer
+from conftest import small_ijepa, small_images, trainer
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import SumMetric
@@ -15,16 +15,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from datamodules import ImageBatch
 from jepa_lightning.probes import FineTuning
-from jepa_lightning.probes.finetuning import EncoderClassifier, arm_accuracies
+from jepa_lightning.probes.images.finetuning import EncoderClassifier, arm_accuracies
 
 BATCH = ImageBatch(torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3, (0, 0, 0))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> str:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> str:
     root = tmp_path_factory.mktemp("finetuning")
     run = trainer(root, max_steps=1)
-    run.fit(small_ijepa(encoder_depth=2), small_pictures(pictures))
+    run.fit(small_ijepa(encoder_depth=2), small_images(image_root))
     run.save_checkpoint(root / "ijepa.ckpt")
     return str(root / "ijepa.ckpt")
 
@@ -75,7 +75,7 @@ def test_a_classifier_averages_patches_and_starts_near_zero() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_both_networks_minimise_a_smoothed_cross_entropy_of_their_own(checkpoint: str, smoothing: float) -> None:
+def test_both_networks_minimize_a_smoothed_cross_entropy_of_their_own(checkpoint: str, smoothing: float) -> None:
     probe = FineTuning(checkpoint, num_classes=3, label_smoothing=smoothing)
     for network in probe.networks.values():
         nn.init.normal_(network.head.weight)
@@ -103,14 +103,14 @@ def test_validation_judges_both_and_follows_the_fine_tuned_one(checkpoint: str) 
         probe.validation_step(BATCH._replace(labels=torch.tensor([0, 0, 0, 0, 0, 2])), 1)
         scores = probe.networks["finetuned"](BATCH.images)
     loss = F.cross_entropy(scores, torch.tensor([0, 0, 0, 0, 0, 2])).item()
-    # Averaged over pictures and processes, whatever Lightning guesses of the batch.
+    # Averaged over images and processes, whatever Lightning guesses of the batch.
     assert found == {"val/loss": (pytest.approx(loss, rel=1e-5), {"sync_dist": True, "batch_size": 6})}
     probe.on_validation_epoch_end()
     assert found["val/accuracy_finetuned"] == (pytest.approx(2 / 12), {"prog_bar": True})
     assert found["val/accuracy_scratch"] == (pytest.approx(7 / 12), {"prog_bar": True})
 
 
-def test_the_report_counts_every_picture_once(checkpoint: str, tmp_path: Path) -> None:
+def test_the_report_counts_every_image_once(checkpoint: str, tmp_path: Path) -> None:
     probe = FineTuning(checkpoint, num_classes=3).eval()
     probe._trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(tmp_path))
     probe.log = lambda *_, **__: None
@@ -120,7 +120,7 @@ def test_the_report_counts_every_picture_once(checkpoint: str, tmp_path: Path) -
             probe.test_step(batch, 0)
     probe.on_test_epoch_end()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["judged"] == "on 7 held-out pictures" and report["checkpoint"] == checkpoint
+    assert report["judged"] == "on 7 held-out images" and report["checkpoint"] == checkpoint
     assert report["accuracy"]["finetuned"] == {
         "accuracy": pytest.approx(3 / 7),
         "standard_error": pytest.approx(math.sqrt(3 / 7 * 4 / 7 / 7)),

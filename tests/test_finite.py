@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import small_data, small_ijepa, small_model, small_pictures, trainer
+from conftest import small_data, small_ijepa, small_images, small_model, trainer
 from lightning.pytorch import Callback
 
 from callbacks import LastCheckpoint
@@ -31,9 +31,9 @@ class Poison(Callback):
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("family", ["pendulum", "ijepa"])
 def test_training_stops_before_the_step(
-    tmp_path: Path, pictures: Path, value: float, clip: float | None, family: str
+    tmp_path: Path, image_root: Path, value: float, clip: float | None, family: str
 ) -> None:
-    model, data = (small_model(), small_data()) if family == "pendulum" else (small_ijepa(), small_pictures(pictures))
+    model, data = (small_model(), small_data()) if family == "pendulum" else (small_ijepa(), small_images(image_root))
     poison = Poison(value, 4)
     run = trainer(
         tmp_path, max_steps=10, gradient_clip_val=clip, callbacks=[poison, LastCheckpoint(every_n_train_steps=1)],

@@ -24,10 +24,10 @@ from callbacks.checkpointing import checkpoints_to_resume, keep_previous
 from datamodules import Views
 from datamodules.loop_progress import Progress, put
 from datamodules.resumable import EpochBatches
-from jepa_lightning.checkpoints import load_jepa, load_probe, read_checkpoint
 from jepa_lightning.cli import newest_checkpoint
 from jepa_lightning.probes import DecoderProbe
-from jepa_lightning.storage import AtomicCheckpointIO
+from jepa_lightning.weights.checkpoints import load_jepa, load_probe, read_checkpoint
+from jepa_lightning.weights.io import AtomicCheckpointIO
 
 
 class Seen(Callback):
@@ -122,11 +122,11 @@ def test_a_checkpoint_of_an_earlier_version_starts_its_epoch_anew(tmp_path: Path
     assert batches == fit(tmp_path / "uncut", 7)[1][6:]
 
 
-def test_views_whose_actions_mean_something_else_are_refused(tmp_path: Path, pictures: Path) -> None:
+def test_views_whose_actions_mean_something_else_are_refused(tmp_path: Path, image_root: Path) -> None:
     def run(views: Views, path: Path | None = None) -> None:
         callbacks = [LastCheckpoint(every_n_train_steps=1)]
         made = trainer(tmp_path, max_steps=4 if path else 2, callbacks=callbacks, enable_checkpointing=True)
-        made.fit(small_iwm(), small_views(pictures, views=views), ckpt_path=path)
+        made.fit(small_iwm(), small_views(image_root, views=views), ckpt_path=path)
 
     run(Views())
     with pytest.raises(ValueError, match=r"trained with data.views.source_from=shared"):

@@ -9,11 +9,11 @@ from conftest import (
     small_driven_data,
     small_driven_model,
     small_ijepa,
+    small_images,
     small_iwm,
-    small_pictures,
     small_views,
     trainer,
-    write_pictures,
+    write_images,
 )
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
@@ -41,20 +41,20 @@ def pendulum(_: Path) -> tuple[LightningModule, LightningDataModule]:
     return model, small_driven_data(observation="pixels", image_size=16, size=256)
 
 
-def ijepa(pictures: Path) -> tuple[LightningModule, LightningDataModule]:
-    return small_ijepa(), small_pictures(pictures, batch_size=1)
+def ijepa(image_root: Path) -> tuple[LightningModule, LightningDataModule]:
+    return small_ijepa(), small_images(image_root, batch_size=1)
 
 
-def iwm(pictures: Path) -> tuple[LightningModule, LightningDataModule]:
-    return small_iwm(regularizer="variance_hinge"), small_views(pictures, batch_size=1)
+def iwm(image_root: Path) -> tuple[LightningModule, LightningDataModule]:
+    return small_iwm(regularizer="variance_hinge"), small_views(image_root, batch_size=1)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("family", [pendulum, ijepa, iwm])
 def test_no_training_step_waits_for_the_gpu(tmp_path: Path, family: Any, precision: Any) -> None:
     for hue, name in enumerate(("ant", "bee")):
-        write_pictures(tmp_path / "pictures" / name, 40, hue=hue)
-    model, data = family(tmp_path / "pictures")
+        write_images(tmp_path / "images" / name, 40, hue=hue)
+    model, data = family(tmp_path / "images")
     run = trainer(
         tmp_path,
         accelerator="gpu",

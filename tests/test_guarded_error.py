@@ -32,7 +32,7 @@ def test_it_falls_in_a_healthy_run_while_the_loss_rises(tmp_path: Path) -> None:
     data = small_data(size=200, val_size=16, sequence_length=12, clip_length=12, batch_size=20)
     validated(tmp_path, model, data, max_epochs=40, check_val_every_n_epoch=10, callbacks=[record, quiet])
     for figures in record.figures:
-        ratio = max(figures["val/persistence_ratio"], figures["val/error_over_mean"])
+        ratio = max(figures["val/persistence_ratio"], figures["val/normalized_error"])
         expected = 1 - max(0, 1 - ratio) * figures["val/rankme"] / 16
         assert figures["val/guarded_error"] == pytest.approx(expected, abs=1e-5)
     guarded = [figures["val/guarded_error"] for figures in record.figures]
@@ -56,11 +56,11 @@ def test_what_fools_one_control_does_not_fool_the_other() -> None:
     noise = 5 + torch.randn(200, 9, 6, generator=generator)
     found = forecast_ratios(noise, lambda starts: torch.full_like(starts, 5))
     assert found["persistence_ratio"] == pytest.approx(0.5, abs=0.02), "noise looks well forecast"
-    assert found["error_over_mean"] == pytest.approx(1, abs=0.02), "and is not"
+    assert found["normalized_error"] == pytest.approx(1, abs=0.02), "and is not"
     still = torch.randn(200, 1, 6, generator=generator) + 0.01 * torch.randn(200, 9, 6, generator=generator)
     found = forecast_ratios(still, lambda starts: starts)
     assert found["persistence_ratio"] == found["persistence_ratio_first"] == 1, "what hardly changes is copied"
-    assert found["error_over_mean"] < 0.01
+    assert found["normalized_error"] < 0.01
 
 
 def test_a_constant_world_model_has_no_error_and_is_the_worst(tmp_path: Path) -> None:
@@ -73,21 +73,21 @@ def test_a_constant_world_model_has_no_error_and_is_the_worst(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_pictures_logs_it_and_a_collapsed_one_is_the_worst(tmp_path: Path, pictures: Path, family: str) -> None:
+def test_a_model_of_images_logs_it_and_a_collapsed_one_is_the_worst(tmp_path: Path, image_root: Path, family: str) -> None:
     model, data = FAMILIES[family]
-    figures = validated(tmp_path, model(), data(pictures), max_epochs=8, check_val_every_n_epoch=8)
-    ratio, rankme = figures["val/error_over_place_mean"], figures["val/rankme"]
+    figures = validated(tmp_path, model(), data(image_root), max_epochs=8, check_val_every_n_epoch=8)
+    ratio, rankme = figures["val/position_normalized_error"], figures["val/rankme"]
     assert figures["val/guarded_error"] == pytest.approx(1 - max(0, 1 - ratio) * rankme / 192, abs=1e-5)
     assert 0.2 < ratio < 5
     jepa = model(learning_rate=1e-9, normalize_targets=False)
     for encoder in (jepa.context_encoder, jepa.target_encoder):
         torch.nn.init.zeros_(encoder.vit.norm.weight)
-    figures = validated(tmp_path, jepa, data(pictures))
+    figures = validated(tmp_path, jepa, data(image_root))
     assert figures["val/guarded_error"] > 0.999
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_pictures_that_knows_places_alone_is_the_worst(tmp_path: Path, pictures: Path, family: str) -> None:
+def test_a_model_of_images_that_knows_places_alone_is_the_worst(tmp_path: Path, image_root: Path, family: str) -> None:
     """It answers with the mean of each place: far better than one answer for all, and yet nothing."""
     model, data = FAMILIES[family]
     jepa = model(learning_rate=1e-9)
@@ -95,7 +95,7 @@ def test_a_model_of_pictures_that_knows_places_alone_is_the_worst(tmp_path: Path
     jepa.encode = lambda images: places + 1e-2 * images.flatten(1)[:, :192, None].transpose(1, 2)
     jepa.predict_hidden = lambda context, masks, batch: jepa.to_target_space(places)[masks.targets] + 0 * context.sum()
     jepa._show = lambda *_: None
-    figures = validated(tmp_path, jepa, data(pictures))
-    assert figures["val/error_over_mean"] < 0.1 and figures["val/error_over_place_mean"] > 0.5
+    figures = validated(tmp_path, jepa, data(image_root))
+    assert figures["val/normalized_error"] < 0.1 and figures["val/position_normalized_error"] > 0.5
     assert not jepa.over_places.update_called, "each validation starts anew"
     assert figures["val/guarded_error"] > 0.99

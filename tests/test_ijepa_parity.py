@@ -1,8 +1,8 @@
 """The same weights and masks as the released I-JEPA code give the same numbers.
 
-The numbers were recorded by running facebookresearch/ijepa at 52c1ae9 in float32 on a CPU: its encoder (24-pixel pictures,
+The numbers were recorded by running facebookresearch/ijepa at 52c1ae9 in float32 on a CPU: its encoder (24-pixel images,
 4-pixel patches, width 192, depth 2, 3 heads), its predictor (width 48, depth 2), its loss, one step of AdamW (1e-3, weight
-decay 0.04 but for biases and vectors), its momentum update at 0.996, and its schedules. Weights and pictures are the
+decay 0.04 but for biases and vectors), its momentum update at 0.996, and its schedules. Weights and images are the
 formulas below.
 """
 

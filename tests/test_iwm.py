@@ -10,25 +10,25 @@ from conftest import (
     parameters_equal,
     run_script,
     small_ijepa,
+    small_images,
     small_iwm,
-    small_pictures,
     small_views,
     trainer,
-    write_pictures,
+    write_images,
 )
 from matplotlib.figure import Figure
 from torch import Tensor
 
-import jepa_lightning.equivariance as equivariance
 import jepa_lightning.iwm
-from datamodules import Tasks, ViewBatch, Views
-from datamodules.image_folder import denormalise
+import jepa_lightning.mean_reciprocal_rank as equivariance
+from datamodules import MultiTask, ViewBatch, Views
+from datamodules.image_folder import denormalize
 from datamodules.loop_progress import Progress
-from datamodules.transformations import recolour
+from datamodules.views import recolor
 from jepa_lightning import IWM
-from jepa_lightning.equivariance import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure
+from jepa_lightning.mean_reciprocal_rank import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure
 from jepa_lightning.metrics import reciprocal_ranks
-from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorTuning
+from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorFineTuning
 
 VIEWS = Views()
 
@@ -53,9 +53,9 @@ def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
     # What is hidden of the source, and all of the target, may change without changing the prediction.
     rows, columns = masks.targets[:, 0] // 4, masks.targets[:, 0] % 4
     changed = observed.sources.clone()
-    for picture in range(3):
-        for row, column in zip(rows[picture].tolist(), columns[picture].tolist(), strict=True):
-            changed[picture, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 9.0
+    for image in range(3):
+        for row, column in zip(rows[image].tolist(), columns[image].tolist(), strict=True):
+            changed[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 9.0
     other = observed._replace(sources=changed, targets=torch.zeros_like(observed.targets))
     torch.testing.assert_close(jepa.target_pairs(other).predictions, pairs.predictions)
 
@@ -102,7 +102,7 @@ class Oracle(torch.nn.Module):
         self.context_encoder, self.listens = self.pixels, listens
 
     def pixels(self, images: Tensor) -> Tensor:
-        self.seen = denormalise(images)
+        self.seen = denormalize(images)
         return images.flatten(2).transpose(1, 2)
 
     encode_targets = pixels
@@ -111,8 +111,8 @@ class Oracle(torch.nn.Module):
         if not self.listens:
             return features
         side = int(features.shape[1] ** 0.5)
-        picture = denormalise(features[0].T.unflatten(1, (side, side))[None])[0]
-        made = equivariance.make_versions(picture, actions * (torch.arange(7) < 4))  # it cannot undo what spoils
+        image = denormalize(features[0].T.unflatten(1, (side, side))[None])[0]
+        made = equivariance.make_versions(image, actions * (torch.arange(7) < 4))  # it cannot undo what spoils
         return made.flatten(2).transpose(1, 2)
 
 
@@ -120,8 +120,8 @@ def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
     ranks = MeanReciprocalRanks()
     for seed in (0, 1):
         generator = torch.Generator().manual_seed(seed)
-        picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-        ranks.update(model, picture, VIEWS, generator, **settings)
+        image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
+        ranks.update(model, image, VIEWS, generator, **settings)
     return ranks.compute()
 
 
@@ -133,13 +133,13 @@ def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
             assert deaf.mean[kind][question] == pytest.approx(chance(), rel=0.02), question
         assert oracle.mean[kind]["action_blind"] == pytest.approx(chance(), rel=0.02)
         assert abs(oracle.mean[kind]["shuffled_actions"] - chance()) < 0.01
-    assert oracle.num_pictures == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be painted again"
+    assert oracle.num_images == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be painted again"
 
 
 def test_without_conditioning_there_is_nothing_but_chance() -> None:
     ranks, generator = MeanReciprocalRanks(), torch.Generator().manual_seed(0)
-    picture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
-    ranks.update(small_iwm(conditioning="none").eval(), picture, VIEWS, generator, each=False)
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+    ranks.update(small_iwm(conditioning="none").eval(), image, VIEWS, generator, each=False)
     for kind in ("patch", "pooled"):
         for question, figure in ranks.compute().mean[kind].items():
             assert figure == pytest.approx(chance(), rel=0.01), question
@@ -161,43 +161,43 @@ def test_banks_are_functions_of_the_generator_and_vary_what_they_say() -> None:
 
 def test_answers_start_from_a_spoilt_source_and_undo_it() -> None:
     oracle = Oracle(True)
-    picture = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    answers = Answers(oracle, picture, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(0)), VIEWS)
+    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    answers = Answers(oracle, image, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(0)), VIEWS)
     asked: list[Tensor] = []
     oracle.apply_actions = lambda features, actions: asked.append(actions) or features
     answers.predictions(answers.actions("grayscale"), "grayscale")
-    assert torch.equal(oracle.seen[0], recolour(picture, torch.tensor([0.0, 0, 0, 0, 1, 0, 0])))
-    assert (torch.cat(asked)[:, 4] == -1).all() and torch.equal(torch.cat(asked)[:, :4], answers.colours[:, :4])
+    assert torch.equal(oracle.seen[0], recolor(image, torch.tensor([0.0, 0, 0, 0, 1, 0, 0])))
+    assert (torch.cat(asked)[:, 4] == -1).all() and torch.equal(torch.cat(asked)[:, :4], answers.colors[:, :4])
 
 
 def tiles(figure: Figure) -> tuple[int, int]:
-    """Rows and columns of a figure of pictures of 16 pixels with a gap of one between them."""
+    """Rows and columns of a figure of images of 16 pixels with a gap of one between them."""
     height, width = figure.axes[0].images[0].get_size()
     return (height + 1) // 17, (width + 1) // 17
 
 
-def test_validation_draws_what_a_person_watches(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_draws_what_a_person_watches(tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
-    run.fit(small_iwm(), small_views(pictures))
+    run.fit(small_iwm(), small_views(image_root))
     figures = run.callback_metrics
-    assert {"val/mrr", "val/mrr_pooled", "val/action_r2_hue", "val/knn_accuracy", "val/error_over_mean"} <= set(figures)
+    assert {"val/mrr", "val/mrr_pooled", "val/action_r2_hue", "val/knn_accuracy", "val/normalized_error"} <= set(figures)
     assert abs(figures["val/mrr_shuffled_actions"].item() - chance()) < 0.02
     figure = nearest_figure(small_iwm().eval(), batch(2).images, VIEWS, (0, 1))
     assert tiles(figure) == (4, 9)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
     root = tmp_path_factory.mktemp("iwm")
     run = trainer(root, max_steps=2, enable_checkpointing=True)
-    run.fit(small_iwm(), small_views(pictures))
+    run.fit(small_iwm(), small_views(image_root))
     run.save_checkpoint(root / "iwm.ckpt")
     return root / "iwm.ckpt"
 
 
-def test_the_report_has_figures_and_controls(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    trainer(tmp_path).test(EquivarianceProbe(str(checkpoint), num_pictures=2), small_views(pictures), verbose=False)
+def test_the_report_has_figures_and_controls(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
+    trainer(tmp_path).test(EquivarianceProbe(str(checkpoint), num_images=2), small_views(image_root), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     mrr = report["mrr"]
     assert mrr["num_images"] == 2 and mrr["chance"] == pytest.approx(chance())
@@ -218,18 +218,18 @@ def test_the_report_has_figures_and_controls(tmp_path: Path, pictures: Path, che
     assert report["views"]["strength"] == report["trained_on_views"]["strength"] == "default"
     assert 0 < report["feature_change"]["untrained"] < 2
     assert (tmp_path / "nearest_versions.png").stat().st_size > 1000
-    assert "all four colours" in (tmp_path / "report.md").read_text()
+    assert "all four colors" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
-def test_predictor_tuning_trains_three_arms(tmp_path: Path, pictures: Path, checkpoint: Path, end_to_end: bool) -> None:
-    probe = PredictorTuning(str(checkpoint), 2, end_to_end=end_to_end)
+def test_predictor_tuning_trains_three_arms(tmp_path: Path, image_root: Path, checkpoint: Path, end_to_end: bool) -> None:
+    probe = PredictorFineTuning(str(checkpoint), 2, end_to_end=end_to_end)
     before = {name: [p.clone() for p in arm.parameters()] for name, arm in probe.arms.items()}
     assert parameters_equal(probe.arms["pretrained"].predictor, probe.predictor)
     assert not parameters_equal(probe.arms["random"].predictor, probe.predictor)
     encoder = [p.clone() for p in probe.encoder.parameters()]
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
-    run.fit(probe, small_pictures(pictures))
+    run.fit(probe, small_images(image_root))
     for name, arm in probe.arms.items():
         assert all(not torch.equal(p, old) for p, old in zip(arm.parameters(), before[name], strict=True)), name
     assert all(torch.equal(p, old) for p, old in zip(probe.encoder.parameters(), encoder, strict=True))
@@ -240,16 +240,16 @@ def test_predictor_tuning_trains_three_arms(tmp_path: Path, pictures: Path, chec
     assert rates["pretrained_predictor_decay"] == pytest.approx(1e-4) and rates["random_decay"] == pytest.approx(1e-3)
     trained = sum(p.numel() for group in run.optimizers[0].param_groups for p in group["params"])
     assert trained == sum(p.numel() for part in (probe.arms, probe.encoders) for p in part.parameters())
-    trainer(tmp_path).test(probe, small_pictures(pictures), verbose=False)
+    trainer(tmp_path).test(probe, small_images(image_root), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
 
 
-def test_one_predictor_learns_several_tasks(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+def test_one_predictor_learns_several_tasks(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     for name in "xyz":
-        write_pictures(tmp_path / "other" / name, 5, size=(16, 16), hue=ord(name))
-    data = Tasks({"insects": small_pictures(pictures), "letters": small_pictures(tmp_path / "other")})
-    probe = PredictorTuning(str(checkpoint), {"letters": 3, "insects": 2})  # the order does not matter
+        write_images(tmp_path / "other" / name, 5, size=(16, 16), hue=ord(name))
+    data = MultiTask({"insects": small_images(image_root), "letters": small_images(tmp_path / "other")})
+    probe = PredictorFineTuning(str(checkpoint), {"letters": 3, "insects": 2})  # the order does not matter
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     run.fit(probe, data)
     assert run.global_step == 6, "as long as the larger one"
@@ -268,38 +268,38 @@ def test_one_predictor_learns_several_tasks(tmp_path: Path, pictures: Path, chec
     trainer(tmp_path).test(probe, data, verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {f"{arm}_{task}" for arm in probe.titles for task in ("insects", "letters")}
-    assert report["judged"] == "on 3, 6 held-out pictures"
+    assert report["judged"] == "on 3, 6 held-out images"
     with pytest.raises(ValueError, match="model.num_classes={'insects': 2, 'letters': 4} but the data has"):
-        trainer(tmp_path).test(PredictorTuning(str(checkpoint), {"insects": 2, "letters": 4}), data)
+        trainer(tmp_path).test(PredictorFineTuning(str(checkpoint), {"insects": 2, "letters": 4}), data)
     with pytest.raises(ValueError, match="give two or more"):
-        Tasks({"insects": small_pictures(pictures)})
-    with pytest.raises(ValueError, match="pictures of one size"):
-        Tasks({"insects": small_pictures(pictures), "letters": small_pictures(pictures, image_size=32)})
+        MultiTask({"insects": small_images(image_root)})
+    with pytest.raises(ValueError, match="images of one size"):
+        MultiTask({"insects": small_images(image_root), "letters": small_images(image_root, image_size=32)})
     with pytest.raises(ValueError, match="'v1.5' is no name for a task"):
-        Tasks({"v1.5": small_pictures(pictures), "letters": small_pictures(pictures)})
+        MultiTask({"v1.5": small_images(image_root), "letters": small_images(image_root)})
     with pytest.raises(ValueError, match="labels, not views"):
-        Tasks({"insects": small_pictures(pictures), "letters": small_views(pictures)})
+        MultiTask({"insects": small_images(image_root), "letters": small_views(image_root)})
 
 
-def tasks(pictures: Path, other: Path) -> Tasks:
-    data = Tasks({"insects": small_pictures(pictures), "letters": small_pictures(other)})
+def tasks(image_root: Path, other: Path) -> MultiTask:
+    data = MultiTask({"insects": small_images(image_root), "letters": small_images(other)})
     data.setup("fit")
     return data
 
 
-def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: Path, pictures: Path) -> None:
+def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: Path, image_root: Path) -> None:
     for name in "xyz":
-        write_pictures(tmp_path / name, 5, hue=ord(name))
+        write_images(tmp_path / name, 5, hue=ord(name))
 
-    def epoch(data: Tasks) -> list[dict]:
+    def epoch(data: MultiTask) -> list[dict]:
         return [batch for batch, _, _ in iter(data.train_dataloader())]
 
-    whole = epoch(tasks(pictures, tmp_path))
+    whole = epoch(tasks(image_root, tmp_path))
     assert len(whole) == 6 and len({batch["letters"].key for batch in whole}) == 6
     first, second = whole[:3], whole[3:]
     assert not any(torch.equal(a["letters"].images, b["letters"].images) for a in first for b in second)
     for cut in (2, 3, 5):
-        resumed = tasks(pictures, tmp_path)
+        resumed = tasks(image_root, tmp_path)
         resumed.resumed = Progress(0, cut)
         for uncut, again in zip(whole[cut:], epoch(resumed), strict=False):
             for name in ("insects", "letters"):
@@ -307,13 +307,13 @@ def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: P
                 assert torch.equal(uncut[name].images, again[name].images), f"{name}, cut after {cut}"
 
 
-def test_each_picture_hears_its_own_action() -> None:
+def test_each_image_hears_its_own_action() -> None:
     jepa, observed = small_iwm().eval(), batch()
     told = jepa.target_pairs(observed).predictions
     actions = observed.actions.clone()
     actions[1] += 1.0
     changed = jepa.target_pairs(observed._replace(actions=actions)).predictions
-    assert [torch.equal(changed[picture], told[picture]) for picture in range(3)] == [True, False, True]
+    assert [torch.equal(changed[image], told[image]) for image in range(3)] == [True, False, True]
     with pytest.raises(ValueError, match="Actions of 3 scalars for a model of 7"):
         jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 3))
 
@@ -326,24 +326,24 @@ def test_a_model_of_the_way_back_is_asked_for_the_way_back() -> None:
             return torch.stack([row / (1 - 0.4 * action[0]) for row, action in zip(features, actions, strict=True)])
 
         def pixels(self, images: Tensor) -> Tensor:  # linear in the brightness, and never black
-            return denormalise(images).flatten(2).transpose(1, 2).float() + torch.tensor([1.0, 0.0, 0.0])
+            return denormalize(images).flatten(2).transpose(1, 2).float() + torch.tensor([1.0, 0.0, 0.0])
 
     views = Views(jitter=(0.4, 0.0, 0.0, 0.0), source_from="target")
-    picture = torch.randint(0, 140, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(0, 140, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     for settings, first in ((views, True), (replace(views, source_from="shared"), False)):
-        answers = Answers(Undoes(True), picture, draw_bank(views, "jitter", torch.Generator().manual_seed(0)), settings)
-        wanted = (1 + 0.4 * answers.colours[:, 0]) * 100
-        given = answers.predictions(answers.actions())[:, 0, 1] / picture[1, 0, 0] * 100
+        answers = Answers(Undoes(True), image, draw_bank(views, "jitter", torch.Generator().manual_seed(0)), settings)
+        wanted = (1 + 0.4 * answers.colors[:, 0]) * 100
+        given = answers.predictions(answers.actions())[:, 0, 1] / image[1, 0, 0] * 100
         assert torch.allclose(given, wanted, rtol=1e-4) == first
 
 
-def test_a_decoder_paints_what_is_imagined(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+def test_a_decoder_paints_what_is_imagined(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     probe = CompletionProbe(str(checkpoint), width=64, depth=1)
-    run.fit(probe, small_pictures(pictures))
-    for name in ("completion.png", "sliders.png"):
+    run.fit(probe, small_images(image_root))
+    for name in ("completion.png", "action_sweep.png"):
         assert (tmp_path / name).stat().st_size > 1000
-    assert tiles(probe._sliders(batch(1).images)) == (8, 9)
+    assert tiles(probe._action_sweep(batch(1).images)) == (8, 9)
     images = batch(2).images
     found = probe.complete(images, torch.Generator().manual_seed(0))
     masks = probe.masks.draw(2, torch.Generator().manual_seed(0), 1.0)
@@ -351,8 +351,8 @@ def test_a_decoder_paints_what_is_imagined(tmp_path: Path, pictures: Path, check
     predicted = probe.predictor(probe.context_encoder(images, masks.context), masks.context, hidden[:, None])[:, 0]
     features = torch.zeros(2, 16, 192)
     context = torch.nn.functional.layer_norm(probe.context_encoder(images, masks.context), (192,))
-    for picture in range(2):
-        features[picture, masks.context[picture]], features[picture, hidden[picture]] = context[picture], predicted[picture]
+    for row in range(2):
+        features[row, masks.context[row]], features[row, hidden[row]] = context[row], predicted[row]
     torch.testing.assert_close(found.completed, probe.decoders["jepa"](features))
 
 
@@ -361,39 +361,41 @@ def test_other_probes_read_an_iwm_too(checkpoint: Path) -> None:
     assert parameters_equal(probe.encoder, IWM.load_from_checkpoint(checkpoint, weights_only=True).target_encoder)
 
 
-def test_clear_errors(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"set data to ImageFolder or Shapes with data.views.strength=default"):
-        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_pictures(pictures))
+def test_clear_errors(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"set data to ImageFolder or SyntheticImages with data.views.strength=default"):
+        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_images(image_root))
     with pytest.raises(
         ValueError, match=r"model.action_dim=7 but the data's actions have 12 scalars .*mirrored.*set it to 12"
     ):
-        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_views(pictures, views=Views(geometric=True)))
+        trainer(tmp_path, max_steps=1).fit(small_iwm(), small_views(image_root, views=Views(geometric=True)))
     with pytest.raises(ValueError, match=r"model.action_dim=3"):
         small_iwm(action_dim=3)
     with pytest.raises(ValueError, match=r"conditioning='film'"):
         small_iwm(conditioning="film")
     with pytest.raises(ValueError, match=r"model.pretrained_factor=0"):
-        PredictorTuning(str(checkpoint), 2, pretrained_factor=0)
-    with pytest.raises(ValueError, match=r"model.num_pictures=1"):
-        EquivarianceProbe(str(checkpoint), num_pictures=1)
+        PredictorFineTuning(str(checkpoint), 2, pretrained_factor=0)
+    with pytest.raises(ValueError, match=r"model.num_images=1"):
+        EquivarianceProbe(str(checkpoint), num_images=1)
     run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
-    run.fit(small_ijepa(), small_pictures(pictures))
+    run.fit(small_ijepa(), small_images(image_root))
     run.save_checkpoint(tmp_path / "ijepa.ckpt")
-    for probe in (EquivarianceProbe, PredictorTuning):
+    for probe in (EquivarianceProbe, PredictorFineTuning):
         with pytest.raises(ValueError, match=r"holds a IJEPA"):
             probe(str(tmp_path / "ijepa.ckpt"))
 
 
-def test_views_belong_to_an_iwm_alone(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+def test_views_belong_to_an_iwm_alone(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"IJEPA cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"
+        ValueError,
+        match=r"IJEPA cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or SyntheticImages",
     ):
-        trainer(tmp_path, max_steps=1).fit(small_ijepa(), small_views(pictures))
-    for probe in (FineTuning(str(checkpoint), 2), PredictorTuning(str(checkpoint), 2), CompletionProbe(str(checkpoint))):
+        trainer(tmp_path, max_steps=1).fit(small_ijepa(), small_views(image_root))
+    for probe in (FineTuning(str(checkpoint), 2), PredictorFineTuning(str(checkpoint), 2), CompletionProbe(str(checkpoint))):
         with pytest.raises(
-            ValueError, match=r"cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or Shapes"
+            ValueError,
+            match=r"cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or SyntheticImages",
         ):
-            trainer(tmp_path, max_steps=1).fit(probe, small_views(pictures))
+            trainer(tmp_path, max_steps=1).fit(probe, small_views(image_root))
 
 
 RANKS = """
@@ -403,14 +405,14 @@ from jepa_lightning.probes import EquivarianceProbe
 
 out, devices, root, checkpoint = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
-run.test(EquivarianceProbe(checkpoint, num_pictures=3), small_views(root, batch_size=4 // devices), verbose=False)
+run.test(EquivarianceProbe(checkpoint, num_images=3), small_views(root, batch_size=4 // devices), verbose=False)
 """
 
 
-def test_two_processes_rank_what_one_ranks(tmp_path: Path, pictures: Path, checkpoint: Path) -> None:
+def test_two_processes_rank_what_one_ranks(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     reports = []
     for devices in (1, 2):
-        run_script(RANKS, tmp_path / str(devices), str(devices), str(pictures), str(checkpoint))
+        run_script(RANKS, tmp_path / str(devices), str(devices), str(image_root), str(checkpoint))
         reports.append(json.loads((tmp_path / str(devices) / "report.json").read_text()))
     one, two = reports
     assert one["mrr"]["num_images"] == two["mrr"]["num_images"] == 3
@@ -419,8 +421,8 @@ def test_two_processes_rank_what_one_ranks(tmp_path: Path, pictures: Path, check
         assert two[kind]["per_transformation"] == pytest.approx(one[kind]["per_transformation"], rel=1e-3)
 
 
-def test_geometric_actions_train(tmp_path: Path, pictures: Path) -> None:
+def test_geometric_actions_train(tmp_path: Path, image_root: Path) -> None:
     jepa = small_iwm(action_dim=12)
     run = trainer(tmp_path, max_epochs=1)
-    run.fit(jepa, small_views(pictures, views=Views(geometric=True)))
+    run.fit(jepa, small_views(image_root, views=Views(geometric=True)))
     assert run.global_step == 6 and torch.isfinite(run.callback_metrics["train/loss"])

@@ -7,19 +7,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from datamodules.randomness import seeded_generator
+from datamodules.rng import seeded_generator
 from jepa_lightning.masks import Masks, MultiBlock, block_size
 
 
-def frequencies(masks: MultiBlock, batch_size: int, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
+def frequencies(masks: MultiBlock, batch_size: int, image_root: int) -> tuple[torch.Tensor, torch.Tensor]:
     """How often each patch is context, and in a target: two (H, W)."""
     generator = seeded_generator(1)
     counts = torch.zeros(2, masks.grid[0] * masks.grid[1])
-    for _ in range(pictures // batch_size):
+    for _ in range(image_root // batch_size):
         drawn = masks.draw(batch_size, generator)
         for row, indices in zip(counts, (drawn.context, drawn.targets), strict=True):
             row += torch.bincount(indices.flatten(), minlength=len(row))
-    return tuple((counts / pictures).unflatten(1, masks.grid))
+    return tuple((counts / image_root).unflatten(1, masks.grid))
 
 
 def overlap(masks: Masks) -> int:
@@ -28,13 +28,13 @@ def overlap(masks: Masks) -> int:
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (6, 10)])
 def test_every_patch_is_reached_and_no_side_is_preferred(grid: tuple[int, int]) -> None:
-    pictures = 100_000
-    for frequency in frequencies(MultiBlock(grid), 100, pictures):
+    images = 100_000
+    for frequency in frequencies(MultiBlock(grid), 100, images):
         assert frequency.min() > 0.01
         for axis in (0, 1):
             difference = frequency - frequency.flip(axis)
-            # Four target blocks share a picture, so a patch's count varies by at most 4 times that of independent draws.
-            error = (2 * 4 * frequency.clamp(max=1) / pictures).sqrt()
+            # Four target blocks share an image, so a patch's count varies by at most 4 times that of independent draws.
+            error = (2 * 4 * frequency.clamp(max=1) / images).sqrt()
             assert (difference.abs() / error).max() < 4.5
 
 
@@ -51,12 +51,12 @@ def test_the_released_code_is_biased_and_so_is_its_copy() -> None:
         ((14, 14), {}),
         ((8, 8), {}),
         ((6, 10), {"num_targets": 2}),
-        ((14, 14), {"context_quantile": 0.6}),  # many pictures are crowded
-        ((5, 5), {"num_targets": 6, "context_quantile": 0.9}),
+        ((14, 14), {"resampling_fraction": 0.6}),  # many images are crowded
+        ((5, 5), {"num_targets": 6, "resampling_fraction": 0.9}),
     ],
 )
 def test_every_place_of_a_target_block_is_equally_likely(grid: tuple[int, int], changes: dict) -> None:
-    """A chi-square test of the places of each block by itself: those of different pictures are independent."""
+    """A chi-square test of the places of each block by itself: those of different images are independent."""
     masks, generator = MultiBlock(grid, target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), **changes), seeded_generator(8)
     size = block_size(grid, 0.18, 1.0)
     places = (grid[0] - size[0] + 1) * (grid[1] - size[1] + 1)
@@ -116,9 +116,9 @@ def test_the_patches_kept_are_a_uniformly_random_part() -> None:
 
 
 def test_how_much_is_kept_is_the_quantile_of_what_is_left() -> None:
-    """So large a part of pictures has fewer than K patches of its context block left."""
+    """So large a part of images has fewer than K patches of its context block left."""
     for quantile in (0.1, 0.5):
-        masks = MultiBlock((14, 14), target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), context_quantile=quantile)
+        masks = MultiBlock((14, 14), target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), resampling_fraction=quantile)
         size, least, left = block_size((14, 14), 0.18, 1.0), 0.85, []
         for step in range(200):
             context_size = block_size((14, 14), least + (1 - least) * step / 199, 1.0)
@@ -166,7 +166,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "target_scale": ranges(0.02, 0.5),
         "target_aspect": ranges(0.3, 3.0),
         "context_scale": ranges(0.3, 1.0),
-        "context_quantile": st.floats(0.0, 0.6),
+        "resampling_fraction": st.floats(0.0, 0.6),
         "official_compat": st.booleans(),
     }
 )
@@ -241,7 +241,7 @@ def test_every_grid_ends(grid: tuple[int, int], num_targets: int) -> None:
 
 def test_context_is_there_even_if_targets_want_it_all() -> None:
     """Eight large blocks on a small grid leave nothing in most draws: the fall-back is used."""
-    drawn = MultiBlock((4, 4), 8, target_scale=(0.5, 0.6), context_quantile=0.0).draw(64, seeded_generator(5))
+    drawn = MultiBlock((4, 4), 8, target_scale=(0.5, 0.6), resampling_fraction=0.0).draw(64, seeded_generator(5))
     assert overlap(drawn) == 0
     assert drawn.context.shape[1] >= 1
 
@@ -307,7 +307,7 @@ def test_curriculum_moves_the_scale() -> None:
         ({"more_target_scales": [(0.2, 0.1)]}, "more_target_scales=\\(0.2, 0.1\\)"),
         ({"context_scale": (0.5, 1.5)}, "context_scale=\\(0.5, 1.5\\)"),
         ({"target_aspect": (0.0, 1.0)}, "target_aspect=\\(0.0"),
-        ({"context_quantile": 1.0}, "context_quantile=1.0"),
+        ({"resampling_fraction": 1.0}, "resampling_fraction=1.0"),
         ({"grid": (2, 2), "target_scale": (0.9, 1.0)}, "covers all of the 2 x 2 patches"),
     ],
 )

@@ -14,7 +14,7 @@ from jepa_lightning.metrics import (
     reciprocal_ranks,
     valid_prediction_time,
 )
-from jepa_lightning.probes.classification import HalvesAccuracy
+from jepa_lightning.probes.images.linear import HalvesAccuracy
 from jepa_lightning.wide import WideMean
 
 
@@ -32,7 +32,7 @@ def test_ranks_of_data_of_known_rank() -> None:
         found = statistics(torch.randn(20_000, rank, generator=generator) @ basis[:rank] + 5)
         assert found["rankme"] == pytest.approx(rank, rel=0.01)
         assert found["participation_ratio"] == pytest.approx(rank, rel=0.01)
-        assert found["top_share"] == pytest.approx(1 / rank, rel=0.1)
+        assert found["largest_eigenvalue_share"] == pytest.approx(1 / rank, rel=0.1)
 
 
 def test_standard_deviations() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, write_pictures
+from conftest import ROOT, write_images
 
 from jepa_lightning.cli import main
 
@@ -56,14 +56,14 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(object, root / "code.ckpt")
     (root / "broken.yaml").write_text("model: [unclosed")
     (root / "list.yaml").write_text("- model\n")
-    write_pictures(root / "pictures" / "ant", 6)
-    write_pictures(root / "pictures" / "bee", 6)
-    (root / "no_pictures" / "ant").mkdir(parents=True)
+    write_images(root / "images" / "ant", 6)
+    write_images(root / "images" / "bee", 6)
+    (root / "no_images" / "ant").mkdir(parents=True)
     return root
 
 
 def images(*extra: str) -> list[str]:
-    return [*IJEPA, *IMAGES, "--data.root", "{root}/pictures", *CPU, *extra]
+    return [*IJEPA, *IMAGES, "--data.root", "{root}/images", *CPU, *extra]
 
 
 MISTAKES = {
@@ -86,21 +86,21 @@ MISTAKES = {
     "YAML of a list": (["--config", "{root}/list.yaml"], "list.yaml"),
     "no model": (CPU, "model"),
     # Models and data that do not fit.
-    "IJEPA on a pendulum": ([*IJEPA, "--data", "DoublePendulum", *CPU], "set data to ImageFolder or Shapes"),
+    "IJEPA on a pendulum": ([*IJEPA, "--data", "DoublePendulum", *CPU], "set data to ImageFolder or SyntheticImages"),
     "IWM on a pendulum": ([*IWM, "--data", "DoublePendulum", *CPU], "with data.views.strength=default"),
-    "IWM without views": ([*IWM, *IMAGES, "--data.root", "{root}/pictures", *CPU], "with data.views.strength=default"),
-    "pendulum on pictures": (
-        ["--model", "PendulumJEPA", *IMAGES, "--data.root", "{root}/pictures", *CPU],
+    "IWM without views": ([*IWM, *IMAGES, "--data.root", "{root}/images", *CPU], "with data.views.strength=default"),
+    "pendulum on images": (
+        ["--model", "PendulumJEPA", *IMAGES, "--data.root", "{root}/images", *CPU],
         "set data to DoublePendulum",
     ),
     "probe of a pendulum": (
         ["--model", "LinearProbe", "--model.checkpoint", "{root}/run/checkpoints/last.ckpt", *IMAGES,
-         "--data.root", "{root}/pictures", *CPU],
+         "--data.root", "{root}/images", *CPU],
         "holds a PendulumJEPA",
     ),
-    "pictures of another size": (images("--data.image_size", "32"), "data.image_size=(32, 32)"),
+    "images of another size": (images("--data.image_size", "32"), "data.image_size=(32, 32)"),
     "no folder": ([*IJEPA, *IMAGES, "--data.root", "{root}/nowhere", *CPU], "There is no folder"),
-    "no pictures": ([*IJEPA, *IMAGES, "--data.root", "{root}/no_pictures", *CPU], "holds no picture"),
+    "no images": ([*IJEPA, *IMAGES, "--data.root", "{root}/no_images", *CPU], "holds no image"),
     "list that leads out": (images("--data.file_list", "{root}/text.ckpt"), "text.ckpt"),
     "batch too large": (images("--data.batch_size", "64"), "do not fill one batch of batch_size=64"),
     "no prefetching": (images("--data.prefetch_factor", "0"), "data.prefetch_factor=0"),

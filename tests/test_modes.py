@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks import CollapseAlarm, CollapseWarning
 from datamodules import PendulumBatch
-from jepa_lightning.checkpoints import load_jepa
-from jepa_lightning.networks.decoder import LatentDecoder
+from jepa_lightning.networks.decoders import LatentDecoder
 from jepa_lightning.optim import parameter_groups
+from jepa_lightning.weights.checkpoints import load_jepa
 
 MODES = ("default", "vjepa2", "none")
 
@@ -124,7 +124,7 @@ def test_trains_validates_saves_and_resumes_exactly(mode: str, tmp_path: Path) -
         assert set(watch.momenta) == {0.0} if mode == "none" else min(watch.momenta) > 0.899
         return model
 
-    for regularizer in ("dino_centring", "sigreg"):
+    for regularizer in ("dino_centering", "sigreg"):
         whole = run(regularizer)
         resumed = run(regularizer, ckpt_path=tmp_path / regularizer / "step=9.ckpt")
         assert parameters_equal(whole, resumed)
@@ -142,7 +142,7 @@ from conftest import small_driven_data, small_driven_model, trainer
 out, devices, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 results = []
-for regularizer in ("vicreg", "sigreg", "barlow_twins", "dino_centring"):
+for regularizer in ("vicreg", "sigreg", "barlow_twins", "dino_centering"):
     model = small_driven_model(target_mode=mode, momentum=0.9, regularizer=regularizer, inverse_dynamics=0.5)
     run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, limit_val_batches=1.0)
     run.fit(model, small_driven_data(batch_size=4 // devices, val_size=8))
@@ -177,7 +177,7 @@ def test_inverse_dynamics_tells_actions_and_trains_the_encoder(tmp_path: Path) -
 
     trainer(tmp_path, max_epochs=40, callbacks=[Record()], log_every_n_steps=1).fit(model, data)
     assert sum(errors[-10:]) < 0.7 * 10 / 3, "the variance of an action is 1 / 3"
-    assert all(p.grad is not None for p in model.tell_action.parameters())
+    assert all(p.grad is not None for p in model.inverse_dynamics_model.parameters())
 
 
 def collapsing(tmp_path: Path, **model: Any) -> list[str]:
@@ -192,7 +192,7 @@ def collapsing(tmp_path: Path, **model: Any) -> list[str]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"regularizer": "dino_centring", "target_mode": "none"},
+        {"regularizer": "dino_centering", "target_mode": "none"},
         {"regularizer": None, "target_mode": "none"},
         {"regularizer": None, "target_mode": "vjepa2", "momentum": 0.9},
     ],
@@ -245,7 +245,7 @@ def test_dropout_acts_in_training_alone() -> None:
         ({"action_dim": -1}, "model.action_dim=-1"),
         ({"action_dim": 0, "inverse_dynamics": 1.0}, "needs actions to tell"),
         ({"encoder": "resnet"}, "model.encoder='resnet': choose one of cnn, mlp, vit"),
-        ({"encoder": "vit"}, "reads pictures, and observation is 'coordinates'"),
+        ({"encoder": "vit"}, "reads images, and observation is 'coordinates'"),
         ({"encoder": "vit", "observation": "pixels", "encoder_widths": (32, 64)}, "all of one width"),
         ({"encoder": "vit", "observation": "pixels", "encoder_widths": (32,), "image_size": 36}, "patches of 8 pixels"),
         ({"encoder_widths": ()}, r"model.encoder_widths=\(\)"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_data, small_pictures
+from conftest import small_data, small_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,13 +25,13 @@ def test_the_order_is_mixed_and_another_in_each_epoch() -> None:
     # Ranks that have nothing to do with each other correlate by 0.03 or so, and never by 0.15.
     correlations = torch.corrcoef(torch.cat([places[None], orders])) - torch.eye(6, dtype=torch.float64)
     assert correlations.abs().max() < 0.15, "neither sorted nor alike"
-    assert (orders.diff(dim=1) == 1).double().mean() < 0.02, "neighbours do not stay together"
+    assert (orders.diff(dim=1) == 1).double().mean() < 0.02, "neighbors do not stay together"
     assert orders[0].tolist() != [float(index) for index in order(EpochBatches(1000, 10, seed=1), 0)]
 
 
-@pytest.mark.parametrize("kind", ["pendulum", "pictures"])
-def test_training_loaders_mix_and_cover_their_samples(kind: str, pictures: Path) -> None:
-    data = small_data(batch_size=3) if kind == "pendulum" else small_pictures(pictures, batch_size=3)
+@pytest.mark.parametrize("kind", ["pendulum", "images"])
+def test_training_loaders_mix_and_cover_their_samples(kind: str, image_root: Path) -> None:
+    data = small_data(batch_size=3) if kind == "pendulum" else small_images(image_root, batch_size=3)
     data.setup("fit")
     sampler = data.make_train_loader().sampler
     first, second = order(sampler, 0), order(sampler, 1)
@@ -53,8 +53,8 @@ def test_processes_share_an_epoch_and_leave_less_than_a_batch(batch_size, ranks,
     assert len({len(part) for part in parts}) == 1, "no process waits for another"
 
 
-def test_settings_reach_the_training_loader(pictures: Path) -> None:
-    data = small_pictures(pictures, num_workers=2, prefetch_factor=3, timeout=7.0)
+def test_settings_reach_the_training_loader(image_root: Path) -> None:
+    data = small_images(image_root, num_workers=2, prefetch_factor=3, timeout=7.0)
     data.setup("fit")
     loader = data.make_train_loader().loader
     assert (loader.num_workers, loader.prefetch_factor, loader.timeout) == (2, 3, 7.0)

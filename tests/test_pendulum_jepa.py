@@ -9,9 +9,9 @@ import torch
 from conftest import small_data, small_model, trainer
 
 from datamodules import PendulumBatch
+from datamodules.physics import state_labels
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.jepa import TargetPairs
-from jepa_lightning.labels import state_labels
 from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.rollouts import later_features, unroll
@@ -71,7 +71,7 @@ def test_prediction_loss_reaches_encoder_and_predictor_but_not_the_target(build)
 
 
 def test_regularizer_acts_on_the_context_encoder_output() -> None:
-    """Earlier systems regularised predictions and no-grad targets, which the encoder does not feel."""
+    """Earlier systems regularized predictions and no-grad targets, which the encoder does not feel."""
     model = small_model()
     pairs = model.target_pairs(batch(model))
     penalty, _ = model.regularizer(pairs.features)
@@ -101,7 +101,7 @@ def test_near_steps_weigh_more() -> None:
     torch.testing.assert_close(small_model(step_decay=0.0).prediction_loss(pairs), error.square().mean())
 
 
-def test_training_minimises_the_weighted_loss(tmp_path: Path) -> None:
+def test_training_minimizes_the_weighted_loss(tmp_path: Path) -> None:
     logged = []
     for decay in (0.0, 3.0):
         model = small_model(step_decay=decay)
@@ -157,7 +157,7 @@ def test_validation_reports_what_a_person_watches(tmp_path: Path) -> None:
     expected = {
         "train/loss", "train/prediction_loss", "train/regularizer_std", "train/momentum",
         "train/gradient_norm_encoder", "train/gradient_norm_predictor",
-        "val/loss", "val/feature_std", "val/rankme", "val/participation_ratio", "val/top_share",
+        "val/loss", "val/feature_std", "val/rankme", "val/participation_ratio", "val/largest_eigenvalue_share",
         "val/context_feature_std", "val/persistence_ratio", "val/persistence_ratio_first",
         "val/linear_r2_sin_theta1", "val/linear_r2_omega2",
     }  # fmt: skip

@@ -9,11 +9,10 @@ import torch
 from conftest import small_data
 from torch import Tensor, nn
 
-from datamodules.physics import Pendulum, sample_initial_states
-from datamodules.randomness import seeded_generator
-from jepa_lightning.labels import state_labels
-from jepa_lightning.probes import evaluation
-from jepa_lightning.probes.evaluation import (
+from datamodules.physics import Pendulum, sample_initial_states, state_labels
+from datamodules.rng import seeded_generator
+from jepa_lightning.probes.dynamics import evaluation
+from jepa_lightning.probes.dynamics.evaluation import (
     CHUNK,
     RATIO_STEPS,
     START,
@@ -174,7 +173,7 @@ def test_with_a_decoder_each_encoder_is_painted_by_its_own(
     evaluate(probe, dict.fromkeys(probe.encoders, state_labels(states)) | {"states": states})
     report = json.loads((tmp_path / "report.json").read_text())
     baselines = report["baselines"]
-    # Trajectories of the truth show a picture that no error has moved.
+    # Trajectories of the truth show an image that no error has moved.
     assert report["decoder"]["iou"] == pytest.approx({"0": 1, "8": 1, "16": 1}, abs=1e-2) and report["decoder"]["mse"] < 1e-6
     for name, error in (("random_encoder", 0.1), ("pca", 0.2)):
         assert baselines[name]["decoder"]["mse"] == pytest.approx(error**2, rel=1e-3)
@@ -184,7 +183,7 @@ def test_with_a_decoder_each_encoder_is_painted_by_its_own(
     assert path == tmp_path / "reconstruction.png" and list(decoded) == list(probe.encoders)
     assert torch.equal(truth_drawn, one.draw(states[:8, START])), "the first eight"
     for name, error in LabelPainter.errors.items():
-        expected = one.picture(PENDULUM.positions(states[:8, START]) + error)
+        expected = one.image(PENDULUM.positions(states[:8, START]) + error)
         torch.testing.assert_close(decoded[name], expected, rtol=0, atol=1e-3)
     ((path, (film, rate)),) = filmed.items()
     assert path == tmp_path / "forecast.mp4" and rate == 10 and film.shape[0] == 3 * 42, "at half the speed"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datamodules.physics import FRAME_SECONDS, Pendulum, sample_initial_states
-from datamodules.randomness import seeded_generator
+from datamodules.rng import seeded_generator
 
 UNEQUAL = Pendulum(masses=(1.3, 0.7), lengths=(0.8, 1.1), gravity=9.0)
 
@@ -41,8 +41,8 @@ def test_accelerations_satisfy_the_euler_lagrange_equations(pendulum: Pendulum) 
 
         _, rate = torch.func.jvp(momentum, (q, v), (v, a))
         force = torch.func.grad(lambda q, v=v: lagrangian(pendulum, q, v))(q)
-        generalised = torch.stack([torque[0] - torque[1], torque[1]])
-        torch.testing.assert_close(rate, force + generalised, rtol=1e-10, atol=1e-10)
+        generalized = torch.stack([torque[0] - torque[1], torque[1]])
+        torch.testing.assert_close(rate, force + generalized, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("pendulum", [Pendulum(), UNEQUAL])
@@ -104,7 +104,7 @@ def test_float32_follows_float64_for_30_frames() -> None:
     assert error.median() < 1e-5
 
 
-def test_initial_states_favour_no_direction() -> None:
+def test_initial_states_favor_no_direction() -> None:
     drawn = states(20_000)
     bounds = torch.tensor([math.pi, math.pi, 2 * math.pi, 2 * math.pi])
     assert (drawn.abs() <= bounds).all()

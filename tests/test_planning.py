@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from datamodules.physics import Pendulum
 from jepa_lightning.planning import Planner, latent_cost
-from jepa_lightning.probes import DecoderProbe, PlanningProbe, StateDecoder, StateProbe
-from jepa_lightning.probes.episodes import (
+from jepa_lightning.probes import DecoderProbe, ImageDecoder, PlanningProbe, StateProbe
+from jepa_lightning.probes.dynamics.episodes import (
     Imagination,
     Oracle,
     Planning,
@@ -25,7 +25,7 @@ from jepa_lightning.probes.episodes import (
     run,
     standing_task,
 )
-from jepa_lightning.probes.planning_report import action_figures
+from jepa_lightning.probes.dynamics.planning_report import action_figures
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -110,7 +110,7 @@ def test_the_world_does_what_physics_says_and_shows_what_the_data_module_shows()
     assert world.frames.shape == (3, 3 + 5, 4)
     assert torch.equal(world.window(), data.observe(world.frames[:, -3:].float()).observations)
     still = data.observe(task.goals.float()).observations
-    assert torch.equal(still[:, 0, 0], still[:, 0, 2]), "the goal of standing is three times the same picture"
+    assert torch.equal(still[:, 0, 0], still[:, 0, 2]), "the goal of standing is three times the same image"
     tips = data.pendulum.positions(task.goals)[..., 2:]
     torch.testing.assert_close(tips, torch.tensor([0.0, 2.0], dtype=torch.float64).expand_as(tips))
 
@@ -253,7 +253,7 @@ def test_probe_writes_what_its_report_promises(tmp_path: Path) -> None:
 
 def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is called an oracle knew the physics, what is called zero torque did nothing, and so on."""
-    module, data = "jepa_lightning.probes.planning", small_driven_data(test_size=4)
+    module, data = "jepa_lightning.probes.dynamics.planning_probe", small_driven_data(test_size=4)
     probe = PlanningProbe(saved(tmp_path), planner=FEW, num_episodes=10, num_swing_ups=2)
     seen: list[Any] = []
 
@@ -292,7 +292,7 @@ def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monke
 
 @pytest.mark.parametrize("source", ["online", "target", "predicted"])
 def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> None:
-    probe = StateDecoder(saved(tmp_path, image_size=16), embedding_source=source, width=32, depth=1, learning_rate=1e-2)
+    probe = ImageDecoder(saved(tmp_path, image_size=16), embedding_source=source, width=32, depth=1, learning_rate=1e-2)
     before = {name: value.clone() for name, value in probe.jepa.state_dict().items()}
     data = small_driven_data(size=400, val_size=40, batch_size=40, image_size=16)
     run = trainer(tmp_path, max_epochs=50, limit_val_batches=1.0, check_val_every_n_epoch=50)
@@ -300,7 +300,7 @@ def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> N
     metrics = run.callback_metrics
     assert metrics["val/loss"] == metrics[f"val/mse_{source}"]
     if source != "predicted":  # an untrained predictor says that nothing moves
-        assert metrics["val/mse_over_mean"] < 0.95, "it knows more than the mean picture"
+        assert metrics["val/mse_over_mean"] < 0.95, "it knows more than the mean image"
     assert all(torch.equal(value, before[name]) for name, value in probe.jepa.state_dict().items())
     assert not any(module.training for module in probe.jepa.modules())
     assert {"val/iou_online", "val/iou_target", "val/iou_predicted", "val/iou_still"} <= set(metrics)
@@ -308,7 +308,7 @@ def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> N
 
 
 def test_predicted_features_are_decoded_to_the_frame_that_they_predict(tmp_path: Path) -> None:
-    probe = StateDecoder(saved(tmp_path), embedding_source="predicted", width=32, depth=1)
+    probe = ImageDecoder(saved(tmp_path), embedding_source="predicted", width=32, depth=1)
     data = small_driven_data()
     batch = data.observe(data.trajectories("train")[:2, :23])
     target = probe.jepa.encode(batch.observations)
@@ -320,9 +320,9 @@ def test_predicted_features_are_decoded_to_the_frame_that_they_predict(tmp_path:
 def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path)
 
-    def fit(seed: int, ckpt_path: Path | None = None) -> StateDecoder:
+    def fit(seed: int, ckpt_path: Path | None = None) -> ImageDecoder:
         torch.manual_seed(0)
-        probe = StateDecoder(checkpoint, width=32, depth=1)
+        probe = ImageDecoder(checkpoint, width=32, depth=1)
         run = trainer(tmp_path, max_epochs=1, max_steps=-1)
         run.fit(probe, small_driven_data(seed=seed), ckpt_path=ckpt_path)
         run.save_checkpoint(tmp_path / "decoder.ckpt")
@@ -338,7 +338,7 @@ def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
 def test_the_decoder_stops_when_it_no_longer_learns(tmp_path: Path) -> None:
     stop = EarlyStopping("val/loss", patience=2, min_delta=1e-5)  # as in configs/state_decoder.yaml
     run = trainer(tmp_path, max_epochs=9, limit_val_batches=1.0, callbacks=[stop])
-    run.fit(StateDecoder(saved(tmp_path), width=32, depth=1, learning_rate=1e-12), small_driven_data())
+    run.fit(ImageDecoder(saved(tmp_path), width=32, depth=1, learning_rate=1e-12), small_driven_data())
     assert run.current_epoch == 3
 
 
@@ -377,7 +377,7 @@ def test_wrong_planners_are_refused(change: dict, message: str) -> None:
 
 
 def test_what_cannot_be_planned_or_decoded_is_refused(tmp_path: Path) -> None:
-    for probe in (StateDecoder, PlanningProbe):
+    for probe in (ImageDecoder, PlanningProbe):
         with pytest.raises(ValueError, match=f"without actions, and {probe.__name__} needs them"):
             probe(saved_free(tmp_path))
     with pytest.raises(ValueError, match="StateProbe judges forecasts of a free one"):
@@ -385,7 +385,7 @@ def test_what_cannot_be_planned_or_decoded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.stride=2: the report counts in frames"):
         trainer(tmp_path, max_epochs=1).fit(StateProbe(saved_free(tmp_path, stride=2)), small_data(stride=2))
     with pytest.raises(ValueError, match="model.embedding_source='both'"):
-        StateDecoder(saved(tmp_path), embedding_source="both")
+        ImageDecoder(saved(tmp_path), embedding_source="both")
     for change, message in (
         ({"stride": 1}, "trained on data.stride=5, and now data.stride=1"),
         ({"torque_limits": (5.0, 5.0)}, r"trained on data.torque_limits=\(10.0, 5.0\)"),

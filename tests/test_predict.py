@@ -15,8 +15,8 @@ def apart(jepa: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("model", "data"), FAMILIES.values(), ids=FAMILIES)
-def test_pictures_are_pooled_features_of_the_target_encoder(model, data, tmp_path: Path, pictures: Path) -> None:
-    jepa, held_out = model(), data(pictures)
+def test_images_are_pooled_features_of_the_target_encoder(model, data, tmp_path: Path, image_root: Path) -> None:
+    jepa, held_out = model(), data(image_root)
     apart(jepa)
     predicted = torch.cat(trainer(tmp_path).predict(jepa, held_out))
     batches = [held_out.on_after_batch_transfer(batch, 0) for batch in held_out.predict_dataloader()]

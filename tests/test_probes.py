@@ -8,13 +8,12 @@ import pytest
 import torch
 from conftest import small_data, small_model, trainer
 
-from datamodules.physics import Pendulum
-from jepa_lightning.labels import state_labels
+from datamodules.physics import Pendulum, state_labels
 from jepa_lightning.networks.predictor import ResidualPredictor
 from jepa_lightning.probes import DecoderProbe, StateProbe
-from jepa_lightning.probes.controls import PCA, RandomEncoder
-from jepa_lightning.probes.evaluation import Scene, constant_velocity, intersection_over_union, state_from_labels
-from jepa_lightning.probes.readout import LinearReadout, MLPReadout, fit_predictor
+from jepa_lightning.probes.baselines import PCA, RandomEncoder
+from jepa_lightning.probes.dynamics.evaluation import Scene, constant_velocity, intersection_over_union, state_from_labels
+from jepa_lightning.probes.ridge import LinearReadout, MLPReadout, fit_predictor
 from jepa_lightning.rollouts import unroll
 
 
@@ -60,7 +59,7 @@ def test_decoders_of_all_encoders_see_the_same_samples_and_learn_alone(jepa_chec
     torch.nn.functional.mse_loss(probe.decode(probe.features(batch)["jepa"]), frames).backward()
     alone = [p.grad for p in probe.decoders["jepa"].parameters()]
     assert all(torch.allclose(a, b) for a, b in zip(together, alone, strict=True))
-    assert torch.equal(frames, batch.observations[:, :, 1:])  # the newest of two grey frames
+    assert torch.equal(frames, batch.observations[:, :, 1:])  # the newest of two gray frames
 
 
 def test_pca_equals_an_exact_decomposition() -> None:
@@ -68,9 +67,9 @@ def test_pca_equals_an_exact_decomposition() -> None:
     pca = PCA(12, 4)
     pca.fit(inputs.view(300, 3, 4))
     found = pca(inputs.view(300, 3, 4))
-    centred = inputs - inputs.mean(0)
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    exact = centred @ directions[:4].T
+    centerd = inputs - inputs.mean(0)
+    _, _, directions = torch.linalg.svd(centerd, full_matrices=False)
+    exact = centerd @ directions[:4].T
     # The same subspace: each explains the other completely, up to one common factor.
     fitted = found @ torch.linalg.lstsq(found, exact).solution
     torch.testing.assert_close(fitted, exact, rtol=1e-2, atol=1e-2)
@@ -165,7 +164,7 @@ def test_decoded_coordinates_are_drawn_where_they_are() -> None:
     pendulum = Pendulum()
     states = (torch.rand(20, 12, 4) - 0.5) * 6
     scene = Scene(pendulum, 32, states)
-    torch.testing.assert_close(scene.picture(pendulum.positions(states[:, 9])), scene.draw(states[:, 9]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(scene.image(pendulum.positions(states[:, 9])), scene.draw(states[:, 9]), rtol=0, atol=1e-4)
     assert scene.overlap(scene.draw(states[:, 9]), 1) == pytest.approx(1)
     assert scene.position_errors(states[:, 9:11]).max() == 0
 

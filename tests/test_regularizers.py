@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jepa_lightning.regularizers import (
-    CENTRE_MOMENTUM,
+    CENTER_MOMENTUM,
     DEFAULT_WEIGHTS,
     NUM_PROJECTIONS,
     Regularizer,
@@ -98,8 +98,8 @@ def test_cross_correlation_by_hand() -> None:
     second = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 1.0]])
     units = []
     for views in (first, second):
-        centred = views - views.mean(dim=0)
-        units.append(centred / (centred.square().mean(dim=0) + 1e-4).sqrt())
+        centerd = views - views.mean(dim=0)
+        units.append(centerd / (centerd.square().mean(dim=0) + 1e-4).sqrt())
     c = torch.einsum("ni,nj->ij", *units) / 3
     invariance, redundancy = cross_correlation_penalties(first, second)
     assert invariance.item() == pytest.approx((((1 - c[0, 0]) ** 2 + (1 - c[1, 1]) ** 2) / 2).item(), rel=1e-5)
@@ -121,9 +121,9 @@ def test_weights_are_those_that_results_were_made_with() -> None:
         "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
         "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
         "sigreg": {"gauss": 10.0},
-        "dino_centring": {"centring": 1.0},
+        "dino_centering": {"centering": 1.0},
     }
-    assert (CENTRE_MOMENTUM, NUM_PROJECTIONS) == (0.9, 256)
+    assert (CENTER_MOMENTUM, NUM_PROJECTIONS) == (0.9, 256)
     assert random_directions(5, 0).shape == (5, 256)
 
 
@@ -137,7 +137,7 @@ def test_weights_are_those_that_results_were_made_with() -> None:
         ("barlow_twins", None, 2),
         ("variance_hinge", None, 1),
         ("sigreg", None, 1),
-        ("dino_centring", None, 1),
+        ("dino_centering", None, 1),
     ],
 )
 def test_how_many_times_are_compared(name: str, weights: dict | None, times: int) -> None:
@@ -184,17 +184,17 @@ def test_knots_and_directions_are_where_the_features_are(monkeypatch: pytest.Mon
 
 
 def test_the_centre_follows_the_mean_of_all_samples() -> None:
-    regularizer = Regularizer("dino_centring", 2)
-    assert regularizer.centre.tolist() == [0.0, 0.0]
+    regularizer = Regularizer("dino_centering", 2)
+    assert regularizer.center.tolist() == [0.0, 0.0]
     features = torch.tensor([[[1.0, 2.0], [3.0, 6.0]], [[1.0, 2.0], [3.0, 6.0]]], requires_grad=True)  # mean (2, 4)
     total, terms = regularizer(features)
-    assert total.item() == terms["centring"].item() == 10.0
-    torch.testing.assert_close(regularizer.centre, torch.tensor([0.2, 0.4]))
+    assert total.item() == terms["centering"].item() == 10.0
+    torch.testing.assert_close(regularizer.center, torch.tensor([0.2, 0.4]))
     total, _ = regularizer(features)
     assert total.item() == pytest.approx((1.8**2 + 3.6**2) / 2)
     total.backward()
-    torch.testing.assert_close(regularizer.centre, torch.tensor([0.38, 0.76]))
-    assert (features.grad > 0).all() and not regularizer.centre.requires_grad
+    torch.testing.assert_close(regularizer.center, torch.tensor([0.38, 0.76]))
+    assert (features.grad > 0).all() and not regularizer.center.requires_grad
 
 
 def test_random_directions_are_a_function_of_the_step() -> None:
@@ -202,13 +202,13 @@ def test_random_directions_are_a_function_of_the_step() -> None:
     assert not torch.equal(random_directions(5, 3), random_directions(5, 4))
 
 
-def test_dino_centring_is_satisfied_by_a_constant() -> None:
+def test_dino_centering_is_satisfied_by_a_constant() -> None:
     """The reason why it cannot prevent a collapse, and the reason why it is here."""
-    regularizer = Regularizer("dino_centring", 4)
+    regularizer = Regularizer("dino_centering", 4)
     constant = torch.full((8, 2, 4), 3.0, requires_grad=True)
     values = [regularizer(constant)[0] for _ in range(60)]
     assert values[0] > 1 and values[-1] < 1e-3
-    assert "centre" in regularizer.state_dict()
+    assert "center" in regularizer.state_dict()
 
 
 @pytest.mark.parametrize("name", ["variance_hinge", "vicreg", "barlow_twins", "sigreg"])
@@ -247,7 +247,7 @@ def test_statistics_are_in_float32_under_autocast(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centring"),
+        ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centering"),
         ("variance_hinge", {"cov": 1.0}, "'cov': regularizer 'variance_hinge' has std"),
         ("vicreg", {"std": -1.0}, "std=-1.0 must be >= 0"),
         ("vicreg", {"std": float("nan")}, "std=nan must be >= 0"),

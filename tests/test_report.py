@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jepa_lightning.probes.planning_report import action_figures, planning_table
+from jepa_lightning.probes.dynamics.planning_report import action_figures, planning_table
 from jepa_lightning.probes.report import ROWS, markdown_table, save_accuracies, save_report, write_report
 
 
@@ -60,9 +60,9 @@ def test_each_figure_stands_in_its_row_under_its_forecaster() -> None:
         "valid-prediction time, mean": "3{}.1",
         "its standard error": "{}.3",
         "valid-prediction time at the stricter 0.2, median": "4{}",
-        "IoU of decoded picture, 16 frames ahead": "{}.144",
-        "squared error of decoded picture": "{}.12346",
-        "the same over that of the mean picture": "{}.155",
+        "IoU of decoded image, 16 frames ahead": "{}.144",
+        "squared error of decoded image": "{}.12346",
+        "the same over that of the mean image": "{}.155",
         "energy error, 30 frames ahead (median, of energy above rest)": "{}.167",
         "RankMe, effective dimensions": "5{}.2",
     }
@@ -134,12 +134,12 @@ ACCURACIES = {
 
 
 def test_accuracies_stand_beside_their_names_with_what_was_chosen(tmp_path: Path) -> None:
-    save_accuracies(some_probe(tmp_path), ACCURACIES, "on 7 pictures")
+    save_accuracies(some_probe(tmp_path), ACCURACIES, "on 7 images")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.pop("command")
-    assert report == {"probe": "SomeProbe", "accuracy": ACCURACIES, "judged": "on 7 pictures", "checkpoint": "jepa.ckpt"}
+    assert report == {"probe": "SomeProbe", "accuracy": ACCURACIES, "judged": "on 7 images", "checkpoint": "jepa.ckpt"}
     title, _, notes, _, *table = (tmp_path / "report.md").read_text().splitlines()
-    assert (title, notes) == ("# SomeProbe", "Of `jepa.ckpt`, on 7 pictures.")
+    assert (title, notes) == ("# SomeProbe", "Of `jepa.ckpt`, on 7 images.")
     assert table[:4] == [
         "| features | accuracy | standard error | learning rate | weight decay |",
         "| :-- | --: | --: | --: | --: |",
@@ -150,9 +150,9 @@ def test_accuracies_stand_beside_their_names_with_what_was_chosen(tmp_path: Path
 
 def test_accuracies_without_settings_have_no_columns_for_them_and_one_process_writes(tmp_path: Path) -> None:
     plain = {name: {key: figures[key] for key in ("accuracy", "standard_error")} for name, figures in ACCURACIES.items()}
-    save_accuracies(some_probe(tmp_path, first=False), plain, "on 7 pictures")
+    save_accuracies(some_probe(tmp_path, first=False), plain, "on 7 images")
     assert not list(tmp_path.iterdir()), "the others leave it to the first"
-    save_accuracies(some_probe(tmp_path), plain, "on 7 pictures")
+    save_accuracies(some_probe(tmp_path), plain, "on 7 images")
     assert (
         "| features | accuracy | standard error |\n| :-- | --: | --: |\n| the model |"
         in (tmp_path / "report.md").read_text()

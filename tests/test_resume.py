@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from jepa_lightning.checkpoints import read_checkpoint
-from jepa_lightning.storage import AtomicCheckpointIO
+from jepa_lightning.weights.checkpoints import read_checkpoint
+from jepa_lightning.weights.io import AtomicCheckpointIO
 
 STEPS = 120  # 40 batches an epoch, three epochs; saved every 7 steps, so never at the end of an epoch but the last
 
@@ -97,7 +97,7 @@ def test_a_write_that_is_killed_leaves_the_old_checkpoint(tmp_path: Path) -> Non
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(3)}, "hyper_parameters": {}}, path)
     script = f"""
 import os, signal, torch
-from jepa_lightning.storage import AtomicCheckpointIO
+from jepa_lightning.weights.io import AtomicCheckpointIO
 def killed(_, file):
     file.write(b"half of a checkpoint")
     file.flush()

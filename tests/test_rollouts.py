@@ -59,7 +59,7 @@ def test_ratios_are_over_no_change_and_over_the_true_actions() -> None:
     assert found == {
         "persistence_ratio_first": pytest.approx(0.25 / first.square().mean().item()),
         "persistence_ratio": pytest.approx(1.0 / last.square().mean().item()),
-        "error_over_mean": pytest.approx(1 / last.var().item()),
+        "normalized_error": pytest.approx(1 / last.var().item()),
         "shuffled_over_true": pytest.approx(((6 - 3) ** 2 + (2 - 7) ** 2) / 2),
         "zero_over_true": pytest.approx(last.square().mean().item()),
     }
@@ -68,7 +68,7 @@ def test_ratios_are_over_no_change_and_over_the_true_actions() -> None:
 def test_without_actions_there_is_nothing_to_shuffle_and_each_validation_starts_anew() -> None:
     errors = ForecastErrors(False, 1)
     starts, targets = torch.zeros(3, 2, 1), torch.ones(3, 2, 4, 1)
-    nothing_learned = {"persistence_ratio_first": 1, "persistence_ratio": 1, "error_over_mean": math.inf}  # all alike
+    nothing_learned = {"persistence_ratio_first": 1, "persistence_ratio": 1, "normalized_error": math.inf}  # all alike
     assert judged(errors, starts, targets, None) == nothing_learned
     assert judged(errors, starts + 1, 3 * targets, None) == nothing_learned
     errors.update(lambda z, a: 0.5 * targets, starts, targets, None)
@@ -78,4 +78,4 @@ def test_without_actions_there_is_nothing_to_shuffle_and_each_validation_starts_
 
 def test_a_trajectory_alone_has_no_other_to_take_actions_from() -> None:
     found = judged(ForecastErrors(True, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1))
-    assert set(found) == {"persistence_ratio_first", "persistence_ratio", "error_over_mean"}
+    assert set(found) == {"persistence_ratio_first", "persistence_ratio", "normalized_error"}

@@ -11,8 +11,8 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from jepa_lightning.checkpoints import load_jepa, read_checkpoint
 from jepa_lightning.sharding import check_even_batches, check_strategy, is_sharded
+from jepa_lightning.weights.checkpoints import load_jepa, read_checkpoint
 
 STEPS = 20
 
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from conftest import FAMILIES, trainer
 from jepa_lightning.optim import gradient_norm
 
-out, pictures, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+out, images, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 MODELS = {
     "ijepa": {},
     "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge", "conditioning": "sequence"},
@@ -56,7 +56,7 @@ def fit(family, name, strategy, resume=None):
     run = trainer(folder, devices=2, strategy=strategy, callbacks=[save, norms], max_steps=steps, limit_val_batches=1.0,
                   enable_checkpointing=True, log_every_n_steps=5,
                   logger=TensorBoardLogger(folder, name=name), **TRAINERS[family])
-    run.fit(model, make_data(pictures, batch_size=2), ckpt_path=resume, weights_only=True)
+    run.fit(model, make_data(images, batch_size=2), ckpt_path=resume, weights_only=True)
     for network in (model.context_encoder, model.target_encoder, model.predictor):
         assert all(isinstance(p, DTensor) == (strategy != "ddp") for p in network.parameters())
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -78,10 +78,10 @@ fit("ijepa", "resumed again", sharded(), resume=out / "ijepa" / "resumed" / "ste
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
     """What the runs left behind: folders "ijepa" and "iwm", with weights, steps, metrics and gradient norms of each run."""
     out = tmp_path_factory.mktemp("sharding") / "runs"
-    run_script(SCRIPT, out, str(pictures), str(STEPS))
+    run_script(SCRIPT, out, str(image_root), str(STEPS))
     return out
 
 
@@ -185,12 +185,17 @@ def test_tensor_parallelism_is_refused() -> None:
         check_strategy(strategy)
 
 
-def test_a_sharded_run_of_the_command_line_goes_on(tmp_path: Path, pictures: Path) -> None:
+def test_a_sharded_run_of_the_command_line_goes_on(tmp_path: Path, image_root: Path) -> None:
     def command(*extra: str) -> None:
         script = "from jepa_lightning.cli import main; main()"
         arguments = ["fit", "--model", "IJEPA", "--model.encoder=vit_tiny_patch16_224", "--model.encoder_depth=1"]
         arguments += ["--model.image_size=16", "--model.patch_size=4", "--model.predictor_width=24", "--data=ImageFolder"]
-        arguments += ["--model.predictor_depth=1", f"--data.root={pictures}", "--data.image_size=16", "--data.batch_size=4"]
+        arguments += [
+            "--model.predictor_depth=1",
+            f"--data.root={image_root}",
+            "--data.image_size=16",
+            "--data.batch_size=4",
+        ]
         arguments += ["--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=fsdp2"]
         arguments += [f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.enable_progress_bar=false"]
         arguments += ["--trainer.callbacks+=LastCheckpoint", "--trainer.callbacks.every_n_train_steps=2"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import small_data, small_model, trainer
 
-from jepa_lightning.labels import state_labels
+from datamodules.physics import state_labels
 from jepa_lightning.probes import StateProbe
-from jepa_lightning.probes.readout import LinearReadout, MLPReadout
+from jepa_lightning.probes.ridge import LinearReadout, MLPReadout
 
 
 def test_readouts_are_fitted_on_training_trajectories_and_the_penalty_chosen_on_validation(

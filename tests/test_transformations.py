@@ -1,4 +1,4 @@
-"""Colours and places as scalars: each scalar does what its unit says, and what is drawn comes from its range."""
+"""Colors and places as scalars: each scalar does what its unit says, and what is drawn comes from its range."""
 
 import math
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from datamodules.transformations import (
-    COLOURS,
+from datamodules.views import (
+    COLORS,
     DESTRUCTIVE,
     GEOMETRY,
     GRID,
@@ -25,7 +25,7 @@ from datamodules.transformations import (
     look,
     move,
     on_grid,
-    recolour,
+    recolor,
     relative_place,
 )
 
@@ -35,7 +35,7 @@ NEVER = {f"{name}_probability": 0.0 for name in ("jitter", *DESTRUCTIVE)}
 ALWAYS = dict.fromkeys(NEVER, 1.0)
 
 
-def picture(height: int = 20, width: int = 24) -> Tensor:
+def image(height: int = 20, width: int = 24) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
@@ -46,13 +46,13 @@ def maker(
 
 
 def test_units_and_their_order_are_what_models_were_trained_with() -> None:
-    assert list(COLOURS.items()) == [
+    assert list(COLORS.items()) == [
         ("brightness", 0.4), ("contrast", 0.4), ("saturation", 0.2), ("hue", 0.1),
         ("grayscale", 1.0), ("blur", 2.0), ("solarize", 1.0),
     ]  # fmt: skip
     assert GEOMETRY == ("down", "right", "taller", "wider", "mirrored")
     assert JITTER == {"default": (0.4, 0.4, 0.2, 0.1), "strong": (0.8, 0.8, 0.8, 0.2)}
-    assert Views().action_names == tuple(COLOURS) and Views(geometric=True).action_names == (*COLOURS, *GEOMETRY)
+    assert Views().action_names == tuple(COLORS) and Views(geometric=True).action_names == (*COLORS, *GEOMETRY)
     plain = Views()
     assert (plain.strength, plain.jitter, plain.jitter_probability) == ("default", None, 0.8)
     assert (plain.grayscale_probability, plain.blur_probability, plain.solarize_probability) == (0.2, 0.2, 0.2)
@@ -120,18 +120,18 @@ def test_differences_of_scalars_lead_to_the_same_bits(scalars: list[float]) -> N
     assert start + (end - start) == end and abs(start.item() - scalars[0]) < GRID
 
 
-def test_more_scalars_than_colours_are_a_mistake() -> None:
+def test_more_scalars_than_colors_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="shorter|longer"):
-        recolour(picture(), torch.zeros(12))  # an action with its geometry
+        recolor(image(), torch.zeros(12))  # an action with its geometry
 
 
 def test_what_never_happens_does_not_at_the_least_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(0.0))
-    assert not maker(flip=0.0).draw_place(picture()).mirrored and maker(flip=1e-9).draw_place(picture()).mirrored
+    assert not maker(flip=0.0).draw_place(image()).mirrored and maker(flip=1e-9).draw_place(image()).mirrored
 
 
-def test_all_colours_are_applied_one_after_the_other() -> None:
-    plain = picture()
+def test_all_colors_are_applied_one_after_the_other() -> None:
+    plain = image()
     scalars = torch.tensor([0.5, -0.75, 2.0, -1.5, 0.0, 0.6, 1.0])
     expected = vision.adjust_brightness(plain, 1 + 0.5 * 0.4)
     expected = vision.adjust_contrast(expected, 1 - 0.75 * 0.4)
@@ -139,8 +139,8 @@ def test_all_colours_are_applied_one_after_the_other() -> None:
     expected = vision.adjust_hue(expected, -1.5 * 0.1)
     expected = vision.gaussian_blur(expected, [3, 3], [1.2, 1.2])
     expected = torch.where(expected >= 128, 255 - expected, expected)
-    assert torch.equal(recolour(plain, scalars), expected)
-    gray = recolour(plain, scalars + torch.eye(7)[4])
+    assert torch.equal(recolor(plain, scalars), expected)
+    gray = recolor(plain, scalars + torch.eye(7)[4])
     assert (gray[0] == gray[1]).all() and (gray[0] == gray[2]).all()
 
 
@@ -161,13 +161,13 @@ def test_the_kernel_of_a_blur_is_odd_and_a_tenth_of_the_lesser_side(size: tuple[
     assert blur_kernel(torch.zeros(3, *size)) == kernel
 
 
-def test_a_blur_has_the_kernel_of_the_picture() -> None:
-    plain = picture(60, 80)
-    assert torch.equal(recolour(plain, 0.5 * torch.eye(7)[5]), vision.gaussian_blur(plain, [7, 7], [1.0, 1.0]))
+def test_a_blur_has_the_kernel_of_the_image() -> None:
+    plain = image(60, 80)
+    assert torch.equal(recolor(plain, 0.5 * torch.eye(7)[5]), vision.gaussian_blur(plain, [7, 7], [1.0, 1.0]))
 
 
 def test_looking_cuts_resizes_and_mirrors() -> None:
-    plain = picture()
+    plain = image()
     cut = plain[:, 2:10, 5:17]
     assert Place(2, 5, 8, 12).mirrored is False
     assert torch.equal(look(plain, Place(2, 5, 8, 12), (8, 12)), cut)
@@ -202,19 +202,19 @@ def test_moving_by_what_lies_between_two_places_leads_from_one_to_the_other(sour
 
 @PROPERTY
 @given(st.lists(st.floats(-1.5, 1.5), min_size=3, max_size=3))
-def test_the_way_back_from_a_colour_undoes_its_factor(scalars: list[float]) -> None:
-    colours = torch.tensor([*scalars, 0.7, 1.0, 0.5, 1.0])
-    assert action_to(colours, Views()) is colours
-    back = action_to(colours[None], Views(source_from="target"))[0]
+def test_the_way_back_from_a_color_undoes_its_factor(scalars: list[float]) -> None:
+    colors = torch.tensor([*scalars, 0.7, 1.0, 0.5, 1.0])
+    assert action_to(colors, Views()) is colors
+    back = action_to(colors[None], Views(source_from="target"))[0]
     for place, unit in enumerate((0.4, 0.4, 0.2)):
         # The action is the target less the source: the source was darkened by 1 - unit * back.
-        assert (1 + unit * colours[place]) * (1 - unit * back[place]) == pytest.approx(1, abs=1e-5)
-    assert back[3:].tolist() == colours[3:].tolist()
-    assert colours[:3].tolist() == pytest.approx(scalars, abs=1e-6), "what was given is left alone"
+        assert (1 + unit * colors[place]) * (1 - unit * back[place]) == pytest.approx(1, abs=1e-5)
+    assert back[3:].tolist() == colors[3:].tolist()
+    assert colors[:3].tolist() == pytest.approx(scalars, abs=1e-6), "what was given is left alone"
 
 
 def test_places_come_from_the_crop_and_the_flip() -> None:
-    whole = picture(60, 80)
+    whole = image(60, 80)
     torch.manual_seed(0)
     for scale in ((0.1, 0.1), (0.4, 0.5)):
         places = [maker(scale=scale, flip=0.3).draw_place(whole) for _ in range(300)]
@@ -229,20 +229,20 @@ def test_places_come_from_the_crop_and_the_flip() -> None:
 @pytest.mark.parametrize("name", NEVER)
 def test_each_probability_is_that_of_its_own_scalars(name: str) -> None:
     torch.manual_seed(0)
-    drawn = torch.stack([maker(**(NEVER | {name: 0.4})).draw_colours(destructive=True) for _ in range(300)])
-    colours = list(COLOURS)
-    mine = colours[:4] if name == "jitter_probability" else [name.removesuffix("_probability")]
-    for place, colour in enumerate(colours):
+    drawn = torch.stack([maker(**(NEVER | {name: 0.4})).draw_colors(destructive=True) for _ in range(300)])
+    colors = list(COLORS)
+    mine = colors[:4] if name == "jitter_probability" else [name.removesuffix("_probability")]
+    for place, color in enumerate(colors):
         share = (drawn[:, place] != 0).float().mean().item()
-        assert share == (pytest.approx(0.4, abs=0.09) if colour in mine else 0), colour
+        assert share == (pytest.approx(0.4, abs=0.09) if color in mine else 0), color
 
 
 def test_a_spoilt_view_has_scalars_of_full_size_and_a_target_none() -> None:
     torch.manual_seed(0)
-    spoilt = torch.stack([maker(**ALWAYS, blur_sigma=(0.5, 1.5)).draw_colours(destructive=True) for _ in range(200)])
+    spoilt = torch.stack([maker(**ALWAYS, blur_sigma=(0.5, 1.5)).draw_colors(destructive=True) for _ in range(200)])
     assert (spoilt[:, 4] == 1).all() and (spoilt[:, 6] == 1).all()
     assert 0.25 - GRID <= spoilt[:, 5].min() < 0.3 and 0.7 < spoilt[:, 5].max() <= 0.75
-    target = torch.stack([maker(**ALWAYS).draw_colours(destructive=False) for _ in range(50)])
+    target = torch.stack([maker(**ALWAYS).draw_colors(destructive=False) for _ in range(50)])
     assert target.shape == (50, 7) and target[:, :4].any() and not target[:, 4:].any()
 
 
@@ -251,7 +251,7 @@ def test_coins_are_thrown_whatever_the_probability() -> None:
     after = []
     for settings_ in (NEVER, NEVER | {"grayscale_probability": 1.0, "solarize_probability": 1.0}):
         torch.manual_seed(0)
-        maker(**settings_).draw_colours(destructive=True)
+        maker(**settings_).draw_colors(destructive=True)
         after.append(torch.rand(()).item())
     assert after[0] == after[1]
 
@@ -259,31 +259,29 @@ def test_coins_are_thrown_whatever_the_probability() -> None:
 @pytest.mark.parametrize("geometric", [False, True])
 @pytest.mark.parametrize("source_from", ["shared", "target"])
 def test_a_pair_is_what_its_scalars_say(geometric: bool, source_from: str) -> None:
-    whole, size = picture(60, 80), (16, 12)
+    whole, size = image(60, 80), (16, 12)
     made = maker(size, geometric=geometric, source_from=source_from)
     for seed in range(30):
         torch.manual_seed(seed)
         target_place = made.draw_place(whole)
         source_place = made.draw_place(whole) if geometric else target_place
-        colours, spoilt = made.draw_colours(destructive=False), made.draw_colours(destructive=True)
+        colors, spoilt = made.draw_colors(destructive=False), made.draw_colors(destructive=True)
         torch.manual_seed(seed)
         pair = made.pair(whole)
         assert torch.equal(pair.start, spoilt)
-        assert torch.equal(pair.target, recolour(look(whole, target_place, size), colours))
+        assert torch.equal(pair.target, recolor(look(whole, target_place, size), colors))
         seen = look(whole, source_place, size)
         if source_from == "shared":
-            assert torch.equal(pair.source, recolour(seen, spoilt)) and torch.equal(pair.action[:7], colours - spoilt)
+            assert torch.equal(pair.source, recolor(seen, spoilt)) and torch.equal(pair.action[:7], colors - spoilt)
         else:
-            assert torch.equal(pair.source, recolour(recolour(seen, colours), spoilt)) and torch.equal(
-                pair.action[:7], -spoilt
-            )
+            assert torch.equal(pair.source, recolor(recolor(seen, colors), spoilt)) and torch.equal(pair.action[:7], -spoilt)
         geometry = relative_place(source_place, target_place) if geometric else []
         torch.testing.assert_close(pair.action[7:], torch.tensor(geometry))
         assert pair.action.dtype == torch.float32
 
 
 def test_a_place_that_is_given_is_looked_at_unless_views_are_geometric() -> None:
-    whole, place = picture(60, 80), Place(3, 4, 16, 12, True)
+    whole, place = image(60, 80), Place(3, 4, 16, 12, True)
     given_place = maker(**NEVER).pair(whole, place)
     assert torch.equal(given_place.target, whole[:, 3:19, 4:16].flip(-1)) and torch.equal(
         given_place.source, given_place.target

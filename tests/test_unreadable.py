@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_script, small_ijepa, small_iwm, small_pictures, small_views, trainer, write_pictures
+from conftest import run_script, small_ijepa, small_images, small_iwm, small_views, trainer, write_images
 
 from datamodules import ImageFolder
-from datamodules.pictures import UnreadableImageWarning
+from datamodules.image_datasets import UnreadableImageWarning
 from datamodules.unreadable import UnreadableFiles
 
 
@@ -25,7 +25,7 @@ def test_flags_are_shared_and_counted(tmp_path: Path) -> None:
     assert spawned.add(0) == 2 and len(flags) == 2 and 0 in flags and 1 not in flags
     other = UnreadableFiles(5)
     assert len(other) == 0, "of another data set"
-    assert len(UnreadableFiles(0)) == 0, "a list may name all pictures, and leave none for validation"
+    assert len(UnreadableFiles(0)) == 0, "a list may name all images, and leave none for validation"
 
 
 def test_flags_go_with_their_owner_and_not_with_a_worker() -> None:
@@ -55,16 +55,16 @@ def told(said: list[warnings.WarningMessage]) -> list[str]:
 
 
 def spoil(folder: Path, count: int) -> None:
-    """The first pictures of a folder of them become unreadable."""
+    """The first images of a folder of them become unreadable."""
     for number in range(count):
-        (folder / f"{number:04d}.jpg").write_bytes(b"no picture")
+        (folder / f"{number:04d}.jpg").write_bytes(b"no image")
 
 
 @pytest.fixture
 def bad_folder(tmp_path: Path) -> Path:
-    """6 of 24 training pictures and 2 of 8 held-out ones are bad."""
+    """6 of 24 training images and 2 of 8 held-out ones are bad."""
     for split, count, bad in (("train", 24, 6), ("val", 8, 2)):
-        write_pictures(tmp_path / "data" / split / "a", count)
+        write_images(tmp_path / "data" / split / "a", count)
         spoil(tmp_path / "data" / split / "a", bad)
     return tmp_path / "data"
 
@@ -89,7 +89,7 @@ def test_each_is_named_once_over_workers_epochs_and_validations(
         with said.open("a") as file:
             file.write(f"{message}\n")
 
-    data = small_pictures(bad_folder, num_workers=2, batch_size=2)
+    data = small_images(bad_folder, num_workers=2, batch_size=2)
     data.setup("fit")
     with warnings.catch_warnings(action="always"):
         monkeypatch.setattr(warnings, "showwarning", show)
@@ -104,14 +104,14 @@ def test_each_is_named_once_over_workers_epochs_and_validations(
     assert sorted(count for file, count in named.items() if file[0] == "t") == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("model", "make"), [(small_ijepa, small_pictures), (small_iwm, small_views)])
-def test_a_held_out_picture_alone_in_its_batch_may_be_bad(tmp_path: Path, model, make) -> None:
-    write_pictures(tmp_path / "train", 4)
-    write_pictures(tmp_path / "val", 5)
+@pytest.mark.parametrize(("model", "make"), [(small_ijepa, small_images), (small_iwm, small_views)])
+def test_a_held_out_image_alone_in_its_batch_may_be_bad(tmp_path: Path, model, make) -> None:
+    write_images(tmp_path / "train", 4)
+    write_images(tmp_path / "val", 5)
     data = make(tmp_path, batch_size=2)
     data.setup("fit")
     last = Path(os.fsdecode(data._samples["val"].paths[-1]))
-    last.write_bytes(b"no picture")
+    last.write_bytes(b"no image")
     run = trainer(tmp_path, max_epochs=2, limit_val_batches=1.0)
     with recorded() as said:
         run.fit(model(), data)
@@ -123,12 +123,12 @@ def test_a_held_out_picture_alone_in_its_batch_may_be_bad(tmp_path: Path, model,
 
 
 def test_a_batch_of_bad_ones_in_the_middle_is_left_out(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "train", 4)
-    write_pictures(tmp_path / "val", 6)
-    data = small_pictures(tmp_path, batch_size=2)
+    write_images(tmp_path / "train", 4)
+    write_images(tmp_path / "val", 6)
+    data = small_images(tmp_path, batch_size=2)
     data.setup("fit")
     for path in data._samples["val"].paths[2:5]:
-        Path(os.fsdecode(path)).write_bytes(b"no picture")
+        Path(os.fsdecode(path)).write_bytes(b"no image")
     with recorded() as said:
         assert [len(batch.labels) for batch in data.val_dataloader()] == [2, 1]
     assert "3 of 6 so far" in told(said)[-1] and len(told(said)) == 3
@@ -137,17 +137,17 @@ def test_a_batch_of_bad_ones_in_the_middle_is_left_out(tmp_path: Path) -> None:
 
 def test_nothing_to_judge_is_an_error(tmp_path: Path) -> None:
     for split in ("train", "val"):
-        write_pictures(tmp_path / split, 4)
+        write_images(tmp_path / split, 4)
         spoil(tmp_path / split, 4)
-    data = small_pictures(tmp_path)
+    data = small_images(tmp_path)
     data.setup("fit")
     with (
         recorded() as said,
-        pytest.raises(ValueError, match=r"Not one of the 4 held-out pictures of this process can be decoded: repair"),
+        pytest.raises(ValueError, match=r"Not one of the 4 held-out images of this process can be decoded: repair"),
     ):
         list(data.val_dataloader())
     assert len(told(said)) == 4
-    with recorded(), pytest.raises(ValueError, match="None of the 4 training pictures"):
+    with recorded(), pytest.raises(ValueError, match="None of the 4 training images"):
         list(data.train_dataloader())
 
 
@@ -155,20 +155,20 @@ RANKS = """
 import json, sys, warnings
 from pathlib import Path
 import datamodules.image_folder as image_folder
-from conftest import small_ijepa, small_pictures, trainer
+from conftest import small_ijepa, small_images, trainer
 
 out, said, scans = Path(sys.argv[1]), [], []
 scan = image_folder.scan
 image_folder.scan = lambda *arguments: scans.append(str(arguments[0])) or scan(*arguments)
 warnings.showwarning = lambda message, *_: said.append(str(message))
 run = trainer(out, devices=2, strategy="ddp", max_epochs=3, limit_val_batches=1.0)
-data = small_pictures(Path(sys.argv[2]), batch_size=2)
+data = small_images(Path(sys.argv[2]), batch_size=2)
 run.fit(small_ijepa(), data)
 told = [message for message in said if "decoded" in message]
 paths = [path.decode() for path in data._samples["train"].paths]
 (out / f"rank{run.global_rank}.json").write_text(json.dumps({"said": told, "scans": scans, "paths": paths}))
 
-nowhere = small_pictures(out / "nowhere")
+nowhere = small_images(out / "nowhere")
 nowhere.trainer = run
 try:
     nowhere.setup("fit")
@@ -178,7 +178,7 @@ except FileNotFoundError as error:
 
 
 def test_ranks_find_and_name_together(tmp_path: Path, bad_folder: Path) -> None:
-    """Rank 0 looks for pictures and tells the other, errors too; neither names what the other has named."""
+    """Rank 0 looks for images and tells the other, errors too; neither names what the other has named."""
     run_script(RANKS, tmp_path / "out", str(bad_folder))
     first, second = (json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["scans"]) == 2 and second["scans"] == [], "training and validation, once"

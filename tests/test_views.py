@@ -5,48 +5,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_pictures, write_pictures
+from conftest import small_images, write_images
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from datamodules import Views
-from datamodules.transformations import COLOURS, Pair, Place, ViewMaker, look, move, recolour, relative_place
+from datamodules.views import COLORS, Pair, Place, ViewMaker, look, move, recolor, relative_place
 
 SIZE = (16, 12)
 
 
-def picture(height: int = 20, width: int = 24) -> Tensor:
+def image(height: int = 20, width: int = 24) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
 def pairs(count: int = 200, **settings) -> list[Pair]:
     maker = ViewMaker(Views(**settings), SIZE, (0.3, 1.0), 0.5)
     torch.manual_seed(0)
-    return [maker.pair(picture(*SIZE), Place(0, 0, *SIZE)) for _ in range(count)]
+    return [maker.pair(image(*SIZE), Place(0, 0, *SIZE)) for _ in range(count)]
 
 
 @pytest.mark.parametrize("strength", ["default", "strong"])
 def test_the_action_leads_to_the_target_bit_for_bit(strength: str) -> None:
     for source, target, action, start in pairs(strength=strength):
-        assert torch.equal(recolour(picture(*SIZE), start), source)
-        assert torch.equal(recolour(picture(*SIZE), start + action), target)
+        assert torch.equal(recolor(image(*SIZE), start), source)
+        assert torch.equal(recolor(image(*SIZE), start + action), target)
 
 
 def test_the_action_leads_back_bit_for_bit_where_the_source_is_made_of_the_target() -> None:
     for source, target, action, _ in pairs(source_from="target"):
-        assert torch.equal(recolour(target, -action), source)
+        assert torch.equal(recolor(target, -action), source)
 
 
 def test_no_action_is_no_change() -> None:
-    plain = picture()
-    assert recolour(plain, torch.zeros(7)) is plain
+    plain = image()
+    assert recolor(plain, torch.zeros(7)) is plain
     never = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
     for source, target, action, _ in pairs(5, **never):
         assert torch.equal(source, target) and not action.any()
 
 
 def test_a_unit_is_what_its_docstring_says() -> None:
-    plain = picture()
+    plain = image()
     expected = {
         "brightness": vision.adjust_brightness(plain, 1.4),
         "contrast": vision.adjust_contrast(plain, 1.4),
@@ -56,10 +56,10 @@ def test_a_unit_is_what_its_docstring_says() -> None:
         "blur": vision.gaussian_blur(plain, [3, 3], [2.0, 2.0]),
         "solarize": torch.where(plain >= 128, 255 - plain, plain),
     }
-    assert list(expected) == list(COLOURS)
-    for number, name in enumerate(COLOURS):
-        assert torch.equal(recolour(plain, torch.eye(7)[number]), expected[name]), name
-    assert torch.equal(recolour(plain, -torch.eye(7)[0]), vision.adjust_brightness(plain, 0.6))
+    assert list(expected) == list(COLORS)
+    for number, name in enumerate(COLORS):
+        assert torch.equal(recolor(plain, torch.eye(7)[number]), expected[name]), name
+    assert torch.equal(recolor(plain, -torch.eye(7)[0]), vision.adjust_brightness(plain, 0.6))
 
 
 def test_scalars_come_from_their_ranges_with_their_probabilities() -> None:
@@ -83,7 +83,7 @@ def test_scalars_come_from_their_ranges_with_their_probabilities() -> None:
 def test_geometric_actions_lead_from_place_to_place() -> None:
     maker = ViewMaker(Views(geometric=True), SIZE, (0.1, 1.0), 0.5)
     torch.manual_seed(0)
-    whole = picture(300, 400)
+    whole = image(300, 400)
     for _ in range(300):
         source, target = maker.draw_place(whole), maker.draw_place(whole)
         scalars = torch.tensor(relative_place(source, target)).tolist()  # as float32 keeps them
@@ -99,7 +99,7 @@ def test_geometric_actions_lead_from_place_to_place() -> None:
 def test_geometric_views_look_where_they_say() -> None:
     never = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
     maker = ViewMaker(Views(geometric=True, **never), SIZE, (0.3, 1.0), 0.5)
-    whole = picture(60, 80)
+    whole = image(60, 80)
     torch.manual_seed(1)
     target_place, source_place = maker.draw_place(whole), maker.draw_place(whole)
     torch.manual_seed(1)
@@ -109,8 +109,8 @@ def test_geometric_views_look_where_they_say() -> None:
     assert move(source_place, pair.action[7:].tolist()) == target_place
 
 
-def test_batches_of_views(pictures: Path) -> None:
-    data = small_pictures(pictures, views=Views())
+def test_batches_of_views(image_root: Path) -> None:
+    data = small_images(image_root, views=Views())
     data.setup("fit")
     loader = data.train_dataloader().loader
     batch = next(iter(loader))
@@ -123,29 +123,29 @@ def test_batches_of_views(pictures: Path) -> None:
     assert done.sources.dtype == done.targets.dtype == torch.float32 and done.images is None
     held_out = list(data.val_dataloader())
     assert sum(len(batch.labels) for batch in held_out) == 6
-    plain = small_pictures(pictures)
+    plain = small_images(image_root)
     plain.setup("fit")
     assert torch.equal(held_out[0].images, next(iter(plain.val_dataloader())).images)
     assert torch.equal(held_out[0].sources, next(iter(data.val_dataloader())).sources), "the same at each validation"
 
 
 def test_both_views_are_of_one_crop_unless_geometric(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 8, size=(40, 40))
+    write_images(tmp_path, 8, size=(40, 40))
     never = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
     for geometric in (False, True):
-        data = small_pictures(tmp_path, views=Views(geometric=geometric, **never), flip=0.5)
+        data = small_images(tmp_path, views=Views(geometric=geometric, **never), flip=0.5)
         data.setup("fit")
         for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))):
             assert torch.equal(batch.sources, batch.targets) != geometric
             assert batch.actions.shape[1] == (12 if geometric else 7) and batch.actions.any() == geometric
 
 
-def test_unreadable_pictures_are_left_out_of_views_too(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "train", 4)
-    write_pictures(tmp_path / "val", 3)
+def test_unreadable_images_are_left_out_of_views_too(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", 4)
+    write_images(tmp_path / "val", 3)
     for split in ("train", "val"):
-        (tmp_path / split / "0001.jpg").write_bytes(b"no picture")
-    data = small_pictures(tmp_path, views=Views())
+        (tmp_path / split / "0001.jpg").write_bytes(b"no image")
+    data = small_images(tmp_path, views=Views())
     data.setup("fit")
     with pytest.warns(UserWarning, match=r"0001.jpg cannot be decoded"):
         assert [len(batch.sources) for batch in data.train_dataloader()] == [4]
@@ -171,6 +171,6 @@ def test_impossible_views_are_refused(settings: dict, message: str) -> None:
         Views(**settings)
 
 
-def test_views_and_rand_augment_exclude_each_other(pictures: Path) -> None:
+def test_views_and_rand_augment_exclude_each_other(image_root: Path) -> None:
     with pytest.raises(ValueError, match="an action cannot say what RandAugment did"):
-        small_pictures(pictures, views=Views(), rand_augment=True)
+        small_images(image_root, views=Views(), rand_augment=True)

@@ -1,4 +1,4 @@
-"""The vote of nearest neighbours, by hand."""
+"""The vote of nearest neighbors, by hand."""
 
 import math
 
@@ -15,7 +15,7 @@ QUERY = torch.tensor([[1.0, 0.0]])
 
 
 @pytest.mark.parametrize(
-    ("neighbours", "temperature", "winner"),
+    ("neighbors", "temperature", "winner"),
     [
         (1, 1.0, 2),  # the nearest alone
         (2, 0.5, 2),  # two voices: the nearer one counts more
@@ -26,8 +26,8 @@ QUERY = torch.tensor([[1.0, 0.0]])
         (99, 100.0, 0),  # more than there are
     ],
 )
-def test_near_voices_count_by_similarity_over_temperature(neighbours: int, temperature: float, winner: int) -> None:
-    assert vote(BANK, LABELS, QUERY, neighbours, temperature).tolist() == [winner]
+def test_near_voices_count_by_similarity_over_temperature(neighbors: int, temperature: float, winner: int) -> None:
+    assert vote(BANK, LABELS, QUERY, neighbors, temperature).tolist() == [winner]
 
 
 def test_the_temperature_at_which_the_majority_wins_is_that_of_the_formula() -> None:
@@ -65,5 +65,5 @@ def test_a_linear_classifier_is_fitted_on_the_bank_alone() -> None:
     labels = (features[:, 0] > 0).long()
     assert ridge_accuracy(features, labels, features, labels) > 0.95
     assert ridge_accuracy(features, labels, features, 1 - labels) < 0.05
-    shifted = 1000 * features + 50  # standardised, so that a scale and a shift of all features change nothing
+    shifted = 1000 * features + 50  # standardized, so that a scale and a shift of all features change nothing
     assert ridge_accuracy(shifted, labels, shifted, labels) == ridge_accuracy(features, labels, features, labels)

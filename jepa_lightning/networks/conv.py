@@ -1,4 +1,4 @@
-"""A small convolutional encoder for pictures of the pendulum."""
+"""A small convolutional encoder for images of the pendulum."""
 
 from itertools import pairwise
 
@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 
 class ConvEncoder(nn.Module):
-    """Strided convolutions, then a linear map of the flattened feature map. No normalisation layers.
+    """Strided convolutions, then a linear map of the flattened feature map. No normalization layers.
 
     The first convolution goes straight to a quarter of the resolution: on a CPU, half of the time of a network of halving
-    convolutions is spent on the first, full-size feature map, and on these pictures it learns nothing that the wide
+    convolutions is spent on the first, full-size feature map, and on these images it learns nothing that the wide
     kernel does not.
 
     Args:
         image_size: S.
         inputs: Channels of a window, history * C.
-        widths: Channels of the convolutions. The first divides the picture's size by 4, the others by 2.
+        widths: Channels of the convolutions. The first divides the image's size by 4, the others by 2.
         output_dim: D.
 
     Raises:
-        ValueError: A picture too small for the number of convolutions, or not divisible by their strides.
+        ValueError: An image too small for the number of convolutions, or not divisible by their strides.
     """
 
     def __init__(self, image_size: int, inputs: int, widths: tuple[int, ...], output_dim: int) -> None:

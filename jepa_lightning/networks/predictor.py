@@ -55,7 +55,7 @@ class MaskedPredictor(nn.Module):
     and each other but no other block.
 
     Args:
-        grid: (H, W) patches of the picture.
+        grid: (H, W) patches of the image.
         dim: D, width of the encoder's features.
         width: Of the predictor.
         depth: Number of blocks.
@@ -90,12 +90,12 @@ class MaskedPredictor(nn.Module):
         self.project = nn.Linear(width, dim)
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
-        self._initialise()
+        self._initialize()
         attend_by_device(self)
 
     positions: Tensor
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         """As the encoders: normal of 0.02, and the output layers of block l divided by sqrt(2 l)."""
         trunc_normal_(self.mask_token, std=0.02)
         for module in self.modules():
@@ -140,10 +140,10 @@ Conditioning = Literal["feature", "sequence", "none"]
 
 
 class WorldModel(MaskedPredictor):
-    """A masked predictor that is told an action: what a change does to the features of a picture (Garrido et al. 2024).
+    """A masked predictor that is told an action: what a change does to the features of an image (Garrido et al. 2024).
 
     Args:
-        grid: (H, W) patches of the picture.
+        grid: (H, W) patches of the image.
         dim: D, width of the encoder's features.
         action_dim: A, scalars of an action.
         conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;

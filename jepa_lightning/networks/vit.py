@@ -60,7 +60,7 @@ class ViTEncoder(nn.Module):
     """A vision transformer of timm without class token and head, with fixed sine-cosine positions.
 
     Args:
-        name: Of the timm model: "vit_tiny_patch16_224" ... "vit_giant_patch14_224". Sizes of picture and patch in the
+        name: Of the timm model: "vit_tiny_patch16_224" ... "vit_giant_patch14_224". Sizes of image and patch in the
             name are overruled by those below.
         image_size: H and W in pixels.
         patch_size: Height and width of a patch in pixels.
@@ -70,7 +70,7 @@ class ViTEncoder(nn.Module):
             third more time.
 
     Raises:
-        ValueError: No such model, one that is no plain vision transformer, or patches that do not tile the picture.
+        ValueError: No such model, one that is no plain vision transformer, or patches that do not tile the image.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class ViTEncoder(nn.Module):
         """Features of all patches, or of those kept.
 
         Args:
-            images: (B, C, H, W), normalised.
+            images: (B, C, H, W), normalized.
             keep: (B, K), raster indices of the patches to see; the others cost nothing.
 
         Returns:
@@ -135,7 +135,7 @@ class ViTEncoder(nn.Module):
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (B, N, D), or (B, K, D) of those kept."""
-        images = images.to(self.positions.dtype)  # normalised in float32, whatever the network is rounded to
+        images = images.to(self.positions.dtype)  # normalized in float32, whatever the network is rounded to
         tokens = self.vit.patch_embed(images) + self.positions
         return self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
 

@@ -1,16 +1,16 @@
 """The second phase: freeze what was learned and ask what is in it."""
 
-from jepa_lightning.probes.attention import AttentiveProbe
-from jepa_lightning.probes.classification import LinearProbe
-from jepa_lightning.probes.completion import CompletionProbe
-from jepa_lightning.probes.decoder import DecoderProbe
-from jepa_lightning.probes.equivariance import EquivarianceProbe
-from jepa_lightning.probes.finetuning import FineTuning
-from jepa_lightning.probes.neighbours import NeighbourProbe
-from jepa_lightning.probes.planning import PlanningProbe
-from jepa_lightning.probes.predictor_tuning import PredictorTuning
-from jepa_lightning.probes.state import StateProbe
-from jepa_lightning.probes.state_decoder import StateDecoder
+from jepa_lightning.probes.dynamics.decoder import DecoderProbe
+from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
+from jepa_lightning.probes.dynamics.planning_probe import PlanningProbe
+from jepa_lightning.probes.dynamics.state import StateProbe
+from jepa_lightning.probes.images.attentive import AttentiveProbe
+from jepa_lightning.probes.images.completion import CompletionProbe
+from jepa_lightning.probes.images.equivariance import EquivarianceProbe
+from jepa_lightning.probes.images.finetuning import FineTuning
+from jepa_lightning.probes.images.knn import KNNProbe
+from jepa_lightning.probes.images.linear import LinearProbe
+from jepa_lightning.probes.images.predictor_finetuning import PredictorFineTuning
 
 __all__ = [
     "AttentiveProbe",
@@ -19,9 +19,9 @@ __all__ = [
     "EquivarianceProbe",
     "FineTuning",
     "LinearProbe",
-    "NeighbourProbe",
+    "KNNProbe",
     "PlanningProbe",
-    "PredictorTuning",
-    "StateDecoder",
+    "PredictorFineTuning",
+    "ImageDecoder",
     "StateProbe",
 ]

@@ -24,9 +24,9 @@ ROWS = (
     (("vpt_frames_mean",), "valid-prediction time, mean", 1),
     (("vpt_frames_standard_error",), "its standard error", 1),
     (("vpt_frames_at_0.2",), "valid-prediction time at the stricter 0.2, median", 0),
-    (("decoder", "iou", "*"), "IoU of decoded picture, {} frames ahead", 3),
-    (("decoder", "mse"), "squared error of decoded picture", 5),
-    (("decoder", "mse_over_mean_image"), "the same over that of the mean picture", 3),
+    (("decoder", "iou", "*"), "IoU of decoded image, {} frames ahead", 3),
+    (("decoder", "mse"), "squared error of decoded image", 5),
+    (("decoder", "mse_over_mean_image"), "the same over that of the mean image", 3),
     (("energy_error", "*"), "energy error, {} frames ahead (median, of energy above rest)", 3),
     (("rankme",), "RankMe, effective dimensions", 1),
 )

@@ -1,0 +1,276 @@
+"""Data sets of images: decoded and cut to size, a batch at a time, in uint8.
+
+Shapes: H W pixels.
+"""
+
+import itertools
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
+
+from datamodules.batches import ImageBatch, ViewBatch
+from datamodules.decoding import read_image
+from datamodules.image_files import Samples, printable
+from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM, seeded_generator
+from datamodules.unreadable import UnreadableFiles
+from datamodules.views import Pair, Place, ViewMaker
+
+CENTER_CROP = 0.875
+"""Side of the central crop that held-out images are cut to, as a fraction of the resized image: 224 of 256."""
+
+LONGEST = 16
+"""How much of a long image is resized, in sides of the central crop: for a square crop, more than all of it unless one
+side is 14 times the other. What lies beyond never shows, and could be as much as a million times what does."""
+
+
+class UnreadableImageWarning(UserWarning):
+    """A file that should be an image cannot be decoded."""
+
+
+class ImageDataset(Dataset[Any]):
+    """Decoded, cropped images, a batch at a time.
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: First part of each batch's key.
+        unreadable: Which files are known to be bad, shared with all that read the same; flags of its own if left out.
+    """
+
+    def __init__(
+        self, samples: Samples, image_size: tuple[int, int], seed: int, unreadable: UnreadableFiles | None = None
+    ) -> None:
+        self.samples, self.image_size, self.seed = samples, image_size, seed
+        self.unreadable = UnreadableFiles(len(samples.labels)) if unreadable is None else unreadable
+
+    def __len__(self) -> int:
+        return len(self.samples.labels)
+
+    def decode(self, index: int) -> Tensor | None:
+        """One image in RGB, uint8 (3, H, W), or None if its file cannot be read.
+
+        Then a warning names it and says why, once among all processes that share the flags, and nobody tries it again.
+        """
+        if index in self.unreadable:
+            return None
+        path = self.samples.paths[index]
+        try:
+            return read_image(path)
+        except Exception as error:  # whatever damage does to a library, one file never ends a run
+            count = self.unreadable.add(index)
+            if count is not None:
+                reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+                warnings.warn(
+                    printable(f"{os.fsdecode(path)} cannot be decoded and is left out ({reason}). ")
+                    + f"{count} of {len(self)} so far.",
+                    UnreadableImageWarning,
+                    stacklevel=2,
+                )
+            return None
+
+    def collate(self, images: list[Tensor], indices: list[int], key: tuple[int, ...]) -> ImageBatch:
+        """A batch of images still in uint8."""
+        return ImageBatch(torch.stack(images), self.samples.labels[indices], key)
+
+    def collate_views(
+        self, pairs: list[Pair], images: list[Tensor] | None, indices: list[int], key: tuple[int, ...]
+    ) -> ViewBatch:
+        """A batch of pairs of views still in uint8."""
+        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        whole = None if images is None else torch.stack(images)
+        return ViewBatch(sources, targets, actions, whole, self.samples.labels[indices], key)
+
+    def seed_transforms(self, stream: int, *key: int) -> None:
+        """Seed torch's global generator, which torchvision's transforms draw from, with (seed, stream, key).
+
+        (`torch.manual_seed` would queue a call for CUDA, with a stack trace, for every image: four times a crop's cost.)
+        """
+        torch.default_generator.manual_seed(seeded_generator(self.seed, stream, *key).initial_seed())
+
+
+class TrainingImages(ImageDataset):
+    """Random crops, and flips if asked for, that are functions of (seed, epoch, index).
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of crops and flips.
+        crop_scale: Area of a crop, least and greatest fraction of the image.
+        flip: Probability of a mirror image.
+        rand_augment: Two random distortions per image.
+        unreadable: As in `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        crop_scale: tuple[float, float],
+        flip: float,
+        rand_augment: bool = False,
+        unreadable: UnreadableFiles | None = None,
+    ) -> None:
+        super().__init__(samples, image_size, seed, unreadable)
+        # Of tensors: torch resizes its uint8 images several times faster than Pillow does its own.
+        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
+        self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
+        """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
+
+        Raises:
+            ValueError: Not one image can be read.
+        """
+        images, indices = augmented(self, items, self.augment)
+        return self.collate(images, indices, (self.seed, *items[0]))
+
+
+class TrainingViews(ImageDataset):
+    """Random pairs of views that are functions of (seed, epoch, index).
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of the views.
+        maker: Makes them.
+        unreadable: As in `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        maker: ViewMaker,
+        unreadable: UnreadableFiles | None = None,
+    ) -> None:
+        super().__init__(samples, image_size, seed, unreadable)
+        self.maker = maker
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> ViewBatch:
+        """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
+
+        Raises:
+            ValueError: Not one image can be read.
+        """
+        pairs, indices = augmented(self, items, self.maker.pair)
+        return self.collate_views(pairs, None, indices, (self.seed, *items[0]))
+
+
+def augmented(
+    images: ImageDataset, items: list[tuple[int, int]], augment: Callable[[Tensor], Any]
+) -> tuple[list[Any], list[int]]:
+    """What becomes of the images named by (epoch, index) pairs, and the indices of those that were taken.
+
+    Raises:
+        ValueError: Not one image can be read.
+    """
+    made, indices = [], []
+    with torch.random.fork_rng(devices=[]):
+        for epoch, index in items:
+            for candidate in itertools.chain(range(index, len(images)), range(index)):
+                image = images.decode(candidate)
+                if image is not None:
+                    break
+            else:
+                raise ValueError(f"None of the {len(images)} training images can be decoded.")
+            images.seed_transforms(CROP_STREAM, epoch, index)
+            made.append(augment(image))
+            indices.append(candidate)
+    return made, indices
+
+
+class HeldOutImages(ImageDataset):
+    """The middle of each image, resized."""
+
+    def __getitems__(self, indices: list[int]) -> ImageBatch | None:
+        """The images at these indices, without those that cannot be read; None if not one of them can."""
+        images, kept = self.readable(indices)
+        if not kept:
+            return None
+        return self.collate([self.center(image) for image in images], kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+
+    def readable(self, indices: list[int]) -> tuple[list[Tensor], list[int]]:
+        """Those of the images that can be read, uncut, and their indices."""
+        decoded = [(image, index) for index in indices if (image := self.decode(index)) is not None]
+        return [image for image, _ in decoded], [index for _, index in decoded]
+
+    def center(self, image: Tensor) -> Tensor:
+        """An image of any size to uint8 (3, H, W)."""
+        height, width = self.image_size
+        if image.shape[1:] != (height, width):
+            scale = max(height / image.shape[1], width / image.shape[2]) / CENTER_CROP
+            longest = [math.ceil(LONGEST * side / scale) for side in self.image_size]  # in pixels of the file
+            image = vision.center_crop(image, [min(sides) for sides in zip(image.shape[1:], longest, strict=True)])
+            image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
+            image = vision.center_crop(image, [height, width])
+        return image
+
+
+class HeldOutViews(HeldOutImages):
+    """The middle of each image, and a pair of views of it that is a function of (seed, index).
+
+    Geometric views are crops of the whole image, as in training.
+
+    Args:
+        samples: Files and classes.
+        image_size: H and W in pixels.
+        seed: Of the views.
+        maker: Makes them.
+        unreadable: As in `ImageDataset`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        maker: ViewMaker,
+        unreadable: UnreadableFiles | None = None,
+    ) -> None:
+        super().__init__(samples, image_size, seed, unreadable)
+        self.maker = maker
+
+    def __getitems__(self, indices: list[int]) -> ViewBatch | None:  # type: ignore[override]
+        """The images at these indices, without those that cannot be read; None if not one of them can."""
+        images, kept = self.readable(indices)
+        if not kept:
+            return None
+        middles, pairs = [self.center(image) for image in images], []
+        with torch.random.fork_rng(devices=[]):
+            for image, middle, index in zip(images, middles, kept, strict=True):
+                self.seed_transforms(VIEW_STREAM, index)
+                geometric = self.maker.views.geometric
+                pairs.append(self.maker.pair(image) if geometric else self.maker.pair(middle, Place(0, 0, *self.image_size)))
+        return self.collate_views(pairs, middles, kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+
+
+class HeldOutLoader(DataLoader[Any]):
+    """A DataLoader over held-out images that leaves out a batch of which not one image can be read.
+
+    No other image takes the place of an unreadable one: it would count twice.
+
+    Raises:
+        ValueError: While it is iterated over: all batches were left out.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        empty = True
+        for batch in super().__iter__():
+            if batch is not None:
+                empty = False
+                yield batch
+        if empty:
+            raise ValueError(
+                f"Not one of the {len(self.sampler)} held-out images of this process can be decoded: "  # type: ignore[arg-type]
+                "repair the files that the warnings name, or choose another data.root."
+            )

@@ -1,0 +1,214 @@
+"""Which images a folder holds, which class each is of, and which part of them is asked for."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""Endings of the files that are read, in small or capital letters."""
+
+_ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
+
+
+class Samples(NamedTuple):
+    """Files and their classes."""
+
+    paths: np.ndarray
+    """(N,) as bytes, in whichever encoding: a list of a million strings would be copied into every worker."""
+
+    labels: Tensor
+    """(N,), int64; -1 without classes."""
+
+
+class Scan(NamedTuple):
+    """What a folder holds."""
+
+    samples: Samples
+    """Its images, class by class, those of a class in the order of the bytes of their paths."""
+
+    classes: list[str]
+    """Names of the classes in the order of their bytes; none for a flat folder. Bytes that are no text in the file
+    system's encoding are escaped as Python does it (surrogates)."""
+
+    ignored: Counter[str]
+    """Other files, by ending in small letters; "" for none."""
+
+    num_loose: int
+    """Files beside the class folders."""
+
+
+def scan(folder: Path, classes: list[str] | None = None) -> Scan:
+    """Find the images of a folder: those of its sub-folders, a class each, at any depth, or else its own.
+
+    Links are followed, also to folders. A folder that is reached twice within a class is read once, so that links may lead
+    in circles.
+
+    Args:
+        folder: To be read.
+        classes: Those that must be there, by name; whatever is there if left out.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: No image in it or in one of its classes, or other classes than expected.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: set data.root to the folder that holds the images.")
+    root = os.fsencode(folder)
+    with os.scandir(root) as entries:
+        is_folder = {entry.name: _is_folder(entry) for entry in entries}
+    names = sorted(name for name in is_folder if is_folder[name])
+    if not names:
+        found, ignored = _images(root)
+        if not found:
+            raise ValueError(f"{folder} holds no image: its files must end in {', '.join(EXTENSIONS)}.")
+        if classes:
+            raise ValueError(f"{folder} has no class folders, but the training images have: {', '.join(classes[:5])} ...")
+        return Scan(Samples(np.array(found), torch.full((len(found),), -1)), [], ignored, 0)
+    decoded = [os.fsdecode(name) for name in names]
+    if classes is not None and decoded != classes:
+        odd = [printable(name) for name in sorted(set(decoded) ^ set(classes))]
+        raise ValueError(
+            f"{folder} has not the classes of the training folder: {', '.join(odd[:5])}{' ...' if len(odd) > 5 else ''} "
+            "is in one of the two alone."
+        )
+    paths: list[bytes] = []
+    sizes: list[int] = []
+    ignored = Counter[str]()
+    for name in names:
+        found, others = _images(os.path.join(root, name), outside=root)
+        if not found:
+            raise ValueError(
+                f"The class folder {printable(folder / os.fsdecode(name))} holds no image: fill it or remove it."
+            )
+        paths += found
+        sizes.append(len(found))
+        ignored += others
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor(sizes))
+    return Scan(Samples(np.array(paths), labels), decoded, ignored, len(is_folder) - len(names))
+
+
+def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], Counter[str]]:
+    """Paths of all images below a folder, in the order of their bytes, and how many other files there are by ending.
+
+    Args:
+        folder: To be read, with all that is below it.
+        outside: A folder that is not read, wherever a link may lead.
+    """
+    found: list[bytes] = []
+    others: list[bytes] = []
+    seen = set() if outside is None else {_identity(outside)}
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        if _identity(current) in seen:
+            continue
+        seen.add(_identity(current))
+        inner = []
+        with os.scandir(current) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    inner.append(entry.path)
+                elif entry.name.lower().endswith(_ENDINGS):
+                    found.append(entry.path)
+                else:
+                    others.append(entry.name)
+        waiting += sorted(inner, reverse=True)  # which of two ways leads to a folder must not depend on the file system
+    return sorted(found), Counter(printable(os.path.splitext(name)[1].lower()) for name in others)
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads nowhere, or to itself, is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _identity(folder: bytes) -> tuple[int, int]:
+    """What is the same for all ways that lead to a folder."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def printable(name: str | bytes | Path) -> str:
+    """A name for messages: bytes that are no text are shown as numbers, since not every stream can print them."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def describe(folder: Path, found: Scan) -> tuple[str, str]:
+    """What was found, and what was left out ("" if nothing was), in a sentence each."""
+    classes = f" in {len(found.classes)} class{'es' if len(found.classes) > 1 else ''}" if found.classes else ""
+    holds = f"Found {len(found.samples.labels)} images{classes} in {printable(folder)}."
+    left_out = []
+    if found.ignored:
+        most_first = sorted(found.ignored.items(), key=lambda item: (-item[1], item[0]))
+        counts = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in most_first)
+        left_out.append(f"files with other endings than {' '.join(EXTENSIONS)}: {counts}")
+    if found.num_loose:
+        left_out.append(f"loose files beside class folders: {found.num_loose}")
+    return holds, f"Left out of {printable(folder)}: {'; '.join(left_out)}." if left_out else ""
+
+
+def read_list(file: Path, folder: Path, samples: Samples) -> Samples:
+    """Those of the images of a folder that a text file names, one path relative to the folder a line, in its order.
+
+    Args:
+        file: In the encoding of the file system, whichever that is.
+        folder: The paths are relative to.
+        samples: All images of that folder, as `scan` finds them.
+
+    Raises:
+        FileNotFoundError: No such file, or one of the images is missing.
+        ValueError: The file names no image, or one outside of the folder.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no list {file}: data.file_list names a text file, one image a line.")
+    lines = [os.path.normpath(line.strip()) for line in file.read_bytes().splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"The list {file} is empty: write one path a line, relative to {folder}.")
+    outside = [line for line in lines if os.path.isabs(line) or line.split(os.sep.encode(), 1)[0] == b".."]
+    if outside:
+        raise ValueError(f"{file} names {printable(outside[0])}, outside of {folder}: write paths relative to that folder.")
+    start = len(os.path.join(os.fsencode(folder), b""))
+    places = {path[start:]: place for place, path in enumerate(samples.paths.tolist())}
+    missing = [line for line in lines if line not in places]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(lines)} images of {file} are not among those of {folder}, "
+            f"first {printable(missing[0])}."
+        )
+    chosen = [places[line] for line in lines]
+    return Samples(samples.paths[chosen], samples.labels[chosen])
+
+
+def draw_per_class(labels: Tensor, fraction: float, generator: torch.Generator, spare: int = 0) -> Tensor:
+    """A random part of each class, at least one image of each.
+
+    Args:
+        labels: (N,), int64.
+        fraction: Of each class, in (0, 1].
+        generator: On the CPU: all randomness comes from it.
+        spare: Images of each class that are not drawn, at least; a class of as many is left alone.
+
+    Returns:
+        A mask (N,), bool.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels[order].argsort(stable=True)]  # class by class, each in a random order
+    _, sizes = labels.unique(return_counts=True)
+    wanted = (fraction * sizes.double()).round().long().clamp(min=1)
+    wanted = torch.minimum(wanted, (sizes - spare).clamp(min=0))
+    rank_in_class = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    chosen[order] = rank_in_class < wanted.repeat_interleave(sizes)
+    return chosen
+
+
+def part_of(samples: Samples, chosen: Tensor) -> Samples:
+    """Those samples at which a mask (N,) is true."""
+    return Samples(samples.paths[chosen.numpy()], samples.labels[chosen])

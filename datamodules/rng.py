@@ -1,0 +1,13 @@
+"""Random numbers as a function of what they are for, so that a run can be cut, resumed and spread over processes."""
+
+import torch
+from numpy.random import SeedSequence
+
+SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM, BLOCK_SIZE_STREAM, VIEW_STREAM, BANK_STREAM = range(7)
+"""What the seed of a data set of images is used for: the second part of the key."""
+
+
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a function of `key` (say seed, epoch, rank) and of nothing else."""
+    # A hash of the key, so that neighboring seeds share no stream.
+    return torch.Generator().manual_seed(int(SeedSequence(key).generate_state(1, "uint64")[0] >> 1))

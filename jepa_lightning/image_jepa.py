@@ -1,0 +1,255 @@
+"""What I-JEPA and IWM share: vision transformers that see a part of an image, masks, and what is watched in training.
+
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from callbacks.schedules import total_optimizer_steps
+from datamodules.batches import ImageBatch, ViewBatch, batch_generator, check_batches
+from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
+from jepa_lightning.classifiers import OnlineClassifiers
+from jepa_lightning.figures import (
+    feature_colors,
+    mark_blocks,
+    nearest_images,
+    rows_figure,
+    show,
+    to_colors,
+    wants_figures,
+)
+from jepa_lightning.jepa import JEPA, TargetPairs
+from jepa_lightning.losses import smooth_l1, squared_error
+from jepa_lightning.masks import Masks, MultiBlock
+from jepa_lightning.metrics import ErrorOverMean, guarded_error
+from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.vit import ViTEncoder, blocks, take
+from jepa_lightning.sharding import check_even_batches, is_sharded, shard
+from jepa_lightning.wide import WideMean
+
+SHOWN = 8
+"""Images in a figure."""
+
+LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
+
+
+class ImageJEPA(JEPA, ABC):
+    """Predict patch features of an image's hidden part.
+
+    A subclass builds its predictor and masks and implements `target_pairs`. See `IJEPA` for the arguments.
+
+    Raises:
+        ValueError: A value out of its range, named together with what is allowed.
+    """
+
+    context_encoder: ViTEncoder
+    target_encoder: ViTEncoder
+    predictor: MaskedPredictor
+    masks: MultiBlock
+    reads_views = False
+    """Whether its batches are pairs of views."""
+
+    def __init__(
+        self,
+        *,
+        encoder: str,
+        image_size: int | tuple[int, int],
+        patch_size: int,
+        encoder_depth: int | None,
+        loss: str,
+        normalize_targets: bool,
+        gradient_checkpointing: bool,
+        compile_networks: bool,
+        **training: Any,
+    ) -> None:
+        if training["regularizer"] == "vicreg":
+            # Patches have no order in which they could move along straight lines.
+            training["regularizer_weights"] = {"curvature": 0.0, **(training["regularizer_weights"] or {})}
+        if training["regularizer"] == "barlow_twins":
+            raise ValueError("model.regularizer='barlow_twins' compares two times of a sequence, and an image has one.")
+        super().__init__(**training)
+        if loss not in LOSSES:
+            raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
+        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        self.loss, self.compile_networks = LOSSES[loss], compile_networks
+        self.normalize_targets = normalize_targets
+        self.build_encoder = partial(
+            ViTEncoder,
+            encoder,
+            self.image_size,
+            patch_size,
+            encoder_depth,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.error, self.mean_error = WideMean(), WideMean()
+        self.classifiers = OnlineClassifiers()
+
+    def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
+        super().set_networks(context_encoder, predictor, dim)
+        rows, columns = self.target_encoder.grid
+        self.over_places = ErrorOverMean(dim, rows * columns)
+
+    @property
+    def best_metric(self) -> tuple[str, Literal["min", "max"]]:
+        """With classes, the k-NN accuracy: the labels choose the checkpoint then, and nothing else."""
+        labeled = getattr(getattr(self.trainer, "datamodule", None), "num_classes", 0)
+        return ("val/knn_accuracy", "max") if labeled else super().best_metric
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module before anything runs, and compile.
+
+        Raises:
+            ValueError: Images of another size than the encoder was built for, or masks that differ in shape between
+                processes whose features are to be gathered.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
+        theirs = getattr(data, "image_size", self.image_size)
+        if tuple(theirs) != self.image_size:
+            raise ValueError(
+                f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
+            )
+        if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
+            raise ValueError(
+                "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "
+                "of all processes: leave one of the two out, or train on one device."
+            )
+        networks = (self.context_encoder, self.target_encoder, self.predictor)
+        if self.compile_networks and stage == "fit":
+            sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+            # In place: names in checkpoints stay. Gathering of shards is not compiled, so there the blocks are, one by one.
+            for module in (block for network in networks for block in blocks(network)) if sharded else networks:
+                module.compile(dynamic=True)
+
+    def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
+        """Shard the networks over the processes of a mesh, context and target encoder alike."""
+        if is_sharded(self.context_encoder):
+            return
+        if isinstance(self.trainer.precision_plugin, HalfPrecision):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} with ModelParallelStrategy: the float32 average is kept in the "
+                "target encoder itself, whose shards are small; choose bf16-mixed."
+            )
+        for encoder in (self.context_encoder, self.target_encoder):
+            shard(encoder, mesh, device, methods=["last_blocks"])
+        shard(self.predictor, mesh, device)
+
+    def on_validation_start(self) -> None:
+        self._check_even(self.trainer.num_val_batches)
+
+    def on_predict_start(self) -> None:
+        self._check_even(self.trainer.num_predict_batches)
+
+    def _check_even(self, batches: Sequence[int | float]) -> None:
+        if is_sharded(self.target_encoder):
+            check_even_batches(int(sum(batches)), self.device)
+
+    @torch.no_grad()
+    def encode(self, observations: Tensor) -> Tensor:
+        """Patch features of the target encoder, without gradient: normalized images (B, C, H, W) -> (B, N, D).
+
+        Average over N for the feature of the image that the paper's probes read.
+        """
+        return self.target_encoder(observations)
+
+    @abstractmethod
+    def views(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """What the context encoder sees a part of, and what the target encoder sees: (B, C, H, W) each."""
+
+    @abstractmethod
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: Any) -> Tensor:
+        """Features of the target blocks out of those of the context: (B, K, D) -> (B, M, L, D)."""
+
+    def to_target_space(self, features: Tensor) -> Tensor:
+        """Features of the target encoder as they are predicted, layer-normalized unless told otherwise: (..., D)."""
+        return F.layer_norm(features, features.shape[-1:]) if self.normalize_targets else features
+
+    def target_pairs(self, batch: Any) -> TargetPairs:
+        seen, whole = self.views(batch)
+        masks = self.draw_masks(batch)
+        target_features = self.encode(whole)  # (B, N, D)
+        hidden = take(self.to_target_space(target_features), masks.targets.flatten(1))
+        targets = hidden.unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
+        context = self.context_encoder(seen, masks.context)  # (B, K, D)
+        predictions = self.predict_hidden(context, masks, batch)  # (B, M, L, D)
+        # In float32: what tells images apart is often smaller than the rounding of bfloat16.
+        pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)
+        return TargetPairs(predictions, targets, context, pooled)
+
+    def draw_masks(self, batch: ImageBatch | ViewBatch) -> Masks:
+        """Masks of a batch, on its device: a function of the batch and, in training, of the optimizer step.
+
+        In training the sizes of the blocks are drawn by step, so that all processes have masks of one shape, and follow
+        the curriculum; elsewhere they are those of its end.
+        """
+        trainer = getattr(self, "_trainer", None)
+        progress, sizes = 1.0, None
+        if trainer is not None and trainer.training:
+            progress = trainer.global_step / total_optimizer_steps(trainer)
+            sizes = seeded_generator(batch.key[0], BLOCK_SIZE_STREAM, trainer.global_step)
+        return self.masks.draw(len(batch.labels), batch_generator(batch), progress, sizes).to(batch.labels.device)
+
+    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
+        return self.loss(pairs.predictions, pairs.targets)
+
+    def image_features(self, batch: Any, pairs: TargetPairs) -> Tensor:
+        """Pooled features of the images as they are, for the classifiers: (B, D)."""
+        return pairs.target_features[:, 0]
+
+    def predict_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> Tensor:
+        """Average-pooled features of the target encoder: (B, D)."""
+        assert batch.images is not None
+        return self.encode(batch.images).float().mean(dim=1)
+
+    def validation_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> TargetPairs:
+        pairs = super().validation_step(batch, batch_idx)
+        self.error.update((pairs.predictions - pairs.targets).square().mean())
+        # The control: one and the same answer, the mean feature, for every patch of every image.
+        mean = pairs.targets.flatten(0, -2).mean(dim=0)
+        self.mean_error.update((mean - pairs.targets).square().mean())
+        # And a better one, which knows the place of each patch.
+        self.over_places.update(pairs.predictions, pairs.targets, self.draw_masks(batch).targets)
+        features = self.image_features(batch, pairs)
+        if bool((batch.labels >= 0).all()):
+            self.classifiers.update(features, batch.labels)
+        # Sharded networks compute in all processes or in none, whoever needs the figure.
+        shows = wants_figures(self.trainer) or is_sharded(self.target_encoder)
+        if batch_idx == 0 and shows and not self.trainer.sanity_checking:
+            self._show(batch, features)
+        return pairs
+
+    def _show(self, batch: Any, features: Tensor) -> None:
+        """Figures: masks, what the features look like, and which images they hold for alike."""
+        grid, (seen, whole) = self.target_encoder.grid, self.views(batch)
+        masks = self.draw_masks(batch)  # those of `target_pairs`
+        visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)
+        marked = [visible.scatter(1, indices, True)[:SHOWN] for indices in (masks.context, masks.targets.flatten(1))]
+        shown = {
+            "image": to_colors(whole[:SHOWN]),
+            "masks": mark_blocks(to_colors(seen[:SHOWN]), marked[0], marked[1], grid),
+            "features": feature_colors(self.encode(whole[:SHOWN]), grid, self.image_size),
+        }
+        show(self.trainer, "masks and features", rows_figure(shown), self.global_step)
+        alike = rows_figure(nearest_images(to_colors(batch.images), features, SHOWN))
+        show(self.trainer, "nearest images", alike, self.global_step)
+
+    def on_validation_epoch_end(self) -> None:
+        rankme, ratio = self.target_statistics.compute()["rankme"], self.over_places.compute()
+        super().on_validation_epoch_end()
+        self.log("val/normalized_error", self.error.compute() / self.mean_error.compute(), prog_bar=True)
+        self.log("val/position_normalized_error", ratio)
+        self.log("val/guarded_error", guarded_error(ratio, rankme, self.target_encoder.dim))
+        if self.classifiers.update_called and not self.trainer.sanity_checking:
+            self.log_dict({f"val/{name}": value for name, value in self.classifiers.compute().items()}, prog_bar=True)
+        for metric in (self.error, self.mean_error, self.over_places, self.classifiers):
+            metric.reset()

@@ -1,0 +1,76 @@
+"""Encoders of a window: a few consecutive images of the pendulum, or coordinates of its bobs, become one feature."""
+
+import math
+from functools import partial
+from typing import Any, Literal, get_args
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from jepa_lightning.networks.conv import ConvEncoder
+from jepa_lightning.networks.mlp import mlp
+from jepa_lightning.networks.vit import attend_by_device, sincos_positions
+
+EncoderName = Literal["cnn", "mlp", "vit"]
+
+PATCH_SIZE, HEAD_WIDTH = 8, 32
+"""Of the vision transformer, in pixels and in channels."""
+
+DEFAULT_WIDTHS = {"cnn": (16, 32, 64), "mlp": (512, 512), "vit": (96, 96, 96, 96)}
+
+
+def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int, ...] | None, output_dim: int) -> nn.Module:
+    """A freshly initialized encoder: (N, *shape) -> (N, output_dim).
+
+    Args:
+        name: "cnn" for strided convolutions, "mlp" for fully connected layers, "vit" for a vision transformer on patches
+            of 8 pixels, averaged over the patches.
+        shape: Of one window: (history * C, S, S) in pixels, or (history * 4,) coordinates.
+        widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of the transformer,
+            all alike; if left out, those of `DEFAULT_WIDTHS`.
+        output_dim: D.
+
+    Raises:
+        ValueError: An unknown name, an encoder of images for coordinates, or widths that it cannot have.
+    """
+    if name not in get_args(EncoderName):
+        raise ValueError(f"model.encoder={name!r}: choose one of {', '.join(get_args(EncoderName))}.")
+    widths = DEFAULT_WIDTHS[name] if widths is None else widths
+    if not widths or min(widths) < 1:
+        raise ValueError(f"model.encoder_widths={widths}: give whole numbers of at least 1, one a layer.")
+    if name == "mlp":
+        layers = mlp(math.prod(shape), widths, output_dim)
+        return layers if len(shape) == 1 else nn.Sequential(nn.Flatten(), layers)
+    if len(shape) == 1:
+        raise ValueError(f"model.encoder={name!r} reads images, and observation is 'coordinates': choose 'mlp'.")
+    channels, image_size, _ = shape
+    if name == "cnn":
+        return ConvEncoder(image_size, channels, widths, output_dim)
+    return _vision_transformer(image_size, channels, widths, output_dim)
+
+
+def _vision_transformer(image_size: int, channels: int, widths: tuple[int, ...], output_dim: int) -> nn.Module:
+    if len(set(widths)) > 1 or widths[0] % HEAD_WIDTH:
+        raise ValueError(
+            f"model.encoder_widths={widths}: the blocks of a 'vit' are all of one width, a multiple of {HEAD_WIDTH}, such "
+            "as [96, 96, 96, 96]."
+        )
+    if image_size % PATCH_SIZE:
+        raise ValueError(f"model.image_size={image_size}: a 'vit' cuts patches of {PATCH_SIZE} pixels; choose a multiple.")
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
+    network = VisionTransformer(
+        img_size=image_size,
+        patch_size=PATCH_SIZE,
+        in_chans=channels,
+        num_classes=output_dim,
+        global_pool="avg",
+        class_token=False,
+        embed_dim=widths[0],
+        depth=len(widths),
+        num_heads=widths[0] // HEAD_WIDTH,
+        norm_layer=norm,
+    )
+    side = image_size // PATCH_SIZE
+    network.pos_embed = nn.Parameter(sincos_positions((side, side), widths[0])[None], requires_grad=False)
+    attend_by_device(network)
+    return network

@@ -1,0 +1,192 @@
+"""Phase two of an actuated pendulum: what does a feature, or a predicted one, show?
+
+Shapes: B batch, T windows, N samples, D width, C channels, S image size.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from callbacks.schedules import total_optimizer_steps
+from datamodules.batches import PendulumBatch
+from datamodules.rendering import render
+from jepa_lightning.figures import rows_figure, show
+from jepa_lightning.networks.decoders import LatentDecoder
+from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.pendulum import PendulumJEPA
+from jepa_lightning.probes.dynamics.decoder import StandardizedDecoder
+from jepa_lightning.probes.dynamics.evaluation import intersection_over_union
+from jepa_lightning.signature import sign
+from jepa_lightning.weights.checkpoints import RECORD, load_jepa, load_probe, record
+
+EmbeddingSource = Literal["online", "target", "predicted"]
+
+SHOWN = 8
+"""Images in a figure."""
+
+
+def actuated_jepa(checkpoint: str, reader: str) -> PendulumJEPA:
+    """The frozen pendulum JEPA of a checkpoint, in eval mode.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no pendulum JEPA, or one that knows no actions.
+    """
+    jepa = load_jepa(checkpoint)
+    if not isinstance(jepa, PendulumJEPA):
+        raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; {reader} reads a PendulumJEPA.")
+    if not jepa.action_dim:
+        raise ValueError(
+            f"{checkpoint} holds a PendulumJEPA without actions, and {reader} needs them: train one with model.action_dim 2 "
+            "and data.torque_limits, as configs/pendulum_actions.yaml does."
+        )
+    return jepa.requires_grad_(False).eval()
+
+
+def true_images(jepa: PendulumJEPA, data: Any, states: Tensor) -> Tensor:
+    """What states look like, whatever the JEPA observes: (..., 4) -> (..., C, S, S)."""
+    return render(states.float(), jepa.image_size, data.pendulum.lengths, jepa.channels)
+
+
+class ImageDecoder(LightningModule):
+    """Decode frozen features of an actuated pendulum to the image of the newest frame, with a small transformer.
+
+    `fit` also writes reconstruction.png, with the truth above what is decoded from the features of each kind, one step
+    predicted ones included. The error stands beside that of the mean image ("val/mse_over_mean"), the overlap beside that
+    of the image one step before ("val/iou_still").
+
+    Args:
+        checkpoint: Of a pendulum JEPA with actions, written by `fit`.
+        embedding_source: What is decoded in training: features of the context encoder ("online"), of the target encoder, or
+            those that the predictor makes of the target encoder's one step before.
+        width: Of the transformer.
+        depth: Number of its layers.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of matrices.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no pendulum JEPA with actions, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        embedding_source: EmbeddingSource = "target",
+        width: int = 64,
+        depth: int = 2,
+        learning_rate: float = 2e-3,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if embedding_source not in get_args(EmbeddingSource):
+            raise ValueError(
+                f"model.embedding_source={embedding_source!r}: choose one of {', '.join(get_args(EmbeddingSource))}."
+            )
+        for name, value in (("width", width), ("depth", depth)):
+            if value < 1:
+                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+        if width % 32:
+            raise ValueError(f"model.width={width}: give a multiple of 32, the width of an attention head.")
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
+        self.checkpoint, self.source = checkpoint, embedding_source
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.jepa = actuated_jepa(checkpoint, "ImageDecoder")
+        network = LatentDecoder(self.jepa.latent_dim, self.jepa.image_size, self.jepa.channels, width, depth)
+        self.decoder = StandardizedDecoder(network, self.jepa.latent_dim)
+        names = (*get_args(EmbeddingSource), "mean")
+        self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
+        self.overlaps = nn.ModuleDict({name: MeanMetric() for name in (*get_args(EmbeddingSource), "still")})
+
+    def train(self, mode: bool = True) -> "ImageDecoder":
+        """Switch to training mode, all but the frozen networks."""
+        super().train(mode)
+        self.jepa.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Raise a ValueError if the data is not what the JEPA was trained on."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            self.jepa.check_data(data)
+
+    def on_fit_start(self) -> None:
+        if self.trainer.ckpt_path is None:  # a resumed run has its scales
+            data: Any = self.trainer.datamodule
+            frames = data.trajectories("train")[:256, : data.clip_length].to(self.device)
+            self.decoder.fit_scale(self.features(data.observe(frames), self.source)[self.source].flatten(0, 1))
+
+    @torch.no_grad()
+    def features(self, batch: PendulumBatch, *sources: EmbeddingSource) -> dict[EmbeddingSource, Tensor]:
+        """Features of some kinds, of all windows but the first: source -> (B, T - 1, D)."""
+        found: dict[EmbeddingSource, Tensor] = {}
+        if "online" in sources:
+            found["online"] = self.jepa.encode_windows(self.jepa.context_encoder, batch.observations[:, 1:])
+        if "target" in sources or "predicted" in sources:
+            target = self.jepa.encode(batch.observations)
+            found |= {"target": target[:, 1:], "predicted": self.jepa.predictor(target[:, :-1], batch.actions)}
+        return found
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Images: (..., D) -> (..., C, S, S)."""
+        return self.decoder(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def training_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
+        decoded = self.decode(self.features(batch, self.source)[self.source])
+        loss = F.mse_loss(decoded, true_images(self.jepa, self.trainer.datamodule, batch.states[:, 1:]))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+        truth = true_images(self.jepa, self.trainer.datamodule, batch.states)  # (B, T, C, S, S)
+        goal = truth[:, 1:].flatten(0, 1)
+        features = self.features(batch, *get_args(EmbeddingSource))
+        decoded = {source: self.decode(features[source]) for source in get_args(EmbeddingSource)}
+        for source, images in decoded.items():
+            self.errors[source].update((images.flatten(0, 1) - goal).square().mean())
+            self.overlaps[source].update(intersection_over_union(images.flatten(0, 1), goal))
+        self.errors["mean"].update((goal - goal.mean(dim=0)).square().mean())
+        self.overlaps["still"].update(intersection_over_union(truth[:, :-1].flatten(0, 1), goal))
+        if batch_idx == 0:
+            self._show({"truth": truth[:SHOWN, 1]} | {source: images[:SHOWN, 0] for source, images in decoded.items()})
+
+    def on_validation_epoch_end(self) -> None:
+        errors = {name: metric.compute() for name, metric in self.errors.items()}
+        self.log("val/loss", errors[self.source], prog_bar=True)
+        self.log_dict({f"val/mse_{name}": errors[name] for name in get_args(EmbeddingSource)})
+        self.log("val/mse_over_mean", errors[self.source] / errors["mean"])
+        self.log_dict({f"val/iou_{name}": metric.compute() for name, metric in self.overlaps.items()})
+        for metric in (*self.errors.values(), *self.overlaps.values()):
+            metric.reset()
+
+    def _show(self, rows: dict[str, Tensor]) -> None:
+        """Write reconstruction.png and show the same figure."""
+        if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
+            return
+        figure = rows_figure(rows)
+        figure.savefig(Path(self.trainer.default_root_dir) / "reconstruction.png")
+        show(self.trainer, "reconstruction", figure, self.global_step)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(parameter_groups([self.decoder], self.weight_decay), lr=self.learning_rate)
+        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    best_metric = ("val/loss", "min")  # of a decoder that sees the truth, unlike a JEPA's
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sign(self, checkpoint)
+        checkpoint[RECORD] = record(self.jepa)
+
+
+def load_state_decoder(path: str) -> ImageDecoder:
+    """The state decoder in a checkpoint. Raises ValueError or FileNotFoundError if there is none."""
+    return load_probe(path, ImageDecoder)

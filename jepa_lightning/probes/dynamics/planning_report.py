@@ -1,0 +1,66 @@
+"""The report of planning: figures of actions, and the tables.
+
+Shapes: K steps ahead.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+RADII = (0.15, 0.25, 0.5)
+"""In meters. An episode succeeds if both bobs end within the second."""
+
+
+def action_figures(errors: dict[str, Tensor]) -> dict[str, Any]:
+    """What actions are worth, from errors (K,) under each kind of them and of persistence ("still")."""
+    true = errors["true"]
+    return {
+        "steps": len(true),
+        "shuffled_over_true": (errors["shuffled"][-1] / true[-1]).item(),
+        "zero_over_true": (errors["zero"][-1] / true[-1]).item(),
+        "true_over_shuffled": {str(k + 1): value for k, value in enumerate((true / errors["shuffled"]).tolist())},
+        "true_over_persistence": {str(k + 1): value for k, value in enumerate((true / errors["still"]).tolist())},
+    }
+
+
+TITLES = {
+    "success": "world model, a new plan at each window",
+    "one_plan": "world model, the first plan to its end",
+    "zero_torque": "zero torque",
+    "random_torque": "random torque",
+    "oracle": "true dynamics, one plan",
+    "noisy_oracle": "true dynamics, one plan, from a noisy state (0.05 rad, 0.5 rad/s)",
+    "noisy_oracle_replanning": "the same, a new plan at each window",
+}
+
+
+def planning_table(report: dict[str, Any]) -> str:
+    """The figures of a `PlanningProbe` in Markdown."""
+    planning, actions = report["planning"], report["actions"]
+    errors = planning["standard_errors"] | {"success": planning["standard_error"]}
+    lines = [
+        "| reaching a goal | success (standard error) | " + " | ".join(f"within {radius} m" for radius in RADII) + " |",
+        "| :-- | --: |" + " --: |" * len(RADII),
+    ]
+    for name, title in TITLES.items():
+        rates = " | ".join(f"{rate:.2f}" for rate in planning["at_radius"][name].values())
+        lines.append(f"| {title} | {planning[name]:.2f} ({errors[name]:.2f}) | {rates} |")
+    swing = planning["swing_up_details"]
+    lines += [
+        "",
+        f"| tip to ({', '.join(f'{place:g}' for place in swing['goal'])}) m, from hanging | success | zero torque | "
+        "random torque | median of the highest tip, m | median of its least distance, m |",
+        "| :-- | --: | --: | --: | --: | --: |",
+        f"| {swing['episodes']} episodes | {planning['swing_up']:.2f} ({swing['standard_error']:.2f}) | "
+        f"{swing['zero_torque']:.2f} | {swing['random_torque']:.2f} | {swing['median_highest']:.2f} | "
+        f"{swing['median_nearest']:.2f} |",
+        "",
+        "| error of features, steps ahead | 1 | 2 | 5 | 10 |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for key, title in (
+        ("true_over_persistence", "under the true actions, over persistence"),
+        ("true_over_shuffled", "under the true actions, over that under another trajectory's"),
+    ):
+        lines.append(f"| {title} | " + " | ".join(f"{actions[key][str(k)]:.3f}" for k in (1, 2, 5, 10)) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Evaluation of encoders of images that are frozen, or fine-tuned."""

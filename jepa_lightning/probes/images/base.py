@@ -1,0 +1,131 @@
+"""What the probes of images share: a frozen I-JEPA or IWM, and the same network untrained.
+
+Shapes: B batch, N patches, H W pixels, D width.
+"""
+
+from abc import ABC
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from datamodules.batches import ImageBatch, ViewBatch, check_batches
+from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.networks.vit import ViTEncoder
+from jepa_lightning.probes.baselines import BASELINE_SEED
+from jepa_lightning.signature import sign
+from jepa_lightning.weights.checkpoints import RECORD, load_jepa, record
+
+
+class ImageProbe(LightningModule, ABC):
+    """Freeze an I-JEPA or IWM and learn to read its patch features, beside those of the same network untrained.
+
+    Args:
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
+        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
+        num_classes: Classes of the data, by task if there are several; None for a probe that needs no labels.
+        baselines: Whether the untrained network, and whatever else a subclass compares with, is there.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
+    """
+
+    names: dict[str, str]
+    """Kind of features -> its title in the report; without baselines, those of the JEPA alone."""
+
+    own: tuple[str, ...] = ()
+    """Of the kinds of features, those of the JEPA; the others are baselines."""
+
+    untrained: ViTEncoder
+    """There with baselines alone."""
+
+    def __init__(
+        self,
+        checkpoint: str,
+        encoder: Literal["target", "context"],
+        num_classes: int | dict[str, int] | None,
+        baselines: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_classes is not None and min([num_classes] if isinstance(num_classes, int) else num_classes.values()) < 2:
+            raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2 classes.")
+        if encoder not in ("target", "context"):
+            raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")
+        jepa = load_jepa(checkpoint)
+        if not isinstance(jepa, ImageJEPA):
+            raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
+        self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
+        self.record = record(jepa)
+        self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
+        self.baselines = baselines
+        if baselines:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(BASELINE_SEED)
+                self.untrained = jepa.build_encoder()
+        else:
+            self.names = {name: self.names[name] for name in self.own}
+        self.take(jepa)
+        self._frozen = [name for name, _ in self.named_children()]
+        for network in self.children():
+            network.requires_grad_(False).eval()
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def take(self, jepa: ImageJEPA) -> None:
+        """Keep more of the model than one encoder, frozen like it; nothing unless a subclass needs it.
+
+        Raises:
+            ValueError: The model is not one that the subclass can read.
+        """
+
+    fitted: Tensor
+    best_metric = ("val/loss", "min")  # of a classifier on labels, unlike a JEPA's
+    needs_fit = True
+    """Whether `test` makes sense only after `fit`."""
+
+    reads_views = False
+    """Whether its batches are pairs of views."""
+
+    def train(self, mode: bool = True) -> "ImageProbe":
+        """Switch to training mode, all but the frozen networks."""
+        super().train(mode)
+        for name in self._frozen:
+            self.get_submodule(name).eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module, and choose the attention.
+
+        Raises:
+            ValueError: Other classes or images of another size than the probe was built for, or no classes at all.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
+        classes = getattr(data, "num_classes", self.num_classes)
+        if self.num_classes is not None and classes == 0:
+            raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
+        if self.num_classes is not None and classes != self.num_classes:
+            raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
+        theirs = getattr(data, "image_size", self.image_size)
+        if tuple(theirs) != self.image_size:
+            raise ValueError(f"The JEPA was trained on images of {self.image_size} pixels; data.image_size={theirs}.")
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.fitted.fill_(True)
+
+    def on_test_start(self) -> None:
+        """Refuse to judge what was never fitted.
+
+        Raises:
+            ValueError: The weights are random.
+        """
+        if self.needs_fit and not self.fitted:
+            raise ValueError(
+                f"This {type(self).__name__} was never fitted: run `fit` first, and give `test` its checkpoint with "
+                "--ckpt_path."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        sign(self, checkpoint)
+        checkpoint[RECORD] = self.record

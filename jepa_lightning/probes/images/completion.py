@@ -1,0 +1,248 @@
+"""Phase two, images: decode patch features to pixels, and with that show what the predictor expects where nothing is seen.
+
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, H W pixels, D width.
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from callbacks.schedules import total_optimizer_steps
+from datamodules.batches import ImageBatch, batch_generator
+from datamodules.image_folder import denormalize
+from datamodules.views import COLORS, Views, action_to
+from jepa_lightning.figures import hide_patches, rows_figure, show, to_colors
+from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.iwm import IWM
+from jepa_lightning.mean_reciprocal_rank import JITTERED, make_versions
+from jepa_lightning.networks.decoders import PatchDecoder
+from jepa_lightning.networks.vit import take
+from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
+from jepa_lightning.probes.images.base import ImageProbe
+from jepa_lightning.probes.report import save_report
+
+SHOWN = 8
+"""Images in the figure."""
+
+STEPS = 9
+"""Positions of a action sweep, from one unit less to one unit more; see `datamodules.views.COLORS`."""
+
+
+class Completion(NamedTuple):
+    """Images, what was visible of them, and what was made of that; normalized pixels (B, 3, H, W)."""
+
+    visible: Tensor
+    """(B, N), bool: patches that the context encoder saw."""
+
+    judged: Tensor
+    """(B, N), bool: patches of the target blocks."""
+
+    completed: Tensor
+    """Decoded from the context's features and, where nothing was visible, from predicted ones."""
+
+    reconstructed: Tensor
+    """Decoded from the target encoder's features of the whole image."""
+
+
+class CompletionProbe(ImageProbe):
+    """Decode pixels from frozen patch features, and complete images of which a part is hidden.
+
+    A small transformer learns to paint the image from the layer-normalized features of the target encoder, the space in
+    which I-JEPA predicts; another one learns the same from the untrained encoder. Neither ever sees a prediction. Then
+    the visible patches are encoded, the hidden ones predicted, and all of them painted. Validation writes completion.png:
+    image, what was visible, the completion, and the painting of the true features. `test` adds report.json and
+    report.md, with the squared errors (normalized pixels) on the target blocks beside those of the mean visible color.
+
+    A deterministic prediction in feature space is painted as an average of what may be there: blurred, not invented.
+
+    Of an IWM, which predicts all that is hidden at once, validation also writes action_sweep.png: an image with more and less
+    brightness, contrast, saturation and hue, as it would be and as the world model imagines it.
+
+    Args:
+        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
+        width: Of the decoder.
+        depth: Its number of blocks.
+        learning_rate: Peak of the schedule.
+        weight_decay: Of matrices.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no such model, or an argument is out of its range.
+    """
+
+    titles = {  # noqa: RUF012
+        "reconstruction": "painted from the true features",
+        "completion": "painted from predicted features",
+        "untrained_reconstruction": "painted from true features of the untrained encoder",
+        "mean_color": "mean color of the visible patches",
+    }
+
+    def __init__(
+        self,
+        checkpoint: str,
+        width: int = 192,
+        depth: int = 4,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+    ) -> None:
+        super().__init__(checkpoint, "target", None)
+        self.save_hyperparameters()
+        if width < 64 or width % 64 or depth < 1:
+            raise ValueError(f"model.width={width}, model.depth={depth}: give a multiple of 64 and at least one block.")
+        if not learning_rate > 0:
+            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        sizes = (self.encoder.grid, self.encoder.dim, self.encoder.patch_size, width, depth)
+        self.decoders = nn.ModuleDict({"jepa": PatchDecoder(*sizes), "untrained": PatchDecoder(*sizes)})
+        self.errors = nn.ModuleDict({name: MeanMetric() for name in self.titles})
+
+    def take(self, jepa: ImageJEPA) -> None:
+        self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
+        self.predicts_normalized = jepa.normalize_targets
+        self.imagine = jepa.apply_actions if isinstance(jepa, IWM) else None
+        self.views = Views(**(getattr(jepa, "trained_on", None) or {}))
+        pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
+        if all(torch.equal(context, target) for context, target in pairs):
+            raise ValueError(
+                f"{self.checkpoint} has one and the same context and target encoder, as an import of an encoder alone has: "
+                "its predictor is untrained, and cannot complete anything."
+            )
+
+    @torch.no_grad()
+    def features(self, images: Tensor, which: Literal["jepa", "untrained"] = "jepa") -> Tensor:
+        """Layer-normalized patch features: (B, 3, H, W) -> (B, N, D)."""
+        features = (self.encoder if which == "jepa" else self.untrained)(images)
+        return F.layer_norm(features, features.shape[-1:])
+
+    def _predict(self, context: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Layer-normalized predictions: (B, K, D), (B, K) and (B, M, L) -> (B, M, L, D)."""
+        predicted = self.predictor(context, visible, hidden)
+        return predicted if self.predicts_normalized else F.layer_norm(predicted, predicted.shape[-1:])
+
+    @torch.no_grad()
+    def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
+        """Hide a part of images, predict its features, and paint.
+
+        Args:
+            images: (B, 3, H, W), normalized.
+            generator: On the CPU, of the masks.
+        """
+        masks = self.masks.draw(len(images), generator, 1.0).to(images.device)
+        count = self.encoder.grid[0] * self.encoder.grid[1]
+        visible = torch.zeros(len(images), count, dtype=torch.bool, device=images.device).scatter_(1, masks.context, True)
+        judged = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
+        context = self.context_encoder(images, masks.context)  # (B, K, D)
+        # All that is not seen is predicted at once, as IWM is trained, and then each block on its own, as I-JEPA is.
+        rest = masks.hidden(count)  # (B, N - K)
+        blocks = masks.targets if self.imagine is None else masks.targets[:, :0]
+        features = images.new_zeros(len(images), count, self.encoder.dim)
+        predicted = [self._predict(context, masks.context, rest[:, None])[:, 0]]  # (B, N - K, D)
+        if blocks.shape[1]:
+            predicted += self._predict(context, masks.context, blocks).unbind(1)  # M of (B, L, D)
+        places = [rest, *blocks.unbind(1)]
+        normalized = F.layer_norm(context, context.shape[-1:])
+        # One after the other, since blocks may overlap: the last one counts.
+        for indices, values in zip([masks.context, *places], [normalized, *predicted], strict=True):
+            features.scatter_(1, indices[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
+        paint = self.decoders["jepa"]
+        return Completion(visible, judged, paint(features), paint(self.features(images)))
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        losses = {}
+        for name, decoder in self.decoders.items():
+            losses[name] = F.mse_loss(decoder(self.features(batch.images, name)), batch.images)  # type: ignore[arg-type]
+        self.log_dict({f"train/mse_{name}": loss for name, loss in losses.items()}, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        images = batch.images
+        found = self.complete(images, batch_generator(batch))
+        truth = self.decoders["jepa"].patches(images)  # (B, N, pixels)
+        mean = take(truth, found.visible.nonzero()[:, 1].view(len(images), -1)).unflatten(2, (3, -1)).mean(dim=(1, 3))
+        painted = {
+            "reconstruction": found.reconstructed,
+            "completion": found.completed,
+            "untrained_reconstruction": self.decoders["untrained"](self.features(images, "untrained")),
+            "mean_color": mean[..., None, None].expand_as(images),
+        }
+        for name, pixels in painted.items():
+            error = (self.decoders["jepa"].patches(pixels) - truth).square().mean(dim=2)  # (B, N)
+            self.errors[name].update(error[found.judged].mean(), len(images))
+        if batch_idx == 0:
+            self._show(images[:SHOWN], Completion(*(part[:SHOWN] for part in found)))
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def _figures(self) -> dict[str, float]:
+        figures = {}
+        for name, metric in self.errors.items():
+            figures[name] = float(metric.compute())
+            metric.reset()
+        return figures
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self._figures()
+        self.log_dict({f"val/hidden_mse_{name}": value for name, value in figures.items()})
+        self.log("val/loss", figures["reconstruction"], prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        figures = self._figures()
+        if not self.trainer.is_global_zero:
+            return
+        rows = [f"| {title} | {figures[name]:.4f} |" for name, title in self.titles.items()]
+        table = "\n".join(["| hidden blocks | squared error, normalized pixels |", "| :-- | --: |", *rows])
+        report = {"hidden_mse": figures, "checkpoint": self.checkpoint}
+        notes = f"Of `{self.checkpoint}`, on the target blocks of held-out images. Figure: completion.png."
+        save_report(Path(self.trainer.default_root_dir), report, "Completion", notes, table)
+
+    def _show(self, images: Tensor, found: Completion) -> None:
+        """Write completion.png and show the same figure."""
+        if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
+            return
+        shown = to_colors(images)
+        seen = hide_patches(shown, ~found.visible, self.encoder.grid)
+        figure = rows_figure(
+            {
+                "image": shown,
+                "visible": seen,
+                "completed": to_colors(found.completed),
+                "true features": to_colors(found.reconstructed),
+            }
+        )
+        directory = Path(self.trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        figure.savefig(directory / "completion.png")
+        show(self.trainer, "completion", figure, self.global_step)
+        if self.imagine is not None:
+            action_sweep = self._action_sweep(images[:1])
+            action_sweep.savefig(directory / "action_sweep.png")
+            show(self.trainer, "action_sweep", action_sweep, self.global_step)
+
+    @torch.no_grad()
+    def _action_sweep(self, image: Tensor) -> Figure:
+        """What actions of one scalar make of a normalized image (1, 3, H, W): the truth, and what is imagined."""
+        assert self.imagine is not None
+        context = self.context_encoder(image)  # (1, N, D)
+        rows = {}
+        for number, name in enumerate(JITTERED):
+            colors = torch.zeros(STEPS, len(COLORS))
+            colors[:, number] = torch.linspace(-1, 1, STEPS)
+            imagined = self.imagine(context.expand(STEPS, -1, -1), action_to(colors, self.views).to(image.device))
+            if not self.predicts_normalized:
+                imagined = F.layer_norm(imagined, imagined.shape[-1:])
+            rows[f"{name},\ntrue"] = to_colors(make_versions(denormalize(image)[0], colors))
+            rows[f"{name},\nimagined"] = to_colors(self.decoders["jepa"](imagined))
+        return rows_figure(rows)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        groups = parameter_groups([self.decoders], self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
+        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}

@@ -1,0 +1,168 @@
+"""The guarantees of every JEPA of images, I-JEPA and IWM alike: EMA, resume, processes, alarm, checkpoints."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILIES, parameters_equal, run_script, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from test_ema import Shadow
+
+import jepa_lightning.iwm
+import jepa_lightning.mean_reciprocal_rank
+from callbacks import CollapseAlarm, CollapseWarning
+from jepa_lightning.weights.checkpoints import load_jepa
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family: str):
+    """Makes the family's smallest model."""
+    return FAMILIES[family][0]
+
+
+@pytest.fixture
+def data(family: str):
+    """Makes its data, of some images."""
+    return FAMILIES[family][1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it, nobody else
+def test_compiled_networks_train_to_the_same_weights(
+    model, data, tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, and run by torch itself: a test needs no C++ compiler. Masks of several shapes among the steps."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
+    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
+    results, losses = [], []
+    for compiled in (False, True):
+        jepa = model(image_size=32, compile_networks=compiled, momentum=0.9)
+        run = trainer(tmp_path, max_epochs=2, limit_val_batches=1)
+        run.fit(jepa, data(image_root, image_size=32))
+        results.append(jepa.state_dict())
+        losses.append(run.callback_metrics["val/loss"])
+    assert results[0].keys() == results[1].keys(), "names in checkpoints stay"
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [({"max_epochs": 2}, 12), ({"max_epochs": 2, "accumulate_grad_batches": 4}, 4), ({"max_steps": 7}, 7)],
+)
+def test_ema_equals_an_average_by_hand(model, data, tmp_path: Path, image_root: Path, settings: dict, steps: int) -> None:
+    jepa, shadow = model(momentum=0.9), Shadow(steps)
+    trainer(tmp_path, callbacks=[shadow], **settings).fit(jepa, data(image_root))
+    shadow.check(jepa, steps)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # more than this machine has cores
+@pytest.mark.parametrize("num_workers", [0, 2, 4])
+def test_cut_and_resumed_equals_uncut(model, data, tmp_path: Path, image_root: Path, num_workers: int) -> None:
+    """Crops and masks included; cut in the second epoch, after batch 3 of 6."""
+
+    def run(**settings):
+        jepa = model(momentum=0.9)
+        module = data(image_root, num_workers=num_workers, flip=0.5)
+        save = ModelCheckpoint(tmp_path / "cut", filename="{step}", every_n_train_steps=9, save_top_k=-1)
+        fit = {key: settings.pop(key) for key in ("ckpt_path",) if key in settings}
+        run = trainer(tmp_path, enable_checkpointing=True, max_epochs=3, callbacks=[save], **settings)
+        run.fit(jepa, module, **fit)
+        return jepa
+
+    whole = run()
+    resumed = run(ckpt_path=tmp_path / "cut" / "step=9.ckpt")
+    assert parameters_equal(whole, resumed)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from conftest import FAMILIES, trainer
+from jepa_lightning.masks import Masks
+
+out, devices, root = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+model, data = FAMILIES[sys.argv[4]]
+torch.set_num_threads(1)
+jepa = model(momentum=0.9, regularizer="vicreg")
+# One process draws masks for four images and each of two for two: give all of them the same.
+jepa.masks.draw = lambda count, *_: Masks(torch.tensor([[0, 1, 2, 5]]).expand(count, -1),
+                                          torch.tensor([[[8, 9], [10, 11]]]).expand(count, -1, -1))
+run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2, limit_val_batches=1.0)
+run.fit(jepa, data(root, batch_size=4 // devices, crop_scale=(1, 1)))
+# And with masks of their own, whose sizes the processes must agree on.
+other = model(regularizer="vicreg", image_size=32)
+trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2).fit(
+    other, data(root, batch_size=4 // devices, image_size=32))
+torch.save([jepa.state_dict(), {k: v for k, v in run.callback_metrics.items()}], out / f"rank{run.global_rank}.pt")
+"""
+
+
+def processes(out: Path, devices: int, image_root: Path, family: str) -> list[list[dict]]:
+    run_script(SCRIPT, out, str(devices), str(image_root), family)
+    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(family: str, tmp_path: Path, image_root: Path) -> None:
+    ((weights, figures),) = processes(tmp_path / "one", 1, image_root, family)
+    (first, figures0), (second, figures1) = processes(tmp_path / "two", 2, image_root, family)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"ranks disagree on {name}"
+        # Adam makes steps of 1e-3 out of gradients that are rounding errors: a few weights may differ by part of a step.
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}")
+    for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_std"):
+        assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), name
+        assert figures1[name].item() == pytest.approx(figures0[name].item(), rel=1e-6), name
+
+
+def test_alarm_fires_on_a_constant_encoder_and_is_silent_otherwise(model, data, tmp_path: Path, image_root: Path) -> None:
+    settings = {
+        "max_epochs": 1,
+        "limit_val_batches": 1.0,
+        "callbacks": [CollapseAlarm(grace_steps=0, min_rankme=1.0, max_largest_eigenvalue_share=1.0)],
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CollapseWarning)
+        trainer(tmp_path, **settings).fit(model(learning_rate=1e-5), data(image_root))
+    jepa = model(learning_rate=1e-9)
+    for encoder in (jepa.context_encoder, jepa.target_encoder):
+        torch.nn.init.zeros_(encoder.vit.norm.weight)
+    with pytest.warns(CollapseWarning, match="all inputs look alike"):
+        trainer(tmp_path, **settings).fit(jepa, data(image_root))
+
+
+def test_saved_and_loaded(model, data, tmp_path: Path, image_root: Path) -> None:
+    run = trainer(tmp_path, max_steps=1, enable_checkpointing=True)
+    jepa = model()
+    run.fit(jepa, data(image_root))
+    run.save_checkpoint(tmp_path / "jepa.ckpt")
+    loaded = load_jepa(tmp_path / "jepa.ckpt")
+    assert parameters_equal(loaded.target_encoder, jepa.target_encoder)
+    assert type(loaded) is type(jepa) and loaded.encode(torch.randn(3, 3, 16, 16)).shape == (3, 16, 192)
+
+
+def test_images_of_another_size_are_refused(model, data, tmp_path: Path, image_root: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_size=\(16, 16\) but data.image_size=\(32, 32\)"):
+        trainer(tmp_path, max_steps=1).fit(model(), data(image_root, image_size=32))
+
+
+def test_all_in_bfloat16_learns_and_is_measured_in_wider_numbers(model, data, tmp_path: Path, image_root: Path) -> None:
+    jepa = model()
+    run = trainer(tmp_path, max_steps=1, precision="bf16-true", limit_val_batches=1.0, check_val_every_n_epoch=None,
+                  val_check_interval=1)  # fmt: skip
+    run.fit(jepa, data(image_root))
+    assert jepa.context_encoder.vit.norm.weight.dtype == torch.bfloat16
+    assert jepa.target_statistics.outer.dtype == torch.float64
+    assert jepa.error.mean_value.dtype == torch.float32
+    assert all(
+        torch.isfinite(value) for name, value in run.callback_metrics.items() if "mrr" not in name and "r2" not in name
+    )
+    assert run.callback_metrics["val/feature_std"] > 0
