@@ -9,7 +9,7 @@ DATA ?=
 MODULES ?=
 SAMPLE ?=
 
-.PHONY: help install demo pendulum coordinates plan ijepa iwm test campaign mutate check format benchmark clean
+.PHONY: help install demo images coordinates plan ijepa iwm test campaign mutate check format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,44 +23,44 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY) ## train and judge the pendulum JEPA: 5 to 10 minutes on 2 CPU cores, into runs/demo
-	$(RUN) fit --config configs/demo.yaml
-	$(RUN) fit --config configs/demo_decoder.yaml
-	$(RUN) fit --config configs/demo_state.yaml --trainer.default_root_dir runs/demo/state
-	$(RUN) test --config configs/demo_state.yaml --ckpt_path runs/demo/state/checkpoints/last.ckpt
+demo: $(READY) ## train and evaluate the pendulum JEPA: 5 to 10 minutes on 2 CPU cores, into runs/demo
+	$(RUN) fit --config configs/pendulum/demo.yaml
+	$(RUN) fit --config configs/probes/decoder.yaml --model.checkpoint runs/demo --trainer.accelerator cpu
+	$(RUN) fit --config configs/probes/state.yaml --model.checkpoint runs/demo --model.decoder runs/demo/decoder --trainer.accelerator cpu
+	$(RUN) test --config configs/probes/state.yaml --model.checkpoint runs/demo --ckpt_path runs/demo/state --data.test_size 500 --trainer.default_root_dir runs/demo --trainer.accelerator cpu
 
-pendulum: $(READY) ## the full run from pixels and its report, into runs/pendulum
-	$(RUN) fit --config configs/pendulum.yaml
-	$(RUN) fit --config configs/pendulum_decoder.yaml
-	$(RUN) fit --config configs/pendulum_state.yaml --trainer.default_root_dir runs/pendulum/state
-	$(RUN) test --config configs/pendulum_state.yaml --ckpt_path runs/pendulum/state/checkpoints/last.ckpt
+images: $(READY) ## the full pendulum run from images and its report, into runs/pendulum
+	$(RUN) fit --config configs/pendulum/images.yaml
+	$(RUN) fit --config configs/probes/decoder.yaml --model.checkpoint runs/pendulum --model.width 16 --trainer.max_epochs 12
+	$(RUN) fit --config configs/probes/state.yaml --model.checkpoint runs/pendulum --model.decoder runs/pendulum/decoder --model.num_steps 4000 --data.size 4000
+	$(RUN) test --config configs/probes/state.yaml --model.checkpoint runs/pendulum --ckpt_path runs/pendulum/state --trainer.default_root_dir runs/pendulum
 
-coordinates: $(READY) ## the full run from coordinates and its report, into runs/pendulum_coordinates
-	$(RUN) fit --config configs/pendulum_coordinates.yaml
-	$(RUN) fit --config configs/pendulum_coordinates_decoder.yaml
-	$(RUN) fit --config configs/pendulum_coordinates_state.yaml --trainer.default_root_dir runs/pendulum_coordinates/state
-	$(RUN) test --config configs/pendulum_coordinates_state.yaml --ckpt_path runs/pendulum_coordinates/state/checkpoints/last.ckpt
+coordinates: $(READY) ## the full pendulum run from coordinates and its report, into runs/pendulum_coordinates
+	$(RUN) fit --config configs/pendulum/coordinates.yaml
+	$(RUN) fit --config configs/probes/decoder.yaml --model.checkpoint runs/pendulum_coordinates --model.width 256 --trainer.max_epochs 10
+	$(RUN) fit --config configs/probes/state.yaml --model.checkpoint runs/pendulum_coordinates --model.decoder runs/pendulum_coordinates/decoder --model.num_steps 4000 --data.size 4000
+	$(RUN) test --config configs/probes/state.yaml --model.checkpoint runs/pendulum_coordinates --ckpt_path runs/pendulum_coordinates/state --trainer.default_root_dir runs/pendulum_coordinates
 
-plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is there) and put to use: 16 minutes on 2 CPU cores, into runs/plan
-	$(RUN) fit --config configs/pendulum_actions.yaml --ckpt_path auto
-	$(RUN) fit --config configs/state_decoder.yaml
-	$(RUN) test --config configs/planning.yaml
+plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is there) and planned with: 16 minutes on 2 CPU cores, into runs/plan
+	$(RUN) fit --config configs/pendulum/actuated.yaml --ckpt_path auto
+	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --trainer.default_root_dir runs/plan/decoder
+	$(RUN) test --config configs/probes/planning.yaml --model.checkpoint runs/plan --model.decoder runs/plan/decoder/checkpoints/best.ckpt --trainer.default_root_dir runs/plan
 
 ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/ijepa_cifar10_cpu
-	$(RUN) fit --config configs/ijepa_cifar10_cpu.yaml $(DATA)
-	$(RUN) fit --config configs/ijepa_cifar10_linear.yaml $(DATA)
-	$(RUN) test --config configs/ijepa_cifar10_linear.yaml --ckpt_path runs/ijepa_cifar10_cpu/linear/checkpoints/last.ckpt $(DATA)
-	$(RUN) test --config configs/ijepa_cifar10_knn.yaml $(DATA)
-	$(RUN) fit --config configs/ijepa_cifar10_completion.yaml $(DATA)
-	$(RUN) test --config configs/ijepa_cifar10_completion.yaml --ckpt_path runs/ijepa_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
+	$(RUN) fit --config configs/ijepa/cifar10_cpu.yaml $(DATA)
+	$(RUN) fit --config configs/probes/linear.yaml --model.checkpoint runs/ijepa_cifar10_cpu
+	$(RUN) test --config configs/probes/linear.yaml --model.checkpoint runs/ijepa_cifar10_cpu --ckpt_path last
+	$(RUN) test --config configs/probes/knn.yaml --model.checkpoint runs/ijepa_cifar10_cpu
+	$(RUN) fit --config configs/probes/completion.yaml --model.checkpoint runs/ijepa_cifar10_cpu
+	$(RUN) test --config configs/probes/completion.yaml --model.checkpoint runs/ijepa_cifar10_cpu --ckpt_path last
 
 iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar10_cpu
-	$(RUN) fit --config configs/iwm_cifar10_cpu.yaml $(DATA)
-	$(RUN) test --config configs/iwm_cifar10_equivariance.yaml $(DATA)
-	$(RUN) fit --config configs/iwm_cifar10_predictor.yaml $(DATA)
-	$(RUN) test --config configs/iwm_cifar10_predictor.yaml --ckpt_path runs/iwm_cifar10_cpu/predictor/checkpoints/last.ckpt $(DATA)
-	$(RUN) fit --config configs/iwm_cifar10_completion.yaml $(DATA)
-	$(RUN) test --config configs/iwm_cifar10_completion.yaml --ckpt_path runs/iwm_cifar10_cpu/completion/checkpoints/last.ckpt $(DATA)
+	$(RUN) fit --config configs/iwm/cifar10_cpu.yaml $(DATA)
+	$(RUN) test --config configs/probes/equivariance.yaml --model.checkpoint runs/iwm_cifar10_cpu
+	$(RUN) fit --config configs/probes/predictor_finetuning.yaml --model.checkpoint runs/iwm_cifar10_cpu
+	$(RUN) test --config configs/probes/predictor_finetuning.yaml --model.checkpoint runs/iwm_cifar10_cpu --ckpt_path last
+	$(RUN) fit --config configs/probes/completion.yaml --model.checkpoint runs/iwm_cifar10_cpu
+	$(RUN) test --config configs/probes/completion.yaml --model.checkpoint runs/iwm_cifar10_cpu --ckpt_path last
 
 test: $(READY) ## run every test
 	$(BIN)/python -m pytest -q -n auto

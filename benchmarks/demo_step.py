@@ -3,7 +3,7 @@
     git worktree add ../before 365b48d
     python benchmarks/demo_step.py --before ../before
 
-Both run the command line of configs/demo.yaml as a person would, so what it sets up for a CPU counts. The busy process
+Both run the command line of configs/pendulum/demo.yaml as a person would, so what it sets up for a CPU counts. The busy process
 multiplies numbers in a loop. Quoted is the median over the steps of a run, and over the rounds; the first steps are left
 out.
 """
@@ -39,7 +39,7 @@ class StepTimes(Callback):
 
 def step_seconds(tree: Path, steps: int, extra: list[str]) -> float:
     """Of the demo in a checkout."""
-    command = [sys.executable, "-m", "jepa_lightning", "fit", "--config", str(tree / "configs" / "demo.yaml"), *extra]
+    command = [sys.executable, "-m", "jepa_lightning", "fit", "--config", str(config), *extra]
     command += ["--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
     command += ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     command += ["--trainer.default_root_dir=runs/demo_step", "--trainer.callbacks+=demo_step.StepTimes"]

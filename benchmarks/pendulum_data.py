@@ -140,8 +140,8 @@ def main() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rendering(physics())
-    share_of_training(threads, "configs/demo.yaml", 10, horizon=6)
-    share_of_training(threads, "configs/pendulum.yaml", 12, encoder_widths=(32, 64, 128))
+    share_of_training(threads, "configs/pendulum/demo.yaml", 10, horizon=6)
+    share_of_training(threads, "configs/pendulum/images.yaml", 12, encoder_widths=(32, 64, 128))
 
 
 if __name__ == "__main__":

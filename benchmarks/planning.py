@@ -2,7 +2,7 @@
 
     python benchmarks/planning.py
 
-A plan is 30 rounds of 300 sequences of 5 actions, with the networks of configs/pendulum_actions.yaml; the time does not
+A plan is 30 rounds of 300 sequences of 5 actions, with the networks of configs/pendulum/actuated.yaml; the time does not
 depend on what they have learned. The plain loop is the cross-entropy method as one writes it first, an episode after the
 other. The floor is the three matrix products of the predictor for as many rows, in as large pieces.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jepa_lightning import PendulumJEPA
-from jepa_lightning.planning import ROWS, Planner, latent_cost
+from jepa_lightning.planner import ROWS, Planner, latent_cost
 
 EPISODES, STEPS, LIMIT = 16, 5, 1.0
 

@@ -31,8 +31,10 @@ from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
+from jepa_lightning.run_defaults import default_run_directory, with_data_of_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
+from jepa_lightning.weights.runs import checkpoint_of
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 
@@ -47,10 +49,13 @@ class JEPACommandLine(LightningCLI):
     config: Any
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
+        if args is None or isinstance(args, list):
+            self.config = parser.parse_args(with_data_of_the_run(sys.argv[1:] if args is None else [str(a) for a in args]))
+        else:
+            super().parse_arguments(parser, args)
         section = self._section()
         if section.trainer.get("default_root_dir") is None:
-            section.trainer.default_root_dir = str(Path("runs") / section.model.class_path.rsplit(".", 1)[-1])
+            section.trainer.default_root_dir = str(default_run_directory(section.model))
         self._asked_model = section.get("model")
         fit = self.config.get("subcommand") == "fit"
         asked = section.get("ckpt_path")
@@ -66,6 +71,7 @@ class JEPACommandLine(LightningCLI):
             if section.ckpt_path is None:
                 rank_zero_info(f"There is no checkpoint in {section.trainer.default_root_dir} yet: training starts.")
         if section.get("ckpt_path") not in (None, "best", "hpc", "registry"):
+            section.ckpt_path = str(checkpoint_of(section.ckpt_path))
             self._check_checkpoint(section, fit)
 
     def _check_checkpoint(self, section: Any, fit: bool) -> None:

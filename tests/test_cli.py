@@ -17,7 +17,7 @@ from jepa_lightning.weights.checkpoints import read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 
 SMALL = [
-    "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"),
+    "--config", str(ROOT / "configs" / "pendulum" / "coordinates.yaml"),
     "--model.encoder_widths", "[8]", "--model.latent_dim", "4", "--model.predictor_width", "8", "--model.horizon", "4",
     "--data.size", "32", "--data.val_size", "4", "--data.batch_size", "8",
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",

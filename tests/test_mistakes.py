@@ -12,7 +12,7 @@ from conftest import ROOT, write_images
 from jepa_lightning.cli import main
 
 PENDULUM = [
-    "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"), "--model.encoder_widths", "[8]",
+    "--config", str(ROOT / "configs" / "pendulum" / "coordinates.yaml"), "--model.encoder_widths", "[8]",
     "--model.latent_dim", "4", "--model.predictor_width", "8", "--model.horizon", "4",
     "--data.size", "32", "--data.val_size", "4", "--data.batch_size", "8",
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",

@@ -11,7 +11,7 @@ from conftest import parameters_equal, small_data, small_driven_data, small_driv
 from lightning.pytorch.callbacks import EarlyStopping
 
 from datamodules.physics import Pendulum
-from jepa_lightning.planning import Planner, latent_cost
+from jepa_lightning.planner import Planner, latent_cost
 from jepa_lightning.probes import DecoderProbe, ImageDecoder, PlanningProbe, StateProbe
 from jepa_lightning.probes.dynamics.episodes import (
     Imagination,
@@ -253,7 +253,7 @@ def test_probe_writes_what_its_report_promises(tmp_path: Path) -> None:
 
 def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is called an oracle knew the physics, what is called zero torque did nothing, and so on."""
-    module, data = "jepa_lightning.probes.dynamics.planning_probe", small_driven_data(test_size=4)
+    module, data = "jepa_lightning.probes.dynamics.planning", small_driven_data(test_size=4)
     probe = PlanningProbe(saved(tmp_path), planner=FEW, num_episodes=10, num_swing_ups=2)
     seen: list[Any] = []
 
@@ -336,7 +336,7 @@ def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
 
 
 def test_the_decoder_stops_when_it_no_longer_learns(tmp_path: Path) -> None:
-    stop = EarlyStopping("val/loss", patience=2, min_delta=1e-5)  # as in configs/state_decoder.yaml
+    stop = EarlyStopping("val/loss", patience=2, min_delta=1e-5)  # as in configs/probes/image_decoder.yaml
     run = trainer(tmp_path, max_epochs=9, limit_val_batches=1.0, callbacks=[stop])
     run.fit(ImageDecoder(saved(tmp_path), width=32, depth=1, learning_rate=1e-12), small_driven_data())
     assert run.current_epoch == 3

@@ -20,7 +20,7 @@ STEPS = 120  # 40 batches an epoch, three epochs; saved every 7 steps, so never 
 def command(root: Path, num_workers: int, *extra: str) -> list[str]:
     return [
         sys.executable, "-m", "jepa_lightning", "fit",
-        "--config", str(ROOT / "configs" / "pendulum_coordinates.yaml"),
+        "--config", str(ROOT / "configs" / "pendulum" / "coordinates.yaml"),
         "--model.latent_dim", "8", "--model.encoder_widths", "[16]", "--model.predictor_width", "16",
         "--model.horizon", "4",
         "--data.size", "320", "--data.sequence_length", "10", "--data.clip_length", "8", "--data.val_size", "4",

@@ -2,7 +2,7 @@
 
 from jepa_lightning.probes.dynamics.decoder import DecoderProbe
 from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
-from jepa_lightning.probes.dynamics.planning_probe import PlanningProbe
+from jepa_lightning.probes.dynamics.planning import PlanningProbe
 from jepa_lightning.probes.dynamics.state import StateProbe
 from jepa_lightning.probes.images.attentive import AttentiveProbe
 from jepa_lightning.probes.images.completion import CompletionProbe

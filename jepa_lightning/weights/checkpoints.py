@@ -10,6 +10,7 @@ from callbacks.checkpointing import is_local
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.signature import FORMAT_VERSION, class_name
 from jepa_lightning.weights.io import read_file, read_url
+from jepa_lightning.weights.runs import checkpoint_of
 
 ModuleType = TypeVar("ModuleType", bound=LightningModule)
 
@@ -21,12 +22,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint's content, read without running any code in it (weights_only).
 
     Args:
-        path: Of a file, of the folder of a sharded checkpoint (all but its weights is read), or a URL.
+        path: A file, the folder of a sharded checkpoint (of which all but the weights is read), a run directory (whose
+            checkpoints/last.ckpt is read), or a URL.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: The file is truncated, damaged, or no Lightning checkpoint.
     """
+    path = checkpoint_of(path)
     if not is_local(path):
         checkpoint = read_url(str(path))
     elif Path(path).is_dir():

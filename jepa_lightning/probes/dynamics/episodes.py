@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datamodules.torques import WARM_UP_FRAMES, after_warm_up, random_actions
 from jepa_lightning.pendulum import PendulumJEPA
-from jepa_lightning.planning import Cost, Planner, latent_cost
+from jepa_lightning.planner import Cost, Planner, latent_cost
 
 ORACLE_SUBSTEPS = 2
 """Runge-Kutta steps per frame of a planner that knows the physics; the world itself takes more."""

@@ -44,7 +44,7 @@ def actuated_jepa(checkpoint: str, reader: str) -> PendulumJEPA:
     if not jepa.action_dim:
         raise ValueError(
             f"{checkpoint} holds a PendulumJEPA without actions, and {reader} needs them: train one with model.action_dim 2 "
-            "and data.torque_limits, as configs/pendulum_actions.yaml does."
+            "and data.torque_limits, as configs/pendulum/actuated.yaml does."
         )
     return jepa.requires_grad_(False).eval()
 

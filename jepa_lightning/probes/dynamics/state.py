@@ -56,7 +56,7 @@ class StateProbe(PendulumProbe):
         if self.jepa.action_dim:
             raise ValueError(
                 f"{checkpoint} holds a model of an actuated pendulum, and StateProbe judges forecasts of a free one. Its "
-                "linear readouts stand in the validation; PlanningProbe (configs/planning.yaml) judges what it predicts."
+                "linear readouts stand in the validation; PlanningProbe (configs/probes/planning.yaml) judges what it predicts."
             )
         for name, value in (("hidden_dim", hidden_dim), ("num_steps", num_steps), ("control_steps", control_steps)):
             if value < 1:

@@ -71,7 +71,7 @@ class AttentiveProbe(ClassificationProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         encoder: Literal["target", "context"] = "target",
         learning_rates: tuple[float, ...] = (3e-4, 1e-3),
         weight_decays: tuple[float, ...] = (0.05,),

@@ -72,6 +72,11 @@ class ImageProbe(LightningModule, ABC):
             network.requires_grad_(False).eval()
         self.register_buffer("fitted", torch.tensor(False))
 
+    def set_classes(self, num_classes: int | dict[str, int]) -> None:
+        """Build what depends on the number of classes, and note it for the checkpoint; for subclasses to extend."""
+        self.num_classes = num_classes
+        self.hparams["num_classes"] = num_classes
+
     def take(self, jepa: ImageJEPA) -> None:
         """Keep more of the model than one encoder, frozen like it; nothing unless a subclass needs it.
 
@@ -83,6 +88,8 @@ class ImageProbe(LightningModule, ABC):
     best_metric = ("val/loss", "min")  # of a classifier on labels, unlike a JEPA's
     needs_fit = True
     """Whether `test` makes sense only after `fit`."""
+
+    needs_labels = True
 
     reads_views = False
     """Whether its batches are pairs of views."""
@@ -103,9 +110,13 @@ class ImageProbe(LightningModule, ABC):
         data: Any = getattr(self.trainer, "datamodule", None)
         check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
         classes = getattr(data, "num_classes", self.num_classes)
-        if self.num_classes is not None and classes == 0:
+        if self.needs_labels and classes == 0:
             raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
-        if self.num_classes is not None and classes != self.num_classes:
+        if self.needs_labels and self.num_classes is None:
+            if classes is None:
+                raise ValueError("model.num_classes is not given, and the data does not say how many classes there are.")
+            self.set_classes(classes)
+        elif self.needs_labels and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:

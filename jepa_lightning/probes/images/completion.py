@@ -83,6 +83,8 @@ class CompletionProbe(ImageProbe):
         "mean_color": "mean color of the visible patches",
     }
 
+    needs_labels = False
+
     def __init__(
         self,
         checkpoint: str,

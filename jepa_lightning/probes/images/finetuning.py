@@ -73,7 +73,7 @@ class FineTuning(ImageProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         encoder: Literal["target", "context"] = "target",
         learning_rate: float = 1e-3,
         warmup_fraction: float = 0.1,
@@ -94,6 +94,13 @@ class FineTuning(ImageProbe):
             )
         self.learning_rate, self.warmup_fraction, self.layer_decay = learning_rate, warmup_fraction, layer_decay
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        self.judged = SumMetric()
+        if num_classes is not None:
+            self.set_classes(num_classes)
+
+    def set_classes(self, num_classes: int | dict[str, int]) -> None:
+        assert isinstance(num_classes, int)
+        super().set_classes(num_classes)
         self.networks = nn.ModuleDict(
             {
                 "finetuned": EncoderClassifier(self.encoder, num_classes),
@@ -101,13 +108,13 @@ class FineTuning(ImageProbe):
             }
         ).requires_grad_(True)
         self.accuracies = nn.ModuleDict({name: MulticlassAccuracy(num_classes, average="micro") for name in self.names})
-        self.judged = SumMetric()
         self.train()
 
     def train(self, mode: bool = True) -> "FineTuning":
         """Switch all to training mode: here nothing is frozen."""
         super().train(mode)
-        self.networks.train(mode)
+        if self.num_classes is not None:
+            self.networks.train(mode)
         return self
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

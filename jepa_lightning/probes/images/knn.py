@@ -44,7 +44,7 @@ class KNNProbe(ImageProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         encoder: Literal["target", "context"] = "target",
         num_neighbors: int = 20,
         temperature: float = 0.07,

@@ -67,7 +67,7 @@ class ClassificationProbe(ImageProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int,
+        num_classes: int | None,
         encoder: Literal["target", "context"],
         learning_rates: tuple[float, ...],
         weight_decays: tuple[float, ...],
@@ -80,10 +80,16 @@ class ClassificationProbe(ImageProbe):
                 "rate and one weight decay >= 0."
             )
         self.grid = list(itertools.product(learning_rates, weight_decays))
+        self.accuracy = HalvesAccuracy(len(self.names) * len(self.grid))
+        if num_classes is not None:
+            self.set_classes(num_classes)
+
+    def set_classes(self, num_classes: int | dict[str, int]) -> None:
+        assert isinstance(num_classes, int)
+        super().set_classes(num_classes)
         self.heads = nn.ModuleDict(
             {f"{name}_{place}": self.make_head(name, num_classes) for name in self.names for place in range(len(self.grid))}
         )
-        self.accuracy = HalvesAccuracy(len(self.names) * len(self.grid))
 
     @abstractmethod
     def make_head(self, name: str, num_classes: int) -> nn.Module:
@@ -202,7 +208,7 @@ class LinearProbe(ClassificationProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int = 10,
+        num_classes: int | None = None,
         encoder: Literal["target", "context"] = "target",
         learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1),
         weight_decays: tuple[float, ...] = (0.0, 5e-4),

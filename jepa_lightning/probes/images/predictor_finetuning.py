@@ -95,7 +95,7 @@ class PredictorFineTuning(ImageProbe):
     def __init__(
         self,
         checkpoint: str,
-        num_classes: int | dict[str, int] = 10,
+        num_classes: int | dict[str, int] | None = None,
         end_to_end: bool = False,
         learning_rate: float = 1e-3,
         pretrained_factor: float = 0.1,
@@ -117,6 +117,12 @@ class PredictorFineTuning(ImageProbe):
             )
         self.learning_rate, self.pretrained_factor, self.warmup_fraction = learning_rate, pretrained_factor, warmup_fraction
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
+        self.end_to_end = end_to_end
+        if num_classes is not None:
+            self.set_classes(num_classes)
+
+    def set_classes(self, num_classes: int | dict[str, int]) -> None:
+        super().set_classes(num_classes)
         self.tasks = num_classes if isinstance(num_classes, dict) else {ONLY: num_classes}
         if odd := [name for name in self.tasks if not name.isidentifier()]:
             raise ValueError(f"model.num_classes: {odd[0]!r} is no name for a task; use letters, digits and underscores.")
@@ -137,7 +143,7 @@ class PredictorFineTuning(ImageProbe):
                 }
             )
         self.encoders = nn.ModuleDict()
-        if end_to_end:
+        if self.end_to_end:
             self.encoders.update({name: copy.deepcopy(self.encoder).requires_grad_(True) for name in self.titles})
         self.accuracies = nn.ModuleDict(
             {

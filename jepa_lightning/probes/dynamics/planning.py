@@ -1,0 +1,320 @@
+"""Phase two of an actuated pendulum: is the world model good for something? Planning, and what its actions are worth.
+
+Shapes: E episodes, B batch, T windows, S starts, K steps ahead, D width, A scalars of an action.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from datamodules.batches import PendulumBatch
+from datamodules.physics import FRAME_SECONDS
+from datamodules.rng import seeded_generator
+from jepa_lightning.figures import rows_figure, show, side_by_side, steps_figure, write_video
+from jepa_lightning.planner import Planner
+from jepa_lightning.probes.dynamics.episodes import (
+    Controller,
+    Imagination,
+    Oracle,
+    Planning,
+    Random,
+    Task,
+    World,
+    Zero,
+    distances,
+    reaching_task,
+    run,
+    standing_task,
+    windows_of,
+)
+from jepa_lightning.probes.dynamics.image_decoder import actuated_jepa, load_state_decoder, true_images
+from jepa_lightning.probes.dynamics.planning_report import RADII, action_figures, planning_table
+from jepa_lightning.probes.report import save_report
+from jepa_lightning.rollouts import later_features, next_actions
+
+REACH_FRAMES = 25
+"""How far ahead of the start a goal lies, as in DINO-WM (Zhou et al. 2024)."""
+
+
+TIP_HEIGHT = 0.5
+"""What the tip must pass in a swing-up: half of the pendulum's length above the pivot, 1 m with two rods of 1 m."""
+
+SWING_SECONDS, SWING_HORIZON = 6.0, 8
+ROLLOUT_STEPS, CHUNK = 10, 64
+ORACLE_NOISE = (0.05, 0.5)
+"""In radians and radians per second."""
+
+TASK_STREAM, CONTROL_STREAM = 2**30, 2**30 + 1
+"""Uses of the data's seed that no split and no epoch has."""
+
+
+class PlanningProbe(LightningModule):
+    """Let a world model of the actuated pendulum act: reach goal images, swing up, and say what its actions are worth.
+
+    There is nothing to fit: `test` alone writes report.json, report.md, rollouts.png and, with a decoder, plan.mp4,
+    plan.png and rollouts_decoded.png.
+
+    * Reaching: from the motion after three seconds of random torques to an image of where other torques led 25 frames
+      later, in feature space; a new plan at each window, of what pixels then show. An episode succeeds if both bobs are
+      within 0.25 m of the goal in its last frame. Beside it: the first plan carried out to the end, zero and random
+      torques, and the same search on the true dynamics, from the true state and from a noisy one.
+    * Swing-up: from hanging to a still image of the pendulum upright, for 6 seconds, with plans 8 steps ahead. It
+      succeeds if the tip gets half of the pendulum's length above the pivot. (Holding it there is not asked: even who
+      knows the physics seldom does.)
+    * Actions: the error of features 10 steps ahead on test trajectories under the true actions, under those of another
+      trajectory and under none.
+
+    Args:
+        checkpoint: Of a pendulum JEPA with actions, written by `fit`.
+        decoder: Checkpoint of a `ImageDecoder` on the same JEPA, for the video and the images; none if left out.
+        planner: How plans are searched for.
+        num_episodes: Of reaching.
+        num_swing_ups: Episodes of swinging up.
+        goal: x and y of another place for the tip than straight up, in meters from the pivot, y pointing up; the episode
+            then succeeds if the tip comes within 0.25 m of it.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no pendulum JEPA with actions, or an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        decoder: str | None = None,
+        planner: Planner | None = None,
+        num_episodes: int = 100,
+        num_swing_ups: int = 20,
+        goal: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["planner"])
+        for name, value in (("num_episodes", num_episodes), ("num_swing_ups", num_swing_ups)):
+            if value < 1:
+                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+        self.checkpoint, self.planner, self.goal = checkpoint, planner or Planner(), goal
+        self.num_episodes, self.num_swing_ups = num_episodes, num_swing_ups
+        self.jepa = actuated_jepa(checkpoint, "PlanningProbe")
+        self.decoder = None if decoder is None else load_state_decoder(decoder).requires_grad_(False)
+        if self.decoder is not None:
+            mine, theirs = self.jepa.state_dict(), self.decoder.jepa.state_dict()
+            if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
+                raise ValueError(f"model.decoder={decoder} decodes another JEPA than {checkpoint}: fit the decoder anew.")
+        self._collected: list[tuple[Tensor, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module.
+
+        Raises:
+            ValueError: Data that the JEPA was not trained on, a goal out of reach, windows that do not divide the way to a
+                goal, test trajectories too short to forecast, or several processes.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("The report is made in one process: set --trainer.devices 1.")
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise ValueError("PlanningProbe needs the physics of a DoublePendulum: pass it as datamodule.")
+        self.jepa.check_data(data)
+        data.pendulum.reach(self.tip)
+        if math.dist(self.tip, (0.0, -sum(data.pendulum.lengths))) < RADII[1]:
+            raise ValueError(f"model.goal={self.goal}: the tip hangs within {RADII[1]} m of it. Choose another place.")
+        if REACH_FRAMES % data.stride:
+            raise ValueError(f"data.stride={data.stride} does not divide the {REACH_FRAMES} frames to a goal.")
+        if data.history + ROLLOUT_STEPS * data.stride > data.num_frames["test"]:
+            raise ValueError(
+                f"data.test_sequence_length={data.num_frames['test']}: forecasts {ROLLOUT_STEPS} steps ahead need at least "
+                f"{data.history + ROLLOUT_STEPS * data.stride} frames."
+            )
+
+    @property
+    def tip(self) -> tuple[float, float]:
+        """The place of the tip in the second task, in meters."""
+        data: Any = self.trainer.datamodule
+        return (0.0, sum(data.pendulum.lengths)) if self.goal is None else self.goal
+
+    def test_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+        assert batch.actions is not None
+        self._collected.append((self.jepa.encode(batch.observations).float(), batch.actions))
+        if batch_idx == 0:
+            self._first_states = batch.states[0]
+
+    @torch.no_grad()
+    def rollout_errors(self, features: Tensor, actions: Tensor) -> dict[str, Tensor]:
+        """Mean squared errors 1 ... K steps ahead: kind of actions, or "still" for persistence -> (K,).
+
+        Args:
+            features: (N, T, D) of all test trajectories.
+            actions: (N, T - 1, A).
+        """
+        chosen = next_actions(actions, ROLLOUT_STEPS)  # (N, S, K, A)
+        assert chosen is not None
+        kinds = {"true": chosen, "shuffled": chosen.roll(1, dims=0), "zero": torch.zeros_like(chosen)}
+        starts, truth = features[:, :-ROLLOUT_STEPS], later_features(features, ROLLOUT_STEPS)  # (N, S, D), (N, S, K, D)
+        errors = {"still": (starts[:, :, None] - truth).square().mean(dim=(0, 1, 3))}
+        for name, told in kinds.items():
+            parts = zip(starts.split(CHUNK), told.split(CHUNK), truth.split(CHUNK), strict=True)
+            squares = [(self.jepa.forecast(z, ROLLOUT_STEPS, a) - goal).square().sum(dim=(0, 1, 3)) for z, a, goal in parts]
+            errors[name] = torch.stack(squares).sum(dim=0) / truth[..., 0, :].numel()
+        if self.decoder is not None:
+            strip = {"true frames": self._draw(self._first_states[1 : 1 + ROLLOUT_STEPS])}
+            for name, told in kinds.items():
+                forecast = self.jepa.forecast(starts[0, 0], ROLLOUT_STEPS, told[0, 0])
+                strip[f"{name} actions"] = self.decoder.decode(forecast)
+            figure = rows_figure(strip)
+            figure.savefig(self._directory / "rollouts_decoded.png")
+            show(self.trainer, "roll-outs/decoded", figure)
+        return errors
+
+    @property
+    def _directory(self) -> Path:
+        directory = Path(self.trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+
+    def _draw(self, states: Tensor) -> Tensor:
+        data: Any = self.trainer.datamodule
+        return true_images(self.jepa, data, states.float().to(self.device))
+
+    def on_test_epoch_end(self) -> None:
+        began = time.monotonic()
+        data: Any = self.trainer.datamodule
+        features, actions = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
+        self._collected = []
+        errors = self.rollout_errors(features, actions)
+        figure = steps_figure(errors, f"steps ahead ({data.stride * FRAME_SECONDS:g} s each)", "squared error of features")
+        figure.savefig(self._directory / "rollouts.png")
+        show(self.trainer, "roll-outs/error", figure)
+        reached, films = self.reaching(data)
+        swung, swing_film = self.standing(data)
+        if self.decoder is not None:
+            film = np.concatenate([*films, swing_film])
+            write_video(self._directory / "plan.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
+            show(self.trainer, "plan/video", np.concatenate(films))
+        seconds = {"plan_of_an_episode": reached.pop("seconds_per_plan"), "all": time.monotonic() - began}
+        report = {
+            "planning": reached | {"swing_up": swung.pop("success"), "swing_up_details": swung},
+            "actions": action_figures(errors),
+            "planner": vars(self.planner),
+            "data": self.trainer.datamodule.dynamics,
+            "checkpoint": self.checkpoint,
+            "target_mode": self.jepa.target_mode,
+            "seconds": seconds,
+        }
+        notes = (
+            f"Of `{self.checkpoint}`, from {self.jepa.observation}. Reaching: {self.num_episodes} episodes, none of which "
+            f"starts at its goal; success: both bobs within {RADII[1]} m of it {REACH_FRAMES} frames "
+            f"({REACH_FRAMES * FRAME_SECONDS:g} s) ahead. Swing-up: {self.num_swing_ups} episodes of {SWING_SECONDS:g} s. "
+            "Standard errors are binomial: 0 says only that all episodes went one way. All plans, the oracle's too, are "
+            "made by the same search. Roll-outs: rollouts.png."
+        )
+        save_report(self._directory, report, "Planning", notes, planning_table(report))
+
+    def _generator(self, *key: int) -> torch.Generator:
+        data: Any = self.trainer.datamodule
+        return seeded_generator(data.seed, *key)
+
+    def _imagination(self, data: Any, task: Task) -> Imagination:
+        return Imagination(self.jepa, windows_of(data, task.goals).to(self.device), self.planner)
+
+    def reaching(self, data: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Figures of the first task, and films of its first episodes."""
+        steps = REACH_FRAMES // data.stride
+        task = reaching_task(data, self.num_episodes, steps, RADII[1], self._generator(TASK_STREAM, 0))
+        goals = task.goals[:, -1]
+
+        def planning(look: Any, every: int, device: Any = "cpu") -> Planning:
+            generator = torch.Generator(device).manual_seed(data.seed)
+            return Planning(self.planner, look, steps, generator, deadline=steps, every=every)
+
+        def knowing(noise: tuple[float, float], every: int) -> Planning:
+            return planning(Oracle(goals, noise, self._generator(CONTROL_STREAM, 1)), every)
+
+        replanning = planning(self._imagination(data, task), 1, self.device)
+        once = planning(self._imagination(data, task), steps, self.device)
+        controllers: dict[str, Controller] = {
+            "success": replanning,
+            "one_plan": once,
+            "zero_torque": Zero(),
+            "random_torque": Random(self._generator(CONTROL_STREAM, 0)),
+            "oracle": knowing((0.0, 0.0), steps),
+            "noisy_oracle": knowing(ORACLE_NOISE, steps),
+            "noisy_oracle_replanning": knowing(ORACLE_NOISE, 1),
+        }
+        figures: dict[str, Any] = {"episodes": self.num_episodes}
+        standard_errors, at_radius, seconds = {}, {}, {}
+        films: list[np.ndarray] = []
+        for name, controller in controllers.items():
+            began = time.monotonic()
+            world = run(data, task, controller, steps)
+            seconds[name] = time.monotonic() - began
+            farther = distances(data, world.states, goals).amax(dim=-1)  # (E,)
+            rates = {str(radius): (farther < radius).double().mean().item() for radius in RADII}
+            figures[name], at_radius[name] = rates[str(RADII[1])], rates
+            standard_errors[name] = math.sqrt(figures[name] * (1 - figures[name]) / self.num_episodes)
+            rank_zero_info(f"reaching, {name}: {figures[name]:.2f} of {self.num_episodes} ({seconds[name]:.0f} s)")
+            if name == "one_plan" and self.decoder is not None:
+                self._show_plan(data, world, task, once)
+                films = [self._film(data, world, task, once, e, "imagined at frame 0") for e in range(min(4, len(goals)))]
+        figures["standard_error"] = standard_errors.pop("success")
+        figures |= {"standard_errors": standard_errors, "at_radius": at_radius}
+        figures["seconds_per_plan"] = seconds["one_plan"] / self.num_episodes
+        return figures, films
+
+    def standing(self, data: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Figures of the second task, and a film of its first episode."""
+        steps = round(SWING_SECONDS / FRAME_SECONDS / data.stride)
+        task = standing_task(data, self.num_swing_ups, self.tip, self._generator(TASK_STREAM, 1))
+        generator = torch.Generator(self.device).manual_seed(data.seed)
+        planning = Planning(self.planner, self._imagination(data, task), SWING_HORIZON, generator)
+        figures: dict[str, Any] = {"episodes": self.num_swing_ups, "goal": list(self.tip)}
+        film = None
+        controllers: dict[str, Controller] = {
+            "success": planning,
+            "zero_torque": Zero(),
+            "random_torque": Random(self._generator(CONTROL_STREAM, 2)),
+        }
+        for name, controller in controllers.items():
+            world = run(data, task, controller, steps)
+            tips = data.pendulum.positions(world.frames)[..., 2:]  # (E, F, 2)
+            away = (tips - tips.new_tensor(self.tip)).norm(dim=-1).amin(dim=1)
+            highest = tips[..., 1].amax(dim=1)
+            succeeded = (highest > TIP_HEIGHT * sum(data.pendulum.lengths)) if self.goal is None else (away < RADII[1])
+            figures[name] = succeeded.double().mean().item()
+            rank_zero_info(f"swing-up, {name}: {figures[name]:.2f} of {self.num_swing_ups}")
+            if name == "success":
+                figures["standard_error"] = math.sqrt(figures[name] * (1 - figures[name]) / self.num_swing_ups)
+                figures |= {"median_highest": highest.median().item(), "median_nearest": away.median().item()}
+                if self.decoder is not None:
+                    film = self._film(data, world, task, planning, 0, "imagined a step before")
+        return figures, film
+
+    def _images(
+        self, data: Any, world: World, task: Task, planning: Planning, episode: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What happened in an episode (F, C, S, S), what was imagined of each window (T, C, S, S), the goal (C, S, S)."""
+        assert self.decoder is not None
+        happened = self._draw(world.frames[episode, data.history - 1 :])
+        begin = self.jepa.encode(windows_of(data, task.starts[episode : episode + 1]).to(self.device))[0]  # (1, D)
+        imagined = self.decoder.decode(torch.cat([begin, *(part[episode] for part in planning.imagined)]))
+        return happened, imagined, self._draw(task.goals[episode, -1])
+
+    def _film(self, data: Any, world: World, task: Task, planning: Planning, episode: int, title: str) -> np.ndarray:
+        """Three panels; what was imagined stands still until the next window."""
+        happened, imagined, goal = self._images(data, world, task, planning, episode)
+        shown = torch.arange(len(happened)) // data.stride
+        return side_by_side({"what happened": happened, title: imagined[shown], "goal": goal.expand_as(happened)})
+
+    def _show_plan(self, data: Any, world: World, task: Task, planning: Planning) -> None:
+        """Write plan.png, the first episode at each window, and show the same figure."""
+        happened, imagined, goal = self._images(data, world, task, planning, 0)
+        rows = {"what happened": happened[:: data.stride], "imagined": imagined, "goal": goal.expand_as(imagined)}
+        figure = rows_figure(rows)
+        figure.savefig(self._directory / "plan.png")
+        show(self.trainer, "plan/first episode", figure)

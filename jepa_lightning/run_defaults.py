@@ -1,0 +1,57 @@
+"""What a probe takes over from the run that it reads: its data, and a place in its directory."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jepa_lightning import probes
+from jepa_lightning.weights.runs import data_of, run_directory
+
+
+def default_run_directory(model: Any) -> Path:
+    """Where a run is written if nobody says so: runs/CLASS, and for a probe a folder in the run directory of its JEPA."""
+    kind = model.class_path.rsplit(".", 1)[-1]
+    checkpoint = model.get("init_args", {}).get("checkpoint")
+    probed = run_directory(checkpoint) if checkpoint else None
+    if probed is None:
+        return Path("runs") / kind
+    modules = {cls.__name__: cls.__module__.rsplit(".", 1)[-1] for cls in vars(probes).values() if isinstance(cls, type)}
+    return probed / modules.get(kind, kind)
+
+
+def with_data_of_the_run(args: list[str]) -> list[str]:
+    """Arguments of a probe, with the data module of the run that it reads in front, which all others may change.
+
+    Args:
+        args: As they were given. Where they choose a class of data, or where the run's config.yaml is not there, they stay
+            as they are.
+    """
+    checkpoint, chosen = None, False
+    for name, value in options(args):
+        content: Any = {}
+        if name in ("-c", "--config") and Path(value).is_file():
+            try:
+                content = yaml.safe_load(Path(value).read_text())
+            except yaml.YAMLError:
+                return args  # the parser says what is wrong with it
+        elif name in ("--model.checkpoint", "--model.init_args.checkpoint"):
+            content = {"model": {"init_args": {"checkpoint": value}}}
+        elif name in ("--data", "--data.class_path"):
+            chosen = True
+        if isinstance(content, dict):
+            model, data = content.get("model"), content.get("data")
+            chosen = chosen or (isinstance(data, dict) and "class_path" in data)
+            given = model.get("init_args") if isinstance(model, dict) else None
+            checkpoint = (given.get("checkpoint") if isinstance(given, dict) else None) or checkpoint
+    data = None if chosen or not checkpoint else data_of(checkpoint)
+    return args if data is None else [args[0], "--data", json.dumps(data), *args[1:]]
+
+
+def options(args: list[str]) -> Iterator[tuple[str, str]]:
+    """Names and values of --name=value and --name value, in order."""
+    for name, following in zip(args, [*args[1:], ""], strict=True):
+        if name.startswith("-"):
+            yield tuple(name.split("=", 1)) if "=" in name else (name, following)  # type: ignore[misc]
