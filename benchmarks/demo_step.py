@@ -1,4 +1,4 @@
-"""Seconds per step of the demo, on a quiet machine and beside one busy process, here and at another commit, in turns.
+"""Seconds per step of the demo, on a quiet machine and next to one busy process, here and at another commit, in turns.
 
     git worktree add ../before 365b48d
     python benchmarks/demo_step.py --before ../before

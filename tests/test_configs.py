@@ -125,7 +125,7 @@ FEW_STEPS = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", 
 
 @pytest.fixture
 def few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An IWM is judged on few versions of few images."""
+    """An IWM is evaluated on few versions of few images."""
     monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
     monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
 
