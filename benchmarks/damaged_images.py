@@ -55,15 +55,15 @@ def damaged(ending: str, random: np.random.Generator) -> tuple[bytes, bool]:
     else:
         pixels = random.integers(0, 256, (2, 2, 4 if mode[-1] == "A" else 3), dtype=np.uint8)
         image = Image.fromarray(pixels).resize((int(width), int(height))).convert(mode)
-    tagged, spoilt = ending in WITH_EXIF and random.random() < 0.9, False
+    tagged, degraded = ending in WITH_EXIF and random.random() < 0.9, False
     if tagged:
         block = exif_block(random, nested=ending != "tif")  # libtiff does not write those
-        spoilt = ending != "tif" and random.random() < 0.5  # nor a damaged block
-        way = way | {"exif": damage(block, random) if spoilt else block}
+        degraded = ending != "tif" and random.random() < 0.5  # nor a damaged block
+        way = way | {"exif": damage(block, random) if degraded else block}
     file = io.BytesIO()
     image.save(file, "JPEG" if ending == "jpg" else "TIFF" if ending == "tif" else ending, **way)
     content = file.getvalue()
-    return content if spoilt and random.random() < 0.5 else damage(content, random), tagged
+    return content if degraded and random.random() < 0.5 else damage(content, random), tagged
 
 
 def exif_block(random: np.random.Generator, nested: bool) -> bytes:
@@ -110,7 +110,7 @@ def flip_bit(content: bytes, start: int, random: np.random.Generator) -> bytes:
 
 
 def extreme(content: bytes, start: int, random: np.random.Generator) -> bytes:
-    """A number of two or four bytes is the greatest, the least, or none."""
+    """A number of two or four bytes is the largest, the smallest, or none."""
     value = [0, 1, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF][random.integers(7)]
     order = "<>"[random.integers(2)]
     new = struct.pack(order + "H", value) if value <= 0xFFFF and random.random() < 0.5 else struct.pack(order + "I", value)
@@ -187,7 +187,7 @@ def main(num_files: int, seed: int) -> int:
                     continue
             if image is not None:
                 whole = image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3 and image.numel()
-                outcomes[ending]["read" if whole and not said else "NO PICTURE"] += 1
+                outcomes[ending]["read" if whole and not said else "NO IMAGE"] += 1
             elif len(said) == 1 and said[0].category is UnreadableImageWarning:
                 outcomes[ending][str(said[0].message).rsplit(" is left out (", 1)[-1].split(":")[0]] += 1
             else:
@@ -197,7 +197,7 @@ def main(num_files: int, seed: int) -> int:
     print(f"| | {' | '.join(endings)} | all |\n| :-- | {' | '.join(['--:'] * (len(endings) + 1))} |")
     for name, count in total.most_common():
         print(f"| {name} | {' | '.join(str(outcomes[ending][name]) for ending in endings)} | {count} |")
-    failed = sum(total[name] for name in ("LEFT THE READER", "NO PICTURE", "NOT NAMED"))
+    failed = sum(total[name] for name in ("LEFT THE READER", "NO IMAGE", "NOT NAMED"))
     print(f"{failed} exceptions left the reader or were not named.")
     return failed
 

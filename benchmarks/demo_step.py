@@ -1,4 +1,4 @@
-"""Seconds per step of the demo, on a quiet machine and beside one busy process, here and at another commit, in turns.
+"""Seconds per step of the demo, on a quiet machine and next to one busy process, here and at another commit, in turns.
 
     git worktree add ../before 365b48d
     python benchmarks/demo_step.py --before ../before
@@ -39,6 +39,7 @@ class StepTimes(Callback):
 
 def step_seconds(tree: Path, steps: int, extra: list[str]) -> float:
     """Of the demo in a checkout."""
+    (config,) = (path for path in (tree / "configs").rglob("demo.yaml"))  # older checkouts have it in another folder
     command = [sys.executable, "-m", "jepa_lightning", "fit", "--config", str(config), *extra]
     command += ["--trainer.max_epochs=-1", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0"]
     command += ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]

@@ -216,7 +216,7 @@ def campaign_run(scenario: Scenario, kind: str, whole: dict[str, Any], folder: P
             continue
         try:
             arguments = command(scenario, root, data, rng)
-            # Under SLURM the same command goes on by itself; otherwise it is told to.
+            # Under SLURM the same command goes on by itself; otherwise it is given --ckpt_path.
             finish(
                 arguments if kind == "SIGUSR1" and requeued(root) else [*arguments, "--ckpt_path", "auto"], root, environment
             )

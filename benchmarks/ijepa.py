@@ -1,4 +1,4 @@
-"""Speed of I-JEPA's masks, input pipeline and training step, beside plain references in the same run.
+"""Speed of I-JEPA's masks, input pipeline and training step, compared with plain references in the same run.
 
     python benchmarks/ijepa.py [--full]
 
@@ -34,7 +34,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """The least time of several calls; the first call warms up and does not count."""
+    """The minimum time of several calls; the first call warms up and does not count."""
     function()
     times = []
     for _ in range(repeats):

@@ -3,9 +3,9 @@
     python benchmarks/modes.py [--steps 1000] [--encoders cnn mlp vit] [--auxiliary VICReg "DINO centering"]
 
 Prints a Markdown table, a row as soon as its run has ended: linear R2 of held-out trajectories from the target encoder
-(the least of sines and cosines, then both velocities), error of the features 3 steps ahead over persistence and over that
-under another trajectory's actions, RankMe (of 32), and whether the collapse alarm was on at the end. The first row of an
-encoder is the untrained one. 32-pixel images, one seed.
+(the lowest of sines and cosines, then both velocities), error of the embeddings 3 steps ahead over persistence and over
+that under another trajectory's actions, RankMe (of 32), and whether the collapse alarm was on at the end. The first row of
+an encoder is its random-initialization baseline. 32-pixel images, one seed.
 """
 
 import argparse
@@ -92,7 +92,7 @@ if __name__ == "__main__":
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # the alarm's among them, which is a column
     print(
-        "| encoder | target mode | auxiliary loss | angles, least R2 | R2 of velocities | error / persistence | "
+        "| encoder | target mode | auxiliary loss | angles, lowest R2 | R2 of velocities | error / persistence | "
         "error / with other actions | RankMe | alarm |\n| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: |",
         flush=True,
     )
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     )
     for encoder in arguments.encoders:
         figures, _ = run(data, encoder, "vjepa2", AUXILIARY["none"], 0)
-        print(row(encoder, "-", "untrained", figures, False), flush=True)
+        print(row(encoder, "-", "random initialization", figures, False), flush=True)
         for auxiliary in arguments.auxiliary:
             for mode in ("vjepa2", "default", "none") if auxiliary != "none" else ("vjepa2", "none"):  # "default" is refused
                 figures, alarm = run(data, encoder, mode, AUXILIARY[auxiliary], arguments.steps)

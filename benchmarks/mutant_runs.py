@@ -1,4 +1,4 @@
-"""Mutants judged by tests: a process is forked for each, in which the changed module takes the place of the real one."""
+"""Mutants run against tests: a process is forked for each, in which the changed module takes the place of the real one."""
 
 import atexit
 import contextlib
@@ -36,7 +36,7 @@ PRELOADED = (
 ).split()
 """Libraries that take long to load, and none of our own packages."""
 
-LEAST_TIMEOUT, TIMEOUT_FACTOR = 60, 10
+MIN_TIMEOUT, TIMEOUT_FACTOR = 60, 10
 """Seconds that a mutant may take, and how many times as long as its tests take without a change, if that is more."""
 
 BROKEN = 99
@@ -60,7 +60,7 @@ class Recorder:
     """A pytest plugin: which functions of a file each test enters, and how long it takes.
 
     Args:
-        file: Of the module.
+        file: File of the module.
     """
 
     def __init__(self, file: Path) -> None:
@@ -177,12 +177,12 @@ def digest(files: list[str]) -> str:
     return hashlib.sha256(b"\0".join((ROOT / file).read_bytes() for file in files)).hexdigest()[:16]
 
 
-class Judge:
+class Verdicts:
     """The tests of one module.
 
     Args:
         module: Path of the file.
-        files: Of tests.
+        files: Files of tests.
 
     Raises:
         RuntimeError: A test fails without any change.
@@ -227,7 +227,7 @@ class Judge:
                 sys.meta_path.insert(0, ChangedModule(mutant))
             return int(pytest.main(["-x", *OPTIONS, *names]))
 
-        code = in_a_fork(work, max(LEAST_TIMEOUT, TIMEOUT_FACTOR * seconds), LOG)
+        code = in_a_fork(work, max(MIN_TIMEOUT, TIMEOUT_FACTOR * seconds), LOG)
         if code == BROKEN and mutant is None:  # a mutant may break pytest itself, in what runs when it ends
             raise RuntimeError(f"pytest did not run:\n{LOG.read_text()[-3000:]}")
         return code

@@ -21,7 +21,7 @@ import time
 import tomllib
 from collections import defaultdict
 
-from mutant_runs import KEPT, ROOT, Judge, preload
+from mutant_runs import KEPT, ROOT, Verdicts, preload
 from mutants import Mutant, mutants
 
 
@@ -69,13 +69,13 @@ def main() -> None:
     total, number, began = sum(map(len, chosen.values())), 0, time.monotonic()
     verdicts: dict[str, list[tuple[Mutant, str]]] = defaultdict(list)
     for module, its_mutants in chosen.items():
-        judge = Judge(module, modules[module])
+        runner = Verdicts(module, modules[module])
         for mutant in its_mutants:
             number += 1
             key = hashlib.sha256(f"{module}\0{mutant.source}".encode()).hexdigest()[:16]
             known = results.get(key)
-            if known is None or (known["verdict"] in ("survived", "unreached") and known["tests"] != judge.fingerprint):
-                known = {"key": key, "tests": judge.fingerprint, "verdict": judge.verdict(mutant)}
+            if known is None or (known["verdict"] in ("survived", "unreached") and known["tests"] != runner.fingerprint):
+                known = {"key": key, "tests": runner.fingerprint, "verdict": runner.verdict(mutant)}
                 with results_file.open("a") as file:
                     file.write(json.dumps(known) + "\n")
                 minutes = (time.monotonic() - began) / 60

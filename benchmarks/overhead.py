@@ -1,10 +1,10 @@
-"""What a run waits for beside its steps: the start of an epoch, and the writing of a checkpoint.
+"""What a run waits for besides its steps: the start of an epoch, and the writing of a checkpoint.
 
     python benchmarks/overhead.py                      # 12 workers, 1 GB
     python benchmarks/overhead.py --workers 4 --gigabytes 0.2
 
-* Start of an epoch: until its first batch is there, with workers that live as long as the run, and beside them, as it was
-  before, with workers that are started anew for each epoch.
+* Start of an epoch: until its first batch is there, with workers that live as long as the run, compared with workers that
+  are started anew for each epoch, as it was before.
 * Writing: how long training waits for a checkpoint of random weights, with our writer, with the same inside of Lightning's
   AsyncCheckpointIO, and with Lightning's own writer as the reference; in turns. The disk counts, and so does what else it
   does.
@@ -71,7 +71,7 @@ def write_times(root: Path, gigabytes: float) -> dict[str, list[float]]:
 
 def table(title: str, found: dict[str, list[float]], first: str) -> None:
     """Medians and ratios, taken round by round."""
-    print(f"\n| {title} | median s (least, greatest) | over {first} |\n| :-- | --: | --: |")
+    print(f"\n| {title} | median s (minimum, maximum) | over {first} |\n| :-- | --: | --: |")
     for name, seconds in found.items():
         ratio = statistics.median(a / b for a, b in zip(seconds, found[first], strict=True))
         print(f"| {name} | {statistics.median(seconds):.3f} ({min(seconds):.3f}, {max(seconds):.3f}) | {ratio:.2f} |")

@@ -1,9 +1,9 @@
-"""Speed of the pendulum's physics and renderer, beside plain references measured in the same run.
+"""Speed of the pendulum's physics and renderer, compared with plain references measured in the same run.
 
     python benchmarks/pendulum_data.py
 
 The references are what one writes first: a Python loop over trajectories with a Runge-Kutta step on four floats, and a
-drawing per frame with PIL. Each is timed on a part of the work and scaled up. Everything runs on one thread but the
+drawing per frame with PIL. Each is timed on a fraction of the work and scaled up. Everything runs on one thread but the
 training step, whose data share is measured on all of them.
 """
 
@@ -29,7 +29,7 @@ TRAJECTORIES, FRAMES, SIZE = 10_000, 30, 64
 
 
 def best_of(function: Callable[[], object], repeats: int = 5) -> float:
-    """Least seconds of several calls: what the machine can do when nobody disturbs it."""
+    """Minimum seconds of several calls: what the machine can do when nobody disturbs it."""
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -107,7 +107,7 @@ def rendering(states: torch.Tensor) -> None:
 
 
 def share_of_training(threads: int, config: str, clip_length: int, **model_arguments: Any) -> None:
-    """What part of a training step the data takes: cutting the clips, drawing, stacking windows."""
+    """What fraction of a training step the data takes: cutting the clips, drawing, stacking windows."""
     torch.set_num_threads(threads)
     data, model = DoublePendulum(clip_length=clip_length), PendulumJEPA(**model_arguments)
     parameters = [*model.context_encoder.parameters(), *model.predictor.parameters()]
@@ -136,7 +136,7 @@ def share_of_training(threads: int, config: str, clip_length: int, **model_argum
 
 
 def main() -> None:
-    """Print every figure beside its reference."""
+    """Print every figure next to its reference."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rendering(physics())

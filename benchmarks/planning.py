@@ -1,4 +1,4 @@
-"""Time of a plan in feature space, batched over episodes, beside a plain loop and the bare matrix products.
+"""Time of a plan in latent space, batched over episodes, compared with a plain loop and the bare matrix products.
 
     python benchmarks/planning.py
 
@@ -24,8 +24,8 @@ def plain_plan(jepa: PendulumJEPA, start: Tensor, goal: Tensor, planner: Planner
     mean, std = torch.zeros(STEPS, 2), torch.full((STEPS, 2), planner.initial_std)
     for _ in range(planner.num_iterations):
         actions = (mean + std * torch.randn(planner.num_samples, STEPS, 2)).clamp(-1, 1)
-        imagined = jepa.forecast(start.expand(planner.num_samples, -1), STEPS, actions)
-        costs = (imagined[:, -1] - goal).square().mean(dim=-1)
+        predicted = jepa.forecast(start.expand(planner.num_samples, -1), STEPS, actions)
+        costs = (predicted[:, -1] - goal).square().mean(dim=-1)
         elites = actions[costs.argsort()[: planner.num_elites]]
         mean, std = elites.mean(dim=0), elites.std(dim=0)
     return mean

@@ -1,4 +1,4 @@
-"""Time to find the images of a folder, beside `Path.rglob`, in turns in one run.
+"""Time to find the images of a folder, compared with `Path.rglob`, in turns in one run.
 
     python benchmarks/scan.py [--files 1280000] [--classes 1000] [--folder DIR]
 
@@ -23,7 +23,7 @@ def by_rglob(folder: Path) -> list[bytes]:
 
 
 def main(num_files: int, num_classes: int, parent: str | None) -> None:
-    """Print the least time of three turns each."""
+    """Print the minimum time of three turns each."""
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         start = time.perf_counter()
         for label in range(num_classes):

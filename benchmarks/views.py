@@ -1,4 +1,4 @@
-"""Cost of IWM's pairs of views, beside I-JEPA's pipeline and torchvision's bare transforms in the same run.
+"""Cost of IWM's pairs of views, compared with I-JEPA's pipeline and torchvision's bare transforms in the same run.
 
 python benchmarks/views.py
 """
@@ -22,7 +22,7 @@ def bench_views(side: int) -> None:
     """From 500-pixel JPEGs to pairs of views of `side` pixels, one core."""
     size, views = (side, side), Views()
     jitter = v2.RandomApply([v2.ColorJitter(*views.ranges)], views.jitter_probability)
-    spoil = v2.Compose(
+    degrade = v2.Compose(
         [
             jitter,
             v2.RandomGrayscale(views.grayscale_probability),
@@ -47,7 +47,7 @@ def bench_views(side: int) -> None:
 
         def bare() -> None:
             for crop in crops:
-                jitter(crop), spoil(crop)
+                jitter(crop), degrade(crop)
 
         crops = plain.__getitems__([(0, index) for index in whole]).images
         # In turns, so that a busy machine slows all of them.

@@ -8,13 +8,13 @@ from torch import distributed
 
 
 class Agreement:
-    """The greatest of the processes' numbers, known to all of them one call later.
+    """The maximum of the processes' numbers, known to all of them one call later.
 
     Each call starts an exchange over the network that the next call reads, so no process waits for the slowest one, and no
     GPU takes part. A process on its own has its answer at once.
 
     Args:
-        trainer: Of the run. All processes make their agreements in the same order.
+        trainer: Trainer of the run. All processes make their agreements in the same order.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -24,14 +24,14 @@ class Agreement:
             self._group: Any = distributed.new_group(backend="gloo")  # on the CPU, also where the gradients are not
 
     def __call__(self, number: int) -> int:
-        """Tell one's own number, and hear the greatest of those that were told in the call before; 0 in the first call."""
+        """Give one's own number, and get the maximum of those that were given in the call before; 0 in the first call."""
         if self.alone:
             return number
         answer = 0
         if self._asked is not None:
-            told, exchange = self._asked
+            maximum, exchange = self._asked
             exchange.wait()
-            answer = int(told)
+            answer = int(maximum)
         mine = torch.tensor(number)
         work: Any = distributed.all_reduce(mine, distributed.ReduceOp.MAX, group=self._group, async_op=True)
         self._asked = (mine, work)

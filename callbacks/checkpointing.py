@@ -91,8 +91,8 @@ class BestCheckpoint(RunCheckpoint):
     healthy run, and it is smallest where all embeddings are the same.
 
     Args:
-        monitor: Name of the figure. If left out, the module's `best_metric`; without that there is no best.ckpt.
-        mode: Whether the figure is to be small or great; that of the module's figure if left out.
+        monitor: Name of the validation figure. If left out, the module's `best_metric`; without that there is no best.ckpt.
+        mode: Whether the minimum or the maximum of the figure is best; as the module says if left out.
     """
 
     def __init__(self, monitor: str | None = None, mode: Literal["min", "max"] | None = None) -> None:
@@ -127,16 +127,16 @@ class LastCheckpoint(RunCheckpoint):
     It is written now and then, at the end of training, and when `Preemption` asks for it. Resume with --ckpt_path last.
 
     Args:
-        every_n_train_steps: Optimizer steps between two writes, instead of a time.
-        every_minutes: Between two writes: what a kill can cost. Rarer where writing takes long, so that it takes no more
-            than a twentieth of the time.
+        every_n_train_steps: Number of optimizer steps between two writes, instead of a time.
+        every_minutes: Minutes between two writes, which is what a kill can cost; more where writing takes long, so that
+            it takes no more than a twentieth of the time.
 
     Raises:
         ValueError: An interval that is not positive.
     """
 
     MAX_SHARE = 0.05
-    """Of the time that may go into writing."""
+    """Maximum fraction of the time that goes into writing."""
 
     def __init__(self, every_n_train_steps: int | None = None, every_minutes: float = 1.0) -> None:
         if every_n_train_steps is not None and every_n_train_steps < 1:
@@ -191,14 +191,14 @@ class LastCheckpoint(RunCheckpoint):
         """Write last.ckpt now, unless this step has been written.
 
         Args:
-            trainer: Of the run; all processes call this in the same step.
-            must: Raise what went wrong.
+            trainer: Trainer of the run; all processes call this in the same step.
+            must: Whether to raise what went wrong.
 
         Returns:
             Its path.
 
         Raises:
-            OSError: It could not be written, and must be.
+            OSError: The checkpoint could not be written, and must be.
         """
         path = os.path.join(str(self.dirpath), "last.ckpt")
         if trainer.global_step == self._written_step:

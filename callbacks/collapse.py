@@ -11,13 +11,13 @@ COPIES_UP_TO = 1.1
 """Up to this persistence ratio a predictor that should do better copies; beyond it, it does worse than that."""
 
 SCALE_TERMS = ("std", "gauss")
-"""Terms of regularizers that keep features from shrinking."""
+"""Terms of regularizers that keep embeddings from shrinking."""
 
 SPREAD_TERMS = ("cov", "redundancy", "gauss")
-"""Terms of regularizers that keep features from varying together."""
+"""Terms of regularizers that keep embeddings from varying together."""
 
 SLOWNESS_TERMS = ("curvature", "sim")
-"""Terms of regularizers that slow features down in time."""
+"""Terms of regularizers that slow embeddings down in time."""
 
 CALMER = "lower model.learning_rate or set trainer.gradient_clip_val"
 
@@ -26,27 +26,27 @@ NO_REGULARIZER = {
     "default": ("only inverse_dynamics", ""),
     "none": ("in model.target_mode=none nothing", ", or model.target_mode to vjepa2"),
 }
-"""By target mode: what keeps features apart without a regularizer, and what else could. JEPAs of images have the first."""
+"""By target mode: what keeps embeddings apart without a regularizer, and what else could. JEPAs of images have the first."""
 
 
 class CollapseWarning(UserWarning):
-    """The features are collapsing."""
+    """The embeddings are collapsing."""
 
 
 class CollapseAlarm(Callback):
-    """Read the feature statistics of each validation and say in words when they show a collapse.
+    """Read the statistics of the embeddings at each validation and say in words when they show a collapse.
 
-    A JEPA can make its loss small by mapping every input to the same feature. None of these signs is proof of a good
+    A JEPA can make its loss small by mapping every input to the same embedding. None of these signs is proof of a good
     representation (only a probe is), but each is proof of a bad one.
 
     Args:
-        min_feature_std: Least mean standard deviation of a feature over the validation set.
-        min_rankme: Least RankMe, the effective number of dimensions in use.
-        max_largest_eigenvalue_share: Greatest share of the total variance in a single direction.
-        max_persistence_ratio: Greatest prediction error relative to that of predicting no change at all, at the
+        min_feature_std: Minimum of the mean standard deviation of an embedding dimension over the validation set.
+        min_rankme: Minimum RankMe, the effective number of dimensions in use.
+        max_largest_eigenvalue_share: Maximum share of the total variance in a single direction.
+        max_persistence_ratio: Maximum prediction error relative to that of predicting no change at all, at the
             farthest predicted step. Near 1 the predictor has learned only to copy; far above it, nothing yet.
-        grace_steps: Optimizer steps before the first judgement: a fresh encoder has small features.
-        action: "warn" goes on, "stop" ends training after the validation at which the alarm fired.
+        grace_steps: Number of optimizer steps before the first check: a fresh encoder has small embeddings.
+        action: What an alarm does: "warn" goes on, "stop" ends training after the validation at which it fired.
 
     Raises:
         ValueError: A negative `grace_steps`.
@@ -83,17 +83,17 @@ class CollapseAlarm(Callback):
         known = without_prefix(metrics)
         signs = self._signs(known)
         if any(math.isnan(known[name]) for name in signs.keys() - {"persistence_ratio"}):
-            return [f"features that are not finite: {CALMER}, or train in a wider precision"]
+            return [f"embeddings that are not finite: {CALMER}, or train in a wider precision"]
         found = []
         if "feature_std" in signs:
-            found += self._against("features from shrinking", SCALE_TERMS, module)
+            found += self._against("embeddings from shrinking", SCALE_TERMS, module)
             if "rankme" in known and not {"rankme", "largest_eigenvalue_share"} & signs.keys():
                 found.append(
                     f"they still vary in many directions (RankMe {known['rankme']:.1f}), so they are small rather than "
-                    "alike: a probe that standardizes features may find them sound"
+                    "alike: a probe that standardizes embeddings may find them sound"
                 )
         if {"rankme", "largest_eigenvalue_share"} & signs.keys():
-            found += self._against("features from varying together", SPREAD_TERMS, module)
+            found += self._against("embeddings from varying together", SPREAD_TERMS, module)
         if "persistence_ratio" in signs:
             found.append(self._against_bad_forecasts(known["persistence_ratio"], module))
         return list(dict.fromkeys(found))
@@ -107,20 +107,20 @@ class CollapseAlarm(Callback):
             (
                 "feature_std",
                 lambda value: value >= self.min_feature_std,
-                f"the mean standard deviation of a feature is {{:.3g}} (healthy: above {self.min_feature_std})",
+                f"the mean standard deviation of an embedding dimension is {{:.3g}} (healthy: above {self.min_feature_std})",
                 "all inputs look alike to the encoder",
             ),
             (
                 "rankme",
                 lambda value: value >= self.min_rankme,
                 f"RankMe is {{:.2f}} (healthy: above {self.min_rankme})",
-                "the features vary in hardly any direction",
+                "the embeddings vary in hardly any direction",
             ),
             (
                 "largest_eigenvalue_share",
                 lambda value: value <= self.max_largest_eigenvalue_share,
                 f"{{:.0%}} of the variance lies in one direction (healthy: below {self.max_largest_eigenvalue_share:.0%})",
-                "the features vary together",
+                "the embeddings vary together",
             ),
             (
                 "persistence_ratio",
@@ -138,7 +138,7 @@ class CollapseAlarm(Callback):
 
     @staticmethod
     def _against(what: str, terms: tuple[str, ...], module: Any) -> list[str]:
-        """How the model could keep features from something: by a term of its regularizer, or by another one."""
+        """How the model could keep embeddings from something: by a term of its regularizer, or by another one."""
         regularizer = getattr(module, "regularizer", None)
         if regularizer is None:
             nothing, remedy = NO_REGULARIZER[getattr(module, "target_mode", "vjepa2")]
@@ -154,7 +154,7 @@ class CollapseAlarm(Callback):
     def _against_bad_forecasts(ratio: float, module: Any) -> str:
         """What to do about a predictor that does not beat a copy."""
         if math.isnan(ratio):
-            return f"a ratio of NaN means features that never change, or forecasts that are not finite: {CALMER}"
+            return f"a ratio of NaN means embeddings that never change, or forecasts that are not finite: {CALMER}"
         if ratio > COPIES_UP_TO:
             rate = getattr(module, "learning_rate", None)
             now = "" if rate is None else f" (now {rate:g})"
@@ -165,7 +165,7 @@ class CollapseAlarm(Callback):
         weights = getattr(getattr(module, "regularizer", None), "weights", {})
         slow = [f"{term} (now {weights[term]:g})" for term in SLOWNESS_TERMS if weights.get(term, 0) > 0]
         lower = f": lower {' and '.join(slow)} in model.regularizer_weights" if slow else ""
-        return f"a predictor that copies needs more steps, or features that change more from one time to the next{lower}"
+        return f"a predictor that copies needs more steps, or embeddings that change more from one time to the next{lower}"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking

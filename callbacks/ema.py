@@ -110,9 +110,9 @@ def update_average(
     Args:
         target: Network whose parameters are averages.
         context: Network of the same shape, sharded alike.
-        momentum: Of the old average, in [0, 1].
-        average: The parameters of `target` by name, of higher precision: these are moved, and `target` takes what they
-            round to.
+        momentum: Weight of the old average, in [0, 1].
+        average: Parameters of `target` by name, of higher precision: these are moved, and `target` takes what they round
+            to.
     """
     targets, contexts = ([local(p) for p in network.parameters()] for network in (target, context))
     if average is None:

@@ -35,7 +35,7 @@ class ErrorLog(Callback):
         self._begun = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if not self._begun or not isinstance(exception, Exception):  # told to end, by a signal or an exit
+        if not self._begun or not isinstance(exception, Exception):  # asked to end, by a signal or an exit
             return
         rank = trainer.global_rank
         path = Path(trainer.default_root_dir) / (f"error-{rank}.log" if rank else "error.log")

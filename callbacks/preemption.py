@@ -1,4 +1,4 @@
-"""Runs that are told to end: finish the step, save, and say by the exit code what happened."""
+"""Runs that are asked to end: finish the step, save, and say by the exit code what happened."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ class Interrupted(SystemExit):
     """The run was ended by a signal; its exit code is 128 plus the signal's number, as a shell would report it.
 
     Args:
-        number: Of the signal.
+        number: Number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -33,7 +33,7 @@ class Interrupted(SystemExit):
 class Preemption(Checkpoint):
     """Answer SIGTERM, SIGUSR1 and Ctrl-C: finish the optimizer step, save, exit with 143, 138 or 130.
 
-    A signal's handler only takes note. At the end of the batch all processes agree that one of them was told to end, and
+    A signal's handler only takes note. At the end of the batch all processes agree that one of them was asked to end, and
     save last.ckpt, or, under SLURM with requeueing and its requeue signal (SIGUSR1 unless the SLURMEnvironment says
     otherwise), an hpc checkpoint, from which the same command goes on when the job has been requeued. The exit code is
     never 0, so that a chain of commands stops. With a single process, a validation is left at its next batch; several
@@ -42,7 +42,7 @@ class Preemption(Checkpoint):
     """
 
     def __init__(self) -> None:
-        self._told = 0
+        self._received = 0
         self._training = False
 
     def _install(self, trainer: Trainer) -> None:
@@ -53,9 +53,9 @@ class Preemption(Checkpoint):
                 signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if not self._training or (number == signal.SIGINT and self._told == signal.SIGINT):
+        if not self._training or (number == signal.SIGINT and self._received == signal.SIGINT):
             raise Interrupted(number)
-        self._told = self._told or number
+        self._received = self._received or number
         hint = ", Ctrl-C again ends without saving" if number == signal.SIGINT else ""
         text = f"\n{signal.Signals(number).name}: ending after this step, and saving{hint}.\n"
         os.write(2, text.encode())  # unlike print, safe in the middle of another print
@@ -66,7 +66,7 @@ class Preemption(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(trainer)
         self._agree = Agreement(trainer)
-        self._told, self._training = 0, True
+        self._received, self._training = 0, True
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
@@ -79,16 +79,16 @@ class Preemption(Checkpoint):
         self._install(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if number := self._agree(self._told):
+        if number := self._agree(self._received):
             self._end(trainer, number)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._told and self._agree.alone and trainer.state.fn == TrainerFn.FITTING:
-            self._end(trainer, self._told)
+        if self._received and self._agree.alone and trainer.state.fn == TrainerFn.FITTING:
+            self._end(trainer, self._received)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._told and self._agree.alone:
-            self._end(trainer, self._told)
+        if self._received and self._agree.alone:
+            self._end(trainer, self._received)
 
     def _end(self, trainer: Trainer, number: int) -> None:
         """Save, have the job requeued if it was the signal for that, and leave."""

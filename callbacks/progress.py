@@ -16,7 +16,7 @@ class ProgressLines(Callback):
     Lightning's progress bar shows nothing there.
 
     Args:
-        every_seconds: Between two lines of training, >= 0. Each validation has a line of its own.
+        every_seconds: Seconds between two lines of training, >= 0. Each validation has a line of its own.
 
     Raises:
         ValueError: `every_seconds` below 0.

@@ -16,9 +16,9 @@ class StepFollower(Callback):
 
     `trainer.global_step` counts more than that: with `precision: 16-mixed`, the gradient scaler leaves out a step whose
     gradients are not finite, and Lightning counts it all the same. A hook on the optimizer itself does not run then, and
-    tells without a wait for the device. (A fused optimizer decides on the device; see `JEPA.configure_optimizers`.)
+    says so without a wait for the device. (A fused optimizer decides on the device; see `JEPA.configure_optimizers`.)
 
-    The count is part of the checkpoint, and so is how far it has followed. A checkpoint that is written in the middle of a
+    A checkpoint holds the count, and how far it has followed. A checkpoint that is written in the middle of a
     step, between the optimizer's and the end of the batch, as a signal's or an exception's handler may do, holds an
     optimizer that is one step ahead; `on_train_start` then makes up for it. A checkpoint without a count is taken to
     have followed each step.

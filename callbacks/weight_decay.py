@@ -16,9 +16,9 @@ class WeightDecaySchedule(StepFollower):
     a gradient scaler leaves out, and in time for `LearningRateMonitor`.
 
     Args:
-        start: At the first optimizer step, >= 0.
-        end: At the last, >= 0.
-        offset: The first optimizer step takes the value of this one; the released I-JEPA counts from 1.
+        start: Weight decay at the first optimizer step, >= 0.
+        end: Weight decay at the last optimizer step, >= 0.
+        offset: Number of the step whose value the first optimizer step takes; the released I-JEPA counts from 1.
 
     Raises:
         ValueError: A negative weight decay.

@@ -11,9 +11,9 @@ __all__ = [
     "DoublePendulum",
     "ImageBatch",
     "ImageFolder",
+    "MultiTask",
     "PendulumBatch",
     "SyntheticImages",
-    "MultiTask",
     "ViewBatch",
     "Views",
 ]

@@ -27,8 +27,8 @@ class PendulumBatch(NamedTuple):
     only: no JEPA sees them in training."""
 
     actions: Tensor | None = None
-    """(B, T - 1, A): what acts from the newest frame of window t until that of window t + 1, torques of shoulder and elbow
-    over their limits, in [-1, 1]. None of a free pendulum."""
+    """(B, T - 1, A): action t, applied from the newest frame of window t until that of window t + 1: torques of shoulder and
+    elbow over their limits, in [-1, 1]. None for a free pendulum."""
 
 
 class ImageBatch(NamedTuple):
@@ -48,13 +48,13 @@ class ViewBatch(NamedTuple):
     """A batch of pairs of views: what IWM learns from."""
 
     sources: Tensor
-    """(B, C, H, W), normalized: what the context encoder sees a part of."""
+    """(B, C, H, W), normalized: the images of which the context encoder sees the visible patches."""
 
     targets: Tensor
-    """(B, C, H, W), normalized: what the target encoder sees."""
+    """(B, C, H, W), normalized: the images that the target encoder sees."""
 
     actions: Tensor
-    """(B, A): what leads from source to target, scalar by scalar as in `datamodules.views`; 0 is no change."""
+    """(B, A): the actions that lead from source to target, scalar by scalar as in `datamodules.views`; 0 is no change."""
 
     images: Tensor | None
     """(B, C, H, W), normalized: the images as they are. None in training, where nobody looks at them."""
@@ -78,12 +78,12 @@ def check_batches(reader: object, data: Any, *readable: type) -> None:
     """Compare what a model or probe reads with what a data module hands out, if that says so in its `batch_type`.
 
     Args:
-        reader: For the message.
-        data: The data module, or None.
-        readable: Kinds of batches that the reader takes.
+        reader: Model or probe that reads the batches, named in the message.
+        data: Data module that yields the batches, or None.
+        readable: Types of batches that the reader takes.
 
     Raises:
-        ValueError: It hands out another kind.
+        ValueError: The data module yields batches of another type.
     """
     theirs = getattr(data, "batch_type", None)
     if theirs is not None and theirs not in readable:

@@ -42,12 +42,12 @@ def read_image(path: str | bytes) -> Tensor:
       (179 million pixels, half a gigabyte) is an error, as Pillow has it; a smaller one is read.
 
     Args:
-        path: As text or, in whichever encoding, as bytes.
+        path: Path of the file, as text or, in whichever encoding, as bytes.
 
     Raises:
-        Exception: It cannot be decoded. Libraries raise nearly every kind for files that are damaged: OSError, SyntaxError,
+        Exception: The file cannot be decoded. Libraries raise nearly every kind for damaged files: OSError, SyntaxError,
             ValueError, struct.error, TypeError, MemoryError, PIL.Image.DecompressionBombError and others.
-        ValueError: Its values are 32-bit integers or floats: no number of theirs is known to be white.
+        ValueError: The values are 32-bit integers or floats, of which no number is known to be white.
     """
     name = os.fsdecode(path)
     with warnings.catch_warnings(action="ignore"), Image.open(name, formats=FORMATS) as image:

@@ -31,10 +31,10 @@ class Clips(Dataset[Tensor]):
     """Random clips of trajectories. Where a clip starts is a function of (seed, epoch, index).
 
     Args:
-        trajectories: (N, T, 4 or 6), see `DoublePendulum.trajectories`.
+        trajectories: Trajectories (N, T, 4 or 6), see `DoublePendulum.trajectories`.
         length: Frames per clip.
-        stride: Clips start at its multiples.
-        seed: Of the starts.
+        stride: Clips start at multiples of this number of frames.
+        seed: Seed of the random starts.
     """
 
     def __init__(self, trajectories: Tensor, length: int, stride: int, seed: int) -> None:
@@ -61,10 +61,10 @@ class Clips(Dataset[Tensor]):
 
 
 class DoublePendulum(SingleLoaderDataModule):
-    """Trajectories of a double pendulum, free or driven by torques, observed as pixels or as coordinates of the two bobs.
+    """Trajectories of a double pendulum, free or actuated by torques, observed as pixels or as coordinates of the two bobs.
 
     Training, validation and test trajectories come from seeds of their own. Initial angles of a free pendulum are uniform
-    in [-pi, pi] and angular velocities in [-2 pi, 2 pi]; `datamodules.torques` says where a driven one starts.
+    in [-pi, pi] and angular velocities in [-2 pi, 2 pi]; `datamodules.torques` says where an actuated one starts.
 
     Actions and frames: window t of a batch ends at its newest frame, and action t begins to act there and lasts until the
     newest frame of window t + 1. So no action has moved anything that its window, or an earlier one, shows.
@@ -77,22 +77,22 @@ class DoublePendulum(SingleLoaderDataModule):
         val_size: Number of validation trajectories.
         test_size: Number of test trajectories.
         test_sequence_length: Frames of a test trajectory.
-        observation: "pixels" draws the pendulum, "coordinates" gives x1, y1, x2, y2 of the bobs in meters.
+        observation: What a frame is: "pixels" draws the pendulum, "coordinates" gives x1, y1, x2, y2 of the bobs in meters.
         history: Consecutive frames per observation. Two are the fewest that contain a velocity.
         image_size: Height and width of an image in pixels.
-        channels: 1 for gray, 3 for RGB.
-        masses: Of the two bobs in kilograms.
-        lengths: Of the two rods in meters.
-        gravity: In meters per second squared.
-        torque_limits: Greatest torques of the shoulder and the elbow in newton meters; the pendulum swings freely if left
+        channels: Number of channels of an image, 1 for gray or 3 for RGB.
+        masses: Masses of the two bobs in kilograms.
+        lengths: Lengths of the two rods in meters.
+        gravity: Gravitational acceleration in meters per second squared.
+        torque_limits: Maximum torques of the shoulder and the elbow in newton meters; the pendulum swings freely if left
             out. Each torque is drawn uniformly between its limits.
-        action_repeat: Frames that a torque is held.
+        action_repeat: Number of frames for which a torque is held.
         stride: Frames from one window to the next, which is the time step of a model. Divides `action_repeat` if the
-            pendulum is driven, so that one action lies between two windows.
+            pendulum is actuated, so that one action lies between two windows.
         batch_size: Trajectories per batch and process.
-        num_workers: Processes that cut clips; the default does it in the training process, which costs less than
+        num_workers: Number of processes that cut clips; 0 cuts them in the training process, which costs less than
             sending them.
-        seed: Of all trajectories, clips and orders.
+        seed: Seed of all trajectories, clips and sample orders.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.
@@ -134,7 +134,7 @@ class DoublePendulum(SingleLoaderDataModule):
         }
         for name, value in counts.items():
             if value < 1:
-                raise ValueError(f"data.{name}={value}: give a whole number of at least 1.")
+                raise ValueError(f"data.{name}={value}: give an integer of at least 1.")
         if seed < 0 or num_workers < 0:
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
         for name, frames in (("sequence_length", sequence_length), ("test_sequence_length", test_sequence_length)):
@@ -209,8 +209,8 @@ class DoublePendulum(SingleLoaderDataModule):
         """Turn frames into observations, on the device where they are.
 
         Args:
-            frames: (B, F, 4 or 6), consecutive ones of `trajectories`, or their bits, as the loaders hand them out. The
-                first starts a window, and without an action the batch has none.
+            frames: Consecutive frames (B, F, 4 or 6) of `trajectories`, or their bits, as the loaders yield them. The first
+                one starts a window; frames without actions make a batch without actions.
 
         Returns:
             A batch of T = (F - history) // stride + 1 windows.
@@ -235,7 +235,7 @@ class DoublePendulum(SingleLoaderDataModule):
         drawn = self.observe(batch)
         if self.trainer is None:
             return drawn
-        # What the networks see is rounded to their precision after it is drawn; what judges them is not rounded at all.
+        # What the networks see is rounded to their precision after it is drawn; the states that evaluate them are not.
         return self.trainer.precision_plugin.convert_input(drawn)._replace(states=drawn.states)
 
     def make_train_loader(self) -> ResumableLoader:

@@ -11,7 +11,7 @@ from datamodules.new_folder import new_folder
 
 DatasetName = Literal["cifar10", "stl10", "imagenette"]
 
-# Name -> the data set's training part and its held-out part, downloaded into a folder.
+# Name -> the data set's training split and its held-out split, downloaded into a folder.
 SOURCES: dict[str, Callable[[str, bool], Any]] = {
     "cifar10": lambda root, train: datasets.CIFAR10(root, train=train, download=True),
     "stl10": lambda root, train: datasets.STL10(root, split="train" if train else "test", download=True),
@@ -27,11 +27,12 @@ def download(name: DatasetName, root: Path) -> None:
     photographs that come as files are copied as they are. STL-10's unlabeled images are left out.
 
     Args:
-        name: "cifar10" (60,000 images of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394 photographs).
+        name: Name of the data set: "cifar10" (60,000 images of 32 pixels), "stl10" (13,000 of 96) or "imagenette" (13,394
+            photographs).
         root: Folder to make.
 
     Raises:
-        ValueError: An unknown name.
+        ValueError: The name is unknown.
     """
     if name not in SOURCES:
         raise ValueError(f"data.download={name!r}: choose one of {', '.join(SOURCES)}.")

@@ -39,10 +39,10 @@ class ImageDataset(Dataset[Any]):
     """Decoded, cropped images, a batch at a time.
 
     Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: First part of each batch's key.
-        unreadable: Which files are known to be bad, shared with all that read the same; flags of its own if left out.
+        samples: Files and their classes.
+        image_size: Height H and width W in pixels.
+        seed: First element of each batch's key.
+        unreadable: Flags of the files that cannot be decoded, shared with all that read the same; new ones if left out.
     """
 
     def __init__(
@@ -100,13 +100,13 @@ class TrainingImages(ImageDataset):
     """Random crops, and flips if asked for, that are functions of (seed, epoch, index).
 
     Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: Of crops and flips.
-        crop_scale: Area of a crop, least and greatest fraction of the image.
-        flip: Probability of a mirror image.
-        rand_augment: Two random distortions per image.
-        unreadable: As in `ImageDataset`.
+        samples: Files and their classes.
+        image_size: Height H and width W in pixels.
+        seed: Seed of the random crops and flips.
+        crop_scale: Minimum and maximum area of a crop, as fractions of the image.
+        flip: Probability of a horizontal flip.
+        rand_augment: Whether to apply two random distortions per image (RandAugment).
+        unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
     """
 
     def __init__(
@@ -138,11 +138,11 @@ class TrainingViews(ImageDataset):
     """Random pairs of views that are functions of (seed, epoch, index).
 
     Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: Of the views.
-        maker: Makes them.
-        unreadable: As in `ImageDataset`.
+        samples: Files and their classes.
+        image_size: Height H and width W in pixels.
+        seed: Seed of the random views.
+        maker: Maker of the pairs of views.
+        unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
     """
 
     def __init__(
@@ -222,11 +222,11 @@ class HeldOutViews(HeldOutImages):
     Geometric views are crops of the whole image, as in training.
 
     Args:
-        samples: Files and classes.
-        image_size: H and W in pixels.
-        seed: Of the views.
-        maker: Makes them.
-        unreadable: As in `ImageDataset`.
+        samples: Files and their classes.
+        image_size: Height H and width W in pixels.
+        seed: Seed of the random views.
+        maker: Maker of the pairs of views.
+        unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
     """
 
     def __init__(

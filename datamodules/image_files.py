@@ -1,4 +1,4 @@
-"""Which images a folder holds, which class each is of, and which part of them is asked for."""
+"""Which images a folder holds, which class each is of, and which of them are asked for."""
 
 import os
 from collections import Counter
@@ -39,7 +39,7 @@ class Scan(NamedTuple):
     """Other files, by ending in small letters; "" for none."""
 
     num_loose: int
-    """Files beside the class folders."""
+    """Number of files next to the class folders."""
 
 
 def scan(folder: Path, classes: list[str] | None = None) -> Scan:
@@ -49,8 +49,8 @@ def scan(folder: Path, classes: list[str] | None = None) -> Scan:
     in circles.
 
     Args:
-        folder: To be read.
-        classes: Those that must be there, by name; whatever is there if left out.
+        folder: Folder to be read.
+        classes: Names of the classes that must be there; whichever are there if left out.
 
     Raises:
         FileNotFoundError: No such folder.
@@ -96,8 +96,8 @@ def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], C
     """Paths of all images below a folder, in the order of their bytes, and how many other files there are by ending.
 
     Args:
-        folder: To be read, with all that is below it.
-        outside: A folder that is not read, wherever a link may lead.
+        folder: Folder to be read, with all that is below it.
+        outside: Folder that is not read, wherever a link may lead.
     """
     found: list[bytes] = []
     others: list[bytes] = []
@@ -150,7 +150,7 @@ def describe(folder: Path, found: Scan) -> tuple[str, str]:
         counts = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in most_first)
         left_out.append(f"files with other endings than {' '.join(EXTENSIONS)}: {counts}")
     if found.num_loose:
-        left_out.append(f"loose files beside class folders: {found.num_loose}")
+        left_out.append(f"loose files next to class folders: {found.num_loose}")
     return holds, f"Left out of {printable(folder)}: {'; '.join(left_out)}." if left_out else ""
 
 
@@ -158,8 +158,8 @@ def read_list(file: Path, folder: Path, samples: Samples) -> Samples:
     """Those of the images of a folder that a text file names, one path relative to the folder a line, in its order.
 
     Args:
-        file: In the encoding of the file system, whichever that is.
-        folder: The paths are relative to.
+        file: Text file in the encoding of the file system, whichever that is.
+        folder: Folder that the paths are relative to.
         samples: All images of that folder, as `scan` finds them.
 
     Raises:
@@ -187,13 +187,13 @@ def read_list(file: Path, folder: Path, samples: Samples) -> Samples:
 
 
 def draw_per_class(labels: Tensor, fraction: float, generator: torch.Generator, spare: int = 0) -> Tensor:
-    """A random part of each class, at least one image of each.
+    """A random fraction of each class, at least one image of each.
 
     Args:
-        labels: (N,), int64.
-        fraction: Of each class, in (0, 1].
-        generator: On the CPU: all randomness comes from it.
-        spare: Images of each class that are not drawn, at least; a class of as many is left alone.
+        labels: Class indices (N,), int64.
+        fraction: Fraction of each class that is drawn, in (0, 1].
+        generator: CPU generator from which all randomness comes.
+        spare: Minimum number of images of each class that are not drawn; a class of as many is left alone.
 
     Returns:
         A mask (N,), bool.

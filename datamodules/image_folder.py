@@ -45,23 +45,23 @@ class ImageFolder(SingleLoaderDataModule):
     Args:
         root: Folder of the images.
         image_size: Height and width in pixels, one number or two.
-        val_fraction: Part of each class that is held out, in (0, 1), where there is no folder val.
-        fraction: Part of each class that is trained on, in (0, 1], at least one image of each: 0.01 and 0.1 are usual.
-            Drawn once per seed.
+        val_fraction: Fraction of each class that is held out, in (0, 1), where there is no folder val.
+        fraction: Fraction of each class that is trained on, in (0, 1], at least one image of each: 0.01 and 0.1 are
+            usual. Drawn once per seed.
         download: Name of a public data set that is downloaded into `root` if there is no such folder: "cifar10", "stl10" or
             "imagenette".
         file_list: Text file that names the training images, one path relative to the training folder a line.
-        crop_scale: Area of a training crop, least and greatest fraction of the image; (1, 1) with a square image is
+        crop_scale: Minimum and maximum area of a training crop, as fractions of the image; (1, 1) with a square image is
             the whole.
-        flip: Probability of a mirror image in training. The released I-JEPA has none.
-        rand_augment: Two random distortions per training image (RandAugment), for fine-tuning.
-        views: Hand out pairs of views and the action that leads from one to the other, as IWM needs them; see
-            `datamodules.views.Views`.
+        flip: Probability of a horizontal flip in training. The released I-JEPA has none.
+        rand_augment: Whether to apply two random distortions per training image (RandAugment), for fine-tuning.
+        views: Settings of pairs of views and the action that leads from one to the other, which IWM needs; see
+            `datamodules.views.Views`. Plain images if left out.
         batch_size: Images per batch and process.
-        num_workers: Processes that decode, as long as the run lasts; 0 decodes in the training process.
-        prefetch_factor: Batches that each of them has ready, at least 1; torch's 2 if left out.
+        num_workers: Number of processes that decode, as long as the run lasts; 0 decodes in the training process.
+        prefetch_factor: Number of batches that each worker has ready, at least 1; torch's 2 if left out.
         timeout: Seconds to wait for a batch before the run ends with an error, for file systems that hang; 0 waits for ever.
-        seed: Of splits, subsets, orders, crops and masks.
+        seed: Seed of splits, subsets, orders, crops and masks.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.
@@ -91,11 +91,11 @@ class ImageFolder(SingleLoaderDataModule):
         if min(self.image_size) < 1 or batch_size < 1:
             raise ValueError(f"data.image_size={image_size}, data.batch_size={batch_size}: both must be at least 1.")
         if not 0 < val_fraction < 1:
-            raise ValueError(f"data.val_fraction={val_fraction}: choose a part in (0, 1) to hold out.")
+            raise ValueError(f"data.val_fraction={val_fraction}: choose a fraction in (0, 1) to hold out.")
         if not 0 < fraction <= 1:
-            raise ValueError(f"data.fraction={fraction}: choose a part of each class in (0, 1].")
+            raise ValueError(f"data.fraction={fraction}: choose a fraction of each class in (0, 1].")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"data.crop_scale={crop_scale}: give the least and greatest area, 0 < least <= greatest <= 1.")
+            raise ValueError(f"data.crop_scale={crop_scale}: give minimum and maximum area, 0 < minimum <= maximum <= 1.")
         if not 0 <= flip <= 1:
             raise ValueError(f"data.flip={flip}: give a probability in [0, 1].")
         if seed < 0 or num_workers < 0:
@@ -108,9 +108,7 @@ class ImageFolder(SingleLoaderDataModule):
         self.val_fraction, self.fraction, self.file_list = val_fraction, fraction, file_list
         self.crop_scale, self.flip, self.rand_augment = crop_scale, flip, rand_augment
         if views is not None and rand_augment:
-            raise ValueError(
-                "data.rand_augment=true beside data.views: an action cannot say what RandAugment did; drop one."
-            )
+            raise ValueError("data.rand_augment=true with data.views: an action cannot say what RandAugment did; drop one.")
         self.views = views
         if download is not None and download not in SOURCES:
             raise ValueError(f"data.download={download!r}: choose one of {', '.join(SOURCES)}.")
@@ -122,7 +120,7 @@ class ImageFolder(SingleLoaderDataModule):
 
     @property
     def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:
-        """Kind of its batches."""
+        """Type of its batches."""
         return ImageBatch if self.views is None else ViewBatch
 
     @property
@@ -136,7 +134,7 @@ class ImageFolder(SingleLoaderDataModule):
             download(self.download, self.root)
 
     def setup(self, stage: str) -> None:
-        """Find the images: on rank 0, which tells the others, so that all have the same files in the same order.
+        """Find the images: on rank 0, which broadcasts them, so that all ranks have the same files in the same order.
 
         Raises:
             FileNotFoundError: A folder, a list or an image of it is missing.
@@ -145,13 +143,13 @@ class ImageFolder(SingleLoaderDataModule):
         """
         if self._samples:
             return
-        self._samples, self.classes, token = self._told_by_rank_zero(self._find)
+        self._samples, self.classes, token = self._broadcast_from_rank_zero(self._find)
         self._unreadable = {
             split: UnreadableFiles(len(samples.labels), f"{token}-{split}") for split, samples in self._samples.items()
         }
 
-    def _told_by_rank_zero(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, in all processes; an error of its is raised in all of them, so that none waits for it."""
+    def _broadcast_from_rank_zero(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, in all processes; an error there is raised in all of them, so that none waits for it."""
         if self.trainer is None:
             return make()
         made, error = None, None
@@ -223,7 +221,7 @@ class ImageFolder(SingleLoaderDataModule):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Tells one set of training images from another, wherever the folder lies."""
+        """Distinguishes one set of training images from another, wherever the folder lies."""
         train = self._samples["train"]
         names = hashlib.sha256(b"\0".join(path.rsplit(b"/", 1)[-1] for path in train.paths.tolist()))
         return f"{len(train.labels)} ({names.hexdigest()[:12]})"

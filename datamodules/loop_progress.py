@@ -24,8 +24,8 @@ def progress(trainer: Trainer, resumed: Progress) -> Progress:
     """Where training is.
 
     Args:
-        trainer: Of a run.
-        resumed: Where the run was put when it was resumed.
+        trainer: Trainer of the run.
+        resumed: Place from which the run was resumed.
     """
     epochs = trainer.fit_loop.epoch_progress.current
     epoch = epochs.processed
@@ -43,9 +43,9 @@ def put(loops: dict[str, Any], place: Progress, accumulated: int) -> None:
     """Make a checkpoint's "loops" say that training is at a place, as if it had been saved right after the last batch.
 
     Args:
-        loops: Content of the checkpoint under that name; changed.
-        place: Where training is to go on.
-        accumulated: Batches to an optimizer step.
+        loops: The "loops" of a checkpoint; changed in place.
+        place: Place at which training goes on.
+        accumulated: Number of batches per optimizer step.
     """
     fit = loops["fit_loop"]
     epoch, batches = place

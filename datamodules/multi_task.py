@@ -15,7 +15,7 @@ class Passes:
     """A training loader whose every pass is an epoch of its own, also those within an epoch of a longer loader.
 
     Args:
-        loader: Whose orders and crops are functions of its sampler's epoch.
+        loader: Training loader whose orders and crops are functions of its sampler's epoch.
     """
 
     def __init__(self, loader: ResumableLoader) -> None:

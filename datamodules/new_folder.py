@@ -11,12 +11,12 @@ from pathlib import Path
 def new_folder(root: Path) -> Iterator[Path]:
     """Fill a folder that becomes `root` at the end of the block, all at once.
 
-    Any number of processes and machines may make the same folder at the same time: each fills one of its own beside `root`,
+    Any number of processes and machines may make the same folder at the same time: each fills one of its own next to `root`,
     and the first that is ready gives its name. What is not used, also after an error or Ctrl-C, is removed, and nothing else
     is. Only a process that is killed leaves its own behind: ROOT.part-RANDOM, to be removed by hand.
 
     Args:
-        root: Should not be there yet; if another has made it when the block ends, that one is kept.
+        root: Folder that should not be there yet; if another process has made it when the block ends, that one is kept.
 
     Yields:
         A new, empty folder on the same file system.

@@ -25,9 +25,9 @@ class Pendulum:
     """The constants of one double pendulum.
 
     Args:
-        masses: Of the first and the second bob, in kilograms.
-        lengths: Of the first and the second rod, in meters.
-        gravity: In meters per second squared.
+        masses: Masses of the first and the second bob, in kilograms.
+        lengths: Lengths of the first and the second rod, in meters.
+        gravity: Gravitational acceleration in meters per second squared.
 
     Raises:
         ValueError: A mass or a length that is not positive, or a gravity that is negative.
@@ -54,10 +54,10 @@ class Pendulum:
         """Kinetic plus potential energy in joules, zero where both rods are horizontal and at rest.
 
         Args:
-            states: (..., 4).
+            states: States (..., 4).
 
         Returns:
-            (...).
+            Energies (...).
         """
         (m1, m2), (l1, l2) = self.masses, self.lengths
         theta1, theta2, omega1, omega2 = states.unbind(-1)
@@ -73,7 +73,7 @@ class Pendulum:
         """Where the two bobs are, relative to the pivot.
 
         Args:
-            states: (..., 4); only the angles are read.
+            states: States (..., 4); only the angles are read.
 
         Returns:
             (..., 4): x1, y1, x2, y2 in meters, y pointing up.
@@ -87,10 +87,10 @@ class Pendulum:
         """A state at rest in which the second bob is at a place (of two, the one whose first rod is turned further).
 
         Args:
-            tip: x and y in meters, relative to the pivot, y pointing up.
+            tip: Place of the second bob, x and y in meters, relative to the pivot, y pointing up.
 
         Returns:
-            (4,) in float64.
+            A state (4,) in float64.
 
         Raises:
             ValueError: A place that the rods do not reach.
@@ -115,13 +115,13 @@ class Pendulum:
         """Angular accelerations from the Lagrangian: the 2x2 system M(theta) a = forces, solved by hand.
 
         Args:
-            states: (..., 4).
-            torques: (..., 2) joint torques (shoulder, elbow) in newton meters, or None for a free pendulum. The
+            states: States (..., 4).
+            torques: Joint torques (..., 2) (shoulder, elbow) in newton meters, or None for a free pendulum. The
                 elbow motor pushes the second rod and is held by the first, so the generalized forces on the two
                 absolute angles are (shoulder - elbow, elbow).
 
         Returns:
-            (..., 2) in radians per second squared.
+            Accelerations (..., 2) in radians per second squared.
         """
         (m1, m2), (l1, l2) = self.masses, self.lengths
         theta1, theta2, omega1, omega2 = states.unbind(-1)
@@ -152,15 +152,15 @@ class Pendulum:
         """Integrate with the classical fourth-order Runge-Kutta method.
 
         Args:
-            initial: (B, 4) states of the first frame. Its dtype is the precision of the computation: float64 for
+            initial: States (B, 4) of the first frame. Its dtype is the precision of the computation: float64 for
                 roll-outs of more than 100 frames, where float32 noise has grown to 0.02 rad.
-            num_frames: T, the first one included.
-            torques: (B, T - 1, 2) newton meters, held constant from one frame to the next, or None.
+            num_frames: Number of frames T, the first one included.
+            torques: Joint torques (B, T - 1, 2) in newton meters, held constant from one frame to the next, or None.
             substeps: Runge-Kutta steps per frame.
-            dtype: Of the result, if it is to be kept in less precision than it is computed in.
+            dtype: Data type of the result, if it is to be kept in less precision than it is computed in.
 
         Returns:
-            (B, T, 4), angles unwrapped (they may leave [-pi, pi]).
+            States (B, T, 4), angles unwrapped (they may leave [-pi, pi]).
         """
         step = FRAME_SECONDS / substeps
         trajectory = initial.new_empty(len(initial), num_frames, 4, dtype=dtype)
@@ -190,7 +190,7 @@ def sample_initial_states(count: int, generator: torch.Generator) -> Tensor:
     velocities from [0, 2 pi] only, so that its first frames never turn clockwise.)
 
     Returns:
-        (count, 4) in float64.
+        States (count, 4) in float64.
     """
     unit = torch.rand(count, 4, generator=generator, dtype=torch.float64) * 2 - 1
     return unit * torch.tensor([math.pi, math.pi, 2 * math.pi, 2 * math.pi], dtype=torch.float64)
@@ -200,6 +200,6 @@ LABELS = ("sin_theta1", "cos_theta1", "sin_theta2", "cos_theta2", "omega1", "ome
 
 
 def state_labels(states: Tensor) -> Tensor:
-    """What probes read out: sine and cosine of both angles, and both angular velocities, (..., 4) -> (..., 6)."""
+    """What probes regress: sine and cosine of both angles, and both angular velocities, (..., 4) -> (..., 6)."""
     theta1, theta2, omega1, omega2 = states.unbind(-1)
     return torch.stack([theta1.sin(), theta1.cos(), theta2.sin(), theta2.cos(), omega1, omega2], dim=-1)

@@ -20,7 +20,7 @@ ROD_RADIUS, BOB_RADIUS = 1 / 64, 2 / 64
 """As fractions of the image's width, so that images of all sizes show the same pendulum."""
 
 RGB = (((0.2, 0.8, 0.9), (0.95, 0.85, 0.2)), ((0.9, 0.3, 0.8), (0.95, 0.3, 0.2)))
-"""Colors of rod and bob of the first arm, then of the second, in the order in which they are painted."""
+"""Colors of rod and bob of the first arm, then of the second, in the order in which they are drawn."""
 
 CPU_CHUNK = 640 * 64**2
 """Pixels drawn at a time on a CPU: fewer would cost more in calls, more would leave its cache."""
@@ -32,17 +32,17 @@ MIN_IMAGE_SIZE = 16
 def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0, 1.0), channels: int = 1) -> Tensor:
     """Draw one image per state: light on black, pivot in the exact center, y pointing up.
 
-    On a CPU each arm is painted into a square just large enough for it, which costs a quarter of painting the whole
-    image; elsewhere the whole image is painted at once. Both give the same pixels.
+    On a CPU each arm is drawn into a square just large enough for it, which costs a quarter of drawing the whole
+    image; elsewhere the whole image is drawn at once. Both give the same pixels.
 
     Args:
-        states: (..., 4); only the angles are read.
-        image_size: S, height and width in pixels.
-        lengths: Of the two rods, in meters.
-        channels: 1 for gray, 3 for RGB.
+        states: States (..., 4); only the angles are read.
+        image_size: Height and width S in pixels.
+        lengths: Lengths of the two rods, in meters.
+        channels: Number of channels C, 1 for gray or 3 for RGB.
 
     Returns:
-        (..., C, S, S) in [0, 1], in the dtype of `states`.
+        Images (..., C, S, S) in [0, 1], in the dtype of `states`.
 
     Raises:
         ValueError: `image_size` below 16 or `channels` not 1 or 3.
@@ -54,7 +54,7 @@ def render(states: Tensor, image_size: int, lengths: tuple[float, float] = (1.0,
         frames = max(1, CPU_CHUNK // image_size**2)
         for start in range(0, len(angles), frames):
             chunk = slice(start, start + frames)
-            _paint(images[chunk], angles[chunk], image_size, lengths, whole=False)
+            _draw_arms(images[chunk], angles[chunk], image_size, lengths, whole=False)
     else:
         images = render_whole(angles, image_size, lengths, channels)
     return images.view(*states.shape[:-1], channels, image_size, image_size)
@@ -64,16 +64,16 @@ def render_whole(angles: Tensor, image_size: int, lengths: tuple[float, float], 
     """The same images, every pixel computed: what accelerators do, and what the CPU's short cut is tested against.
 
     Args:
-        angles: (F, 2) in radians.
-        image_size: S, height and width in pixels.
-        lengths: Of the two rods, in meters.
-        channels: C, 1 for gray or 3 for RGB.
+        angles: Angles (F, 2) in radians.
+        image_size: Height and width S in pixels.
+        lengths: Lengths of the two rods, in meters.
+        channels: Number of channels C, 1 for gray or 3 for RGB.
 
     Returns:
-        (F, C, S * S).
+        Images (F, C, S * S).
     """
     images = angles.new_zeros(len(angles), channels, image_size * image_size)
-    _paint(images, angles, image_size, lengths, whole=True)
+    _draw_arms(images, angles, image_size, lengths, whole=True)
     return images
 
 
@@ -85,8 +85,8 @@ def check_image(image_size: int, channels: int) -> None:
         raise ValueError(f"channels={channels}: choose 1 (gray) or 3 (RGB).")
 
 
-def _paint(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float, float], whole: bool) -> None:
-    """Paint both arms into `images` (F, C, S * S), in place."""
+def _draw_arms(images: Tensor, angles: Tensor, image_size: int, lengths: tuple[float, float], whole: bool) -> None:
+    """Draw both arms into `images` (F, C, S * S), in place."""
     scale = image_size / (2 * MARGIN * sum(lengths))  # pixels per meter
     # Distance at which antialiasing ends: half a pixel outside.
     rod, bob = ROD_RADIUS * image_size + 0.5, BOB_RADIUS * image_size + 0.5
@@ -127,7 +127,7 @@ def _distances(corner: Tensor, size: int, start: Tensor, direction: Tensor, reac
     across_parts = offsets * direction.flip(-1)[..., None]
     along = (along_parts[:, 0, None, :] + along_parts[:, 1, :, None]).flatten(1)
     across_squared = (across_parts[:, 0, None, :] - across_parts[:, 1, :, None]).flatten(1).square_()
-    beyond = functional.softshrink(along, half)  # past either end of the rod; 0 beside it
+    beyond = functional.softshrink(along, half)  # past either end of the rod; 0 between them
     to_rod = across_squared.addcmul_(beyond, beyond).sqrt_()
     bob_parts = (offsets - half * direction[..., None]).square_()
     to_bob = (bob_parts[:, 0, None, :] + bob_parts[:, 1, :, None]).flatten(1).sqrt_()
@@ -143,19 +143,19 @@ def _patch_indices(corner: Tensor, size: int, image_size: int) -> Tensor:
 
 
 def _over(below: Tensor | None, to_rod: Tensor, to_bob: Tensor, rod: float, bob: float, arm: int, channels: int) -> Tensor:
-    """Paint one arm over what is below it.
+    """Draw one arm over what is below it.
 
     Args:
-        below: (F, C, P), or None for black.
-        to_rod: (F, P) distance to the rod's axis in pixels.
-        to_bob: (F, P) distance to the bob's center; overwritten.
-        rod: Distance from the rod's axis at which antialiasing ends.
-        bob: Likewise from the bob's center.
-        arm: 0 or 1, for the colors.
-        channels: C.
+        below: Pixels (F, C, P) below the arm, or None for black.
+        to_rod: Distances (F, P) to the rod's axis in pixels.
+        to_bob: Distances (F, P) to the bob's center in pixels; overwritten.
+        rod: Distance from the rod's axis at which antialiasing ends, in pixels.
+        bob: Distance from the bob's center at which antialiasing ends, in pixels.
+        arm: Index of the arm, 0 or 1, which decides the colors.
+        channels: Number of channels C.
 
     Returns:
-        (F, C, P).
+        Pixels (F, C, P).
     """
     if channels == 1:  # white on black: the union of the shapes, with the bob shrunk to the rod's thickness for one pass
         cover = (rod - torch.minimum(to_rod, to_bob.sub_(bob - rod))).clamp_(0, 1)[:, None]

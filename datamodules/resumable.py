@@ -17,7 +17,7 @@ from datamodules.loop_progress import Progress, progress, put
 from datamodules.rng import seeded_generator
 
 WORKER_GRACE_SECONDS = 30
-"""How long a worker that was told to end goes on, so that the training process can finish its batch and save."""
+"""How long a worker that was asked to end goes on, so that the training process can finish its batch and save."""
 
 
 class EpochBatches:
@@ -27,12 +27,12 @@ class EpochBatches:
     with the global batch size. The last, incomplete global batch is dropped.
 
     Args:
-        num_samples: Size of the data set.
-        batch_size: Per rank.
-        seed: Of the permutations.
-        rank: Of this process.
+        num_samples: Number of samples of the data set.
+        batch_size: Samples per batch and rank.
+        seed: Seed of the permutations.
+        rank: Rank of this process.
         num_ranks: Number of processes.
-        repeat: Every epoch is the first one again, as `overfit_batches` wants it.
+        repeat: Whether every epoch is the first one again, as `overfit_batches` wants it.
 
     Raises:
         ValueError: Fewer samples than one global batch.
@@ -73,7 +73,7 @@ class ResumableLoader:
     run, and batches that workers have prepared but nobody has taken are made again.
 
     Args:
-        dataset: With a `__getitems__` that takes a list of (epoch, index) and returns a collated batch.
+        dataset: Data set with a `__getitems__` that takes a list of (epoch, index) and returns a collated batch.
         sampler: Order of the samples.
         settings: Further arguments of the DataLoader, see `ResumableDataModule.loader_settings`.
     """
@@ -114,7 +114,7 @@ def already_collated(batch: Any) -> Any:
 
 
 def outlive_signals(worker: int) -> None:
-    """Let a worker live on when all processes of a job are told to end: the training process finishes its batch first.
+    """Let a worker live on when all processes of a job are asked to end: the training process finishes its batch first.
 
     Ctrl-C and batch systems signal every process of a job. A worker without a task ends with its loader, and one that
     hangs is ended by the alarm.
@@ -128,7 +128,7 @@ class ResumableDataModule(LightningDataModule, ABC):
     """A data module that can go on in the middle of an epoch, and which knows its place among processes.
 
     A checkpoint holds how many samples of the epoch went through an optimizer step, over all processes, and what their
-    order depends on. (Lightning saves and restores the position of a loader too, but counts what was handed out, and
+    order depends on. (Lightning saves and restores the position of a loader too, but counts what was loaded, and
     forgets it if anything has asked for the number of training steps before.)
 
     """

@@ -1,4 +1,4 @@
-"""Images made by code, for trying things out where no images are at hand."""
+"""Synthetic images (procedurally generated shapes), for trying things out where no images are at hand."""
 
 from collections.abc import Callable
 
@@ -43,9 +43,9 @@ def draw_shape(name: str, side: int, generator: torch.Generator) -> Image.Image:
     """One shape of random place, size and color on a shaded background of another.
 
     Args:
-        name: One of `SHAPES`.
-        side: Of the image, in pixels.
-        generator: On the CPU.
+        name: Name of the shape, one of `SHAPES`.
+        side: Height and width of the image, in pixels.
+        generator: CPU generator from which all randomness comes.
     """
     numbers = torch.rand(9, generator=generator)
     shade = torch.linspace(0.4, 1, side)[:, None, None] * numbers[:3] * 255  # darker at the top
@@ -66,13 +66,13 @@ class SyntheticImages(ImageFolder):
         root: Folder to draw into; one that is there already is kept.
         size: Number of images.
         image_size: Height and width in pixels.
-        val_fraction: Part of each class that is held out, in (0, 1).
-        crop_scale: Area of a training crop, least and greatest fraction of the image.
-        flip: Probability of a mirror image in training.
-        views: Hand out pairs of views and actions, as IWM needs them.
+        val_fraction: Fraction of each class that is held out, in (0, 1).
+        crop_scale: Minimum and maximum area of a training crop, as fractions of the image.
+        flip: Probability of a horizontal flip in training.
+        views: Settings of pairs of views and actions, which IWM needs; plain images if left out.
         batch_size: Images per batch and process.
-        num_workers: Processes that decode.
-        seed: Of images, splits, orders, crops and masks.
+        num_workers: Number of processes that decode.
+        seed: Seed of images, splits, orders, crops and masks.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.

@@ -19,8 +19,8 @@ class UnreadableFiles:
     that was killed leaves one behind, named `unreadable-...`. (On several machines, each keeps its own.)
 
     Args:
-        count: Files in the data set.
-        token: Names the flags: the same in all processes that share them. One of its own if left out.
+        count: Number of files in the data set.
+        token: Name of the flags, the same in all processes that share them; a new one if left out.
     """
 
     def __init__(self, count: int, token: str | None = None) -> None:
@@ -56,7 +56,7 @@ class UnreadableFiles:
         """Flag a file.
 
         Returns:
-            How many are flagged now, or None if this one was already: exactly one process is told the number.
+            How many are flagged now, or None if this one was already: exactly one process is given the number.
         """
         with self._open() as file:
             fcntl.lockf(file, fcntl.LOCK_EX)  # until the file is closed

@@ -45,7 +45,7 @@ GEOMETRY = ("down", "right", "taller", "wider", "mirrored")
 """
 
 JITTER = {"default": (0.4, 0.4, 0.2, 0.1), "strong": (0.8, 0.8, 0.8, 0.2)}
-"""Greatest change of brightness, contrast, saturation and hue, as torchvision's ColorJitter has it. "default" is the
+"""Maximum change of brightness, contrast, saturation and hue, as torchvision's ColorJitter has it. "default" is the
 paper's; its strong variant is not public, ours is SimCLR's."""
 
 SOLARIZE_THRESHOLD = 128.0
@@ -58,21 +58,22 @@ DESTRUCTIVE = ("grayscale", "blur", "solarize")
 
 @dataclass(frozen=True)
 class Views:
-    """How pairs of views are made (Garrido et al. 2024): a target with other colors, a source that may be spoilt too.
+    """How pairs of views are made (Garrido et al. 2024): a target with other colors, a source that may be degraded too.
 
     Args:
-        strength: Of the color jitter, "default" (0.4, 0.4, 0.2, 0.1) or "strong" (0.8, 0.8, 0.8, 0.2): greatest change
-            of brightness, contrast, saturation and hue.
-        jitter: These four numbers, instead of a named strength.
-        jitter_probability: Of a color jitter, in each of the two views.
-        grayscale_probability: That a source has no colors.
-        blur_probability: That a source is blurred.
-        solarize_probability: That a source is solarized. The paper says 0.2 in one place and 0.1 in another.
-        blur_sigma: Standard deviation of the blur in pixels, least and greatest.
-        source_from: "shared": both views are made of one image, and the action is the difference. "target": the source
-            is made of the target, and the action is the way back. (Readers of the paper disagree.)
-        geometric: A crop and a flip for each view, not one for both, and the action says how they differ: five scalars
-            more. This goes beyond the paper.
+        strength: Strength of the color jitter: maximum change of brightness, contrast, saturation and hue, (0.4, 0.4, 0.2,
+            0.1) for "default" or (0.8, 0.8, 0.8, 0.2) for "strong".
+        jitter: Maximum change of brightness, contrast, saturation and hue, instead of a named strength.
+        jitter_probability: Probability of a color jitter, in each of the two views.
+        grayscale_probability: Probability that a source has no colors.
+        blur_probability: Probability that a source is blurred.
+        solarize_probability: Probability that a source is solarized. The paper says 0.2 in one place and 0.1 in another.
+        blur_sigma: Minimum and maximum standard deviation of the blur in pixels.
+        source_from: What a source is made of. "shared": both views are made of one image, and the action is the
+            difference. "target": the source is made of the target, and the action is the way back. (Readers of the paper
+            disagree.)
+        geometric: Whether each view has a crop and a flip of its own; the action then says how they differ, in five
+            scalars more. This goes beyond the paper.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.
@@ -103,11 +104,11 @@ class Views:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.views.{name}={getattr(self, name)}: give a probability in [0, 1].")
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"data.views.blur_sigma={self.blur_sigma}: give pixels, 0 < least <= greatest.")
+            raise ValueError(f"data.views.blur_sigma={self.blur_sigma}: give pixels, 0 < minimum <= maximum.")
 
     @property
     def ranges(self) -> tuple[float, float, float, float]:
-        """Greatest change of brightness, contrast, saturation and hue."""
+        """Maximum change of brightness, contrast, saturation and hue."""
         return JITTER[self.strength] if self.jitter is None else self.jitter
 
     @property
@@ -173,8 +174,8 @@ def recolor(image: Tensor, colors: Tensor) -> Tensor:
     """Apply scalars to an image, with torchvision's functions in a fixed order; whatever is zero is left out.
 
     Args:
-        image: uint8 (3, H, W).
-        colors: (7,) in the units of `COLORS`, on the CPU.
+        image: Image, uint8 (3, H, W).
+        colors: Scalars (7,) in the units of `COLORS`, on the CPU.
 
     Returns:
         uint8 (3, H, W); the image itself if all scalars are zero.
@@ -198,7 +199,7 @@ def recolor(image: Tensor, colors: Tensor) -> Tensor:
 
 
 def blur_kernel(image: Tensor) -> int:
-    """Odd side of the blur's kernel, a tenth of the image's lesser side as in BYOL, at least 3."""
+    """Odd side of the blur's kernel, a tenth of the image's shorter side as in BYOL, at least 3."""
     return max(3, min(image.shape[-2:]) // 20 * 2 + 1)
 
 
@@ -238,10 +239,10 @@ class ViewMaker:
     """Make pairs of views; all randomness comes from torch's global generator, through torchvision's own samplers.
 
     Args:
-        views: What is drawn.
-        size: H and W in pixels.
-        crop_scale: Area of a crop, least and greatest fraction of the image.
-        flip: Probability of a mirror image.
+        views: Settings of the views.
+        size: Height H and width W in pixels.
+        crop_scale: Minimum and maximum area of a crop, as fractions of the image.
+        flip: Probability of a horizontal flip.
     """
 
     def __init__(self, views: Views, size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> None:
@@ -256,7 +257,7 @@ class ViewMaker:
         return Place(drawn["top"], drawn["left"], drawn["height"], drawn["width"], _happens(self.flip))
 
     def draw_colors(self, destructive: bool) -> Tensor:
-        """Random colors of a view, (7,): a source's may spoil it."""
+        """Random colors of a view, (7,): those of a source may degrade it."""
         views = self.views
         scalars = draw_jitter(self.jitter) if _happens(views.jitter_probability) else [0.0] * 4
         if destructive:
@@ -270,24 +271,24 @@ class ViewMaker:
         """Two views of an image.
 
         Args:
-            image: uint8 (3, any, any).
-            place: Where both look, unless the views are geometric; drawn if left out.
+            image: Image, uint8 (3, any, any).
+            place: Place at which both look, unless the views are geometric; drawn if left out.
         """
         target_place = self.draw_place(image) if place is None or self.views.geometric else place
         source_place = self.draw_place(image) if self.views.geometric else target_place
         plain = look(image, target_place, self.size)
-        colors, spoilt = self.draw_colors(destructive=False), self.draw_colors(destructive=True)
+        colors, degraded = self.draw_colors(destructive=False), self.draw_colors(destructive=True)
         target = recolor(plain, colors)
         if self.views.geometric:
             plain = look(image, source_place, self.size)
         if self.views.source_from == "shared":
-            source, action = recolor(plain, spoilt), colors - spoilt
+            source, action = recolor(plain, degraded), colors - degraded
         else:
             base = recolor(plain, colors) if self.views.geometric else target
-            source, action = recolor(base, spoilt), -spoilt
+            source, action = recolor(base, degraded), -degraded
         if self.views.geometric:
             action = torch.cat([action, torch.tensor(relative_place(source_place, target_place))])
-        return Pair(source, target, action, spoilt)
+        return Pair(source, target, action, degraded)
 
 
 def _happens(probability: float) -> bool:

@@ -63,7 +63,7 @@ def alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def one_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns when pytest's own arguments stand in sys.argv beside the ones it is given."""
+    """LightningCLI warns when pytest's own arguments stand in sys.argv next to the ones it is given."""
     monkeypatch.setattr(sys, "argv", ["jepa-lightning"])
 
 

@@ -17,7 +17,7 @@ def test_an_action_is_held_and_drawn_anew_at_the_first_frame(first: int) -> None
     changes = (actions.diff(dim=1) != 0).any(dim=-1).any(dim=0).nonzero().flatten() + 1
     assert changes.tolist() == [frame for frame in range(1, 23) if (frame - first) % 5 == 0]
     torques = random_actions(4000, 5, 5, torch.Generator().manual_seed(0))[:, 0]
-    assert torch.corrcoef(torques.T)[0, 1].abs() < 0.05, "the joints are driven independently"
+    assert torch.corrcoef(torques.T)[0, 1].abs() < 0.05, "the joints are actuated independently"
     assert torques.std() == pytest.approx(1 / math.sqrt(3), abs=0.01)
 
 

@@ -25,8 +25,8 @@ class Work:
         self.mine.clamp_(min=self.other)
 
 
-def test_several_hear_the_greatest_number_one_call_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    others, told, groups = iter([0, 15, 2, 0]), [], []
+def test_several_get_the_maximum_one_call_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    others, given, groups = iter([0, 15, 2, 0]), [], []
 
     def new_group(backend: str) -> str:
         groups.append(backend)
@@ -34,7 +34,7 @@ def test_several_hear_the_greatest_number_one_call_later(monkeypatch: pytest.Mon
 
     def all_reduce(tensor: torch.Tensor, operation: Any, group: Any, async_op: bool) -> Work:
         assert operation == distributed.ReduceOp.MAX and group == "the group" and async_op, "and nobody waits here"
-        told.append(int(tensor))
+        given.append(int(tensor))
         return Work(tensor, next(others))
 
     monkeypatch.setattr(distributed, "new_group", new_group)
@@ -42,4 +42,4 @@ def test_several_hear_the_greatest_number_one_call_later(monkeypatch: pytest.Mon
     agree = Agreement(SimpleNamespace(world_size=2))
     assert groups == ["gloo"] and not agree.alone
     assert [agree(number) for number in (1, 0, 9, 0)] == [0, 1, 15, 9]
-    assert told == [1, 0, 9, 0]
+    assert given == [1, 0, 9, 0]

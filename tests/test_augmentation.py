@@ -64,9 +64,9 @@ def test_views_are_mirrored_as_often_as_asked(root: Path, geometric: bool) -> No
 
 
 def test_rand_augment_distorts_what_is_left_alone_without_it(root: Path) -> None:
-    for augment, least, most in ((False, 1.0, 1.0), (True, 0.0, 0.5)):
+    for augment, low, high in ((False, 1.0, 1.0), (True, 0.0, 0.5)):
         data_set = training(root, rand_augment=augment)
-        assert least <= shares(drawn(data_set, 1, 60), data_set.decode(1))[0] <= most
+        assert low <= shares(drawn(data_set, 1, 60), data_set.decode(1))[0] <= high
     assert data_set.__getitems__([(0, 1)]).images.dtype == torch.uint8
     again = drawn(data_set, 1, 60)
     assert torch.equal(again, drawn(data_set, 1, 60)) and len(again.unique(dim=0)) > 20, "a function of epoch and index"

@@ -1,4 +1,4 @@
-"""What stands beside a model is no model in disguise: probes read the encoder asked for, and an untrained one."""
+"""A baseline is no model in disguise: probes read the encoder asked for, and a randomly initialized one."""
 
 import copy
 import json
@@ -35,7 +35,7 @@ def moved(network: nn.Module, by: float) -> None:
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> dict[str, str]:
     """An I-JEPA, an IWM and a pendulum JEPA whose target encoders, context encoders and fresh encoders all differ."""
-    root = tmp_path_factory.mktemp("controls")
+    root = tmp_path_factory.mktemp("baselines")
     families = {
         "ijepa": (small_ijepa(encoder_depth=2), small_images(image_root)),
         "iwm": (small_iwm(), small_views(image_root)),
@@ -68,27 +68,25 @@ READERS: dict[type, Callable] = {
     ),
     FineTuning: lambda probe: (mean(probe.networks["finetuned"].encoder), mean(probe.networks["scratch"].encoder), mean),
 }
-"""What each probe takes of the model and of its control, and what an encoder would give there."""
+"""What each probe takes of the model and of its baseline, and what an encoder would give there."""
 
 
 @pytest.mark.parametrize("kind", READERS)
 @pytest.mark.parametrize("encoder", ["target", "context"])
-def test_probes_of_images_read_the_encoder_asked_for_beside_an_untrained_one(
-    kind: type, encoder: str, checkpoints: dict
-) -> None:
+def test_probes_of_images_read_the_encoder_asked_for_and_a_random_one(kind: type, encoder: str, checkpoints: dict) -> None:
     jepa = load_jepa(checkpoints["ijepa"]).eval()
     probe = kind(checkpoints["ijepa"], num_classes=2, encoder=encoder).eval()
     with torch.no_grad():
-        model, control, read = READERS[kind](probe)
+        model, baseline, read = READERS[kind](probe)
         found = {
             name: read(network) for name, network in (("target", jepa.target_encoder), ("context", jepa.context_encoder))
         }
         assert same(model, found[encoder])
-        assert not any(same(control, features) for features in found.values()), "the control is the model"
+        assert not any(same(baseline, features) for features in found.values()), "the baseline is the model"
         assert not same(found["target"], found["context"])
 
 
-def test_the_untrained_network_is_of_the_same_kind_and_the_same_each_time(checkpoints: dict) -> None:
+def test_the_random_network_is_of_the_same_kind_and_the_same_each_time(checkpoints: dict) -> None:
     probes = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -98,21 +96,21 @@ def test_the_untrained_network_is_of_the_same_kind_and_the_same_each_time(checkp
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def test_the_last_four_blocks_of_the_control_are_its_own(checkpoints: dict) -> None:
+def test_the_last_four_blocks_of_the_baseline_are_its_own(checkpoints: dict) -> None:
     probe = LinearProbe(checkpoints["ijepa"], num_classes=2).eval()
     found = probe.features(IMAGES)
     expected = torch.cat([tokens.mean(dim=1) for tokens in probe.untrained.last_blocks(IMAGES, 4)], dim=1)
     assert same(found["untrained_last_four"], expected) and not same(found["untrained_last_four"], found["last_four"])
 
 
-def test_completion_paints_its_control_from_an_untrained_encoder(checkpoints: dict) -> None:
+def test_completion_decodes_its_baseline_from_a_random_encoder(checkpoints: dict) -> None:
     probe = CompletionProbe(checkpoints["ijepa"], width=64, depth=1).eval()
     normalized = nn.functional.layer_norm(probe.untrained(IMAGES), (192,))
     assert same(probe.features(IMAGES, "untrained"), normalized)
     assert not same(probe.features(IMAGES, "untrained"), probe.features(IMAGES))
 
 
-def test_equivariance_is_judged_beside_an_untrained_encoder(checkpoints: dict) -> None:
+def test_equivariance_is_compared_with_a_random_encoder(checkpoints: dict) -> None:
     probe = EquivarianceProbe(checkpoints["iwm"]).eval()
     target = load_jepa(checkpoints["iwm"]).target_encoder.eval()
     with torch.no_grad():
@@ -121,7 +119,7 @@ def test_equivariance_is_judged_beside_an_untrained_encoder(checkpoints: dict) -
 
 
 @pytest.mark.parametrize("encoder", ["target", "context"])
-def test_probes_of_the_pendulum_read_the_encoder_asked_for_beside_an_untrained_one(encoder: str, checkpoints: dict) -> None:
+def test_probes_of_the_pendulum_read_the_encoder_asked_for_and_a_random_one(encoder: str, checkpoints: dict) -> None:
     jepa = load_jepa(checkpoints["pendulum"])
     encoders = {"target": jepa.target_encoder, "context": jepa.context_encoder}
     data = small_data()
@@ -130,12 +128,12 @@ def test_probes_of_the_pendulum_read_the_encoder_asked_for_beside_an_untrained_o
     with torch.no_grad():
         features = {name: jepa.encode_windows(network, batch.observations) for name, network in encoders.items()}
     assert same(found["jepa"], features[encoder]) and not same(features["target"], features["context"])
-    for control in ("random_encoder", "pca"):
-        assert not any(same(found[control], value) for value in features.values()), f"{control} is the model"
+    for baseline in ("random_encoder", "pca"):
+        assert not any(same(found[baseline], value) for value in features.values()), f"{baseline} is the model"
 
 
 class Brightness(nn.Module):
-    """An encoder whose features are two known numbers an image."""
+    """An encoder whose embeddings are two known numbers an image."""
 
     def __init__(self, sign: float) -> None:
         super().__init__()
@@ -148,21 +146,21 @@ class Brightness(nn.Module):
 
 
 def test_neighbors_vote_by_training_images_that_are_not_cut(checkpoints: dict, image_root: Path, tmp_path: Path) -> None:
-    """The bank is what validation would see of the training images, and queries are centerd by the bank's mean alone."""
+    """The memory bank is what validation would see of the training images, and its mean alone centers the queries."""
     probe = KNNProbe(checkpoints["ijepa"], num_classes=2, num_neighbors=3, temperature=0.5)
     probe.encoder, probe.untrained = Brightness(1.0), Brightness(-1.0)
     data = small_images(image_root, val_fraction=0.4, crop_scale=(0.05, 0.1), batch_size=3)
     run = trainer(tmp_path)
     run.test(probe, data, verbose=False)
-    bank, bank_labels, judged, answers = [], [], [], []
+    memory_bank, bank_labels, held_out, answers = [], [], [], []
     for images, labels, loader in (
-        (bank, bank_labels, data.plain_train_dataloader()),
-        (judged, answers, data.val_dataloader()),
+        (memory_bank, bank_labels, data.plain_train_dataloader()),
+        (held_out, answers, data.val_dataloader()),
     ):
         for batch in loader:
             images.append(data.on_after_batch_transfer(batch, 0).images)
             labels.append(batch.labels)
-    features, queries = (Brightness(1.0)(torch.cat(images))[:, 0] for images in (bank, judged))
+    features, queries = (Brightness(1.0)(torch.cat(images))[:, 0] for images in (memory_bank, held_out))
     middle = features.mean(dim=0)
     votes = vote(directions(features, middle), torch.cat(bank_labels), directions(queries, middle), 3, 0.5)
     expected = (votes == torch.cat(answers)).float().mean().item()
@@ -172,7 +170,7 @@ def test_neighbors_vote_by_training_images_that_are_not_cut(checkpoints: dict, i
 
 
 def test_norms_of_the_linear_probe_are_those_of_training(checkpoints: dict) -> None:
-    """What is judged is not standardized by itself: an image's scores do not depend on the others of its batch."""
+    """What is evaluated is not standardized by itself: an image's scores do not depend on the others of its batch."""
     probe = LinearProbe(checkpoints["ijepa"], num_classes=2).train()
     for _ in range(3):
         probe.logits(IMAGES)

@@ -44,7 +44,7 @@ def step(root: Path) -> int:
         ({}, ("val/figure", "min"), 12),
         ({}, ("val/figure", "max"), 18),
         ({"mode": "max"}, ("val/figure", "min"), 18),
-        ({"monitor": "val/other"}, ("val/figure", "max"), 18),  # the least of the negative figures
+        ({"monitor": "val/other"}, ("val/figure", "max"), 18),  # the lowest of the negative figures
         ({"monitor": "val/other", "mode": "max"}, ("val/figure", "max"), 12),
     ],
 )
@@ -74,7 +74,7 @@ def test_a_model_that_names_none_has_no_best(tmp_path: Path) -> None:
     assert best.monitor is None and not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_it_is_in_the_run_directory_unless_told_otherwise(tmp_path: Path) -> None:
+def test_it_is_in_the_run_directory_unless_set_otherwise(tmp_path: Path) -> None:
     best = BestCheckpoint()
     best.dirpath = str(tmp_path / "elsewhere")
     fit(tmp_path / "run", best)

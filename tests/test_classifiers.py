@@ -25,7 +25,7 @@ class Largest(TorchDispatchMode):
 
 
 def mixture(count: int, classes: int, dim: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of classes that overlap, far from zero, one dimension dead."""
+    """Embeddings of classes that overlap, far from zero, one dimension dead."""
     generator = torch.Generator().manual_seed(seed)
     centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(0, classes, (count,), generator=generator)
@@ -34,19 +34,19 @@ def mixture(count: int, classes: int, dim: int, noise: float, seed: int = 0) -> 
     return features, labels
 
 
-def votes_by_the_formula(bank, bank_labels, queries, num_neighbors: int, temperature: float) -> torch.Tensor:
+def votes_by_the_formula(memory_bank, bank_labels, queries, num_neighbors: int, temperature: float) -> torch.Tensor:
     """Wu et al. 2018, written out over all classes at once."""
-    weights, neighbors = (queries @ bank.T).topk(min(num_neighbors, len(bank)), dim=1)
+    weights, neighbors = (queries @ memory_bank.T).topk(min(num_neighbors, len(memory_bank)), dim=1)
     sums = torch.zeros(len(queries), int(bank_labels.max()) + 1)
     return sums.scatter_add_(1, bank_labels[neighbors], (weights / temperature).exp()).argmax(dim=1)
 
 
-def ridge_scores_by_the_formula(bank, bank_labels, features, penalty: float) -> torch.Tensor:
+def ridge_scores_by_the_formula(memory_bank, bank_labels, features, penalty: float) -> torch.Tensor:
     """The normal equations of one-hot classes, written out."""
     ones = torch.nn.functional.one_hot(bank_labels).double()
-    mean, prior = bank.double().mean(0), ones.mean(0)
-    centerd = bank.double() - mean
-    covariance, cross = centerd.T @ centerd / len(bank), centerd.T @ (ones - prior) / len(bank)
+    mean, prior = memory_bank.double().mean(0), ones.mean(0)
+    centered = memory_bank.double() - mean
+    covariance, cross = centered.T @ centered / len(memory_bank), centered.T @ (ones - prior) / len(memory_bank)
     shrunk = covariance + torch.diag(penalty * covariance.diagonal() + 1e-12)
     return prior + (features.double() - mean) @ torch.linalg.solve(shrunk, cross)
 
@@ -68,39 +68,39 @@ def test_votes_and_ridge_equal_their_formulas(parts: dict, monkeypatch: pytest.M
     """In one part and in many."""
     for name, value in parts.items():
         monkeypatch.setattr(jepa_lightning.classifiers, name, value)
-    (bank, bank_labels), (features, labels) = mixture(300, 9, 16, 2.0), mixture(101, 9, 16, 2.0, seed=1)
-    mean = bank.mean(dim=0)
-    units = directions(bank, mean), bank_labels, directions(features, mean)
+    (memory_bank, bank_labels), (features, labels) = mixture(300, 9, 16, 2.0), mixture(101, 9, 16, 2.0, seed=1)
+    mean = memory_bank.mean(dim=0)
+    units = directions(memory_bank, mean), bank_labels, directions(features, mean)
     for neighbors, temperature in ((1, 0.07), (20, 0.07), (20, 1.0), (5000, 0.2)):
         expected = votes_by_the_formula(*units, neighbors, temperature)
         assert torch.equal(vote(*units, neighbors, temperature), expected)
     for penalty in (1e-4, 1.0):
-        expected = ridge_scores_by_the_formula(bank, bank_labels, features, penalty).argmax(dim=1)
-        found = ridge_accuracy(bank, bank_labels, features, labels, penalty)
+        expected = ridge_scores_by_the_formula(memory_bank, bank_labels, features, penalty).argmax(dim=1)
+        found = ridge_accuracy(memory_bank, bank_labels, features, labels, penalty)
         assert found == (expected == labels).float().mean() and 0.2 < found < 0.95
 
 
 def test_the_penalty_counts() -> None:
     """With few samples in many dimensions the ridge decides."""
-    (bank, bank_labels), (features, labels) = mixture(40, 4, 36, 3.0), mixture(500, 4, 36, 3.0, seed=1)
-    small, large = (ridge_accuracy(bank, bank_labels, features, labels, penalty) for penalty in (1e-6, 1.0))
+    (memory_bank, bank_labels), (features, labels) = mixture(40, 4, 36, 3.0), mixture(500, 4, 36, 3.0, seed=1)
+    small, large = (ridge_accuracy(memory_bank, bank_labels, features, labels, penalty) for penalty in (1e-6, 1.0))
     assert large > small + 0.05
 
 
-def test_nothing_to_judge_is_nan() -> None:
-    bank, labels = mixture(10, 2, 4, 1.0)
-    assert ridge_accuracy(bank, labels, bank[:0], labels[:0]).isnan()
+def test_nothing_to_evaluate_is_nan() -> None:
+    memory_bank, labels = mixture(10, 2, 4, 1.0)
+    assert ridge_accuracy(memory_bank, labels, memory_bank[:0], labels[:0]).isnan()
 
 
 def test_the_most_similar_come_first_with_their_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jepa_lightning.classifiers, "BANK_ROWS", 3)
-    bank = torch.eye(8)
+    memory_bank = torch.eye(8)
     queries = torch.tensor([[0.1, 0.9, 0, 0, 0, 0, 0.3, 0.2], [0, 0, 0.5, 0, 0, 0, 0, 0.8]])
-    similarities, labels = nearest(bank, torch.arange(8) * 10, queries, 3)
+    similarities, labels = nearest(memory_bank, torch.arange(8) * 10, queries, 3)
     assert labels[0].tolist() == [10, 60, 70] and labels[1, :2].tolist() == [70, 20]
     torch.testing.assert_close(similarities[0], torch.tensor([0.9, 0.3, 0.2]))
-    assert nearest(bank[:2], torch.arange(2), queries, 3)[0].shape == (2, 2), "fewer where the bank is smaller"
-    assert nearest(bank[:0], torch.arange(0), queries, 3)[1].shape == (2, 0)
+    assert nearest(memory_bank[:2], torch.arange(2), queries, 3)[0].shape == (2, 2), "fewer where the memory bank is smaller"
+    assert nearest(memory_bank[:0], torch.arange(0), queries, 3)[1].shape == (2, 0)
 
 
 def test_many_small_votes_outweigh_a_large_one_and_of_equal_classes_the_first_wins() -> None:
@@ -125,11 +125,11 @@ def test_thousands_of_classes_need_no_large_tables() -> None:
     assert largest.size <= 40e6
 
 
-def test_a_large_bank_is_worked_through_in_parts() -> None:
-    bank = torch.nn.functional.normalize(torch.randn(300_000, 4), dim=1)
+def test_a_large_memory_bank_is_worked_through_in_parts() -> None:
+    memory_bank = torch.nn.functional.normalize(torch.randn(300_000, 4), dim=1)
     labels = torch.arange(300_000) % 20_000
     with Largest() as largest:
-        vote(bank, labels, bank[:1500], 20, 0.07)
+        vote(memory_bank, labels, memory_bank[:1500], 20, 0.07)
     assert largest.size <= 4 * 1024 * 2**15, "1500 queries by 300,000 members would be 1.8 GB, by 20,000 classes 120 MB"
 
 

@@ -20,11 +20,14 @@ HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/largest_eigenvalue_s
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"val/feature_std": 0.05}, "standard deviation of a feature is 0.05 (healthy: above 0.1): all inputs look alike"),
-        ({"val/rankme": 1.5}, "RankMe is 1.50 (healthy: above 3.0): the features vary in hardly any direction"),
+        (
+            {"val/feature_std": 0.05},
+            "standard deviation of an embedding dimension is 0.05 (healthy: above 0.1): all inputs look alike",
+        ),
+        ({"val/rankme": 1.5}, "RankMe is 1.50 (healthy: above 3.0): the embeddings vary in hardly any direction"),
         (
             {"val/largest_eigenvalue_share": 0.95},
-            "95% of the variance lies in one direction (healthy: below 90%): the features vary together",
+            "95% of the variance lies in one direction (healthy: below 90%): the embeddings vary together",
         ),
         ({"val/persistence_ratio": 1.0}, "1.00 times that of predicting no change (healthy: below 0.9): the predictor only"),
         ({"val/persistence_ratio": 1.1}, "the predictor only copies"),
@@ -32,7 +35,7 @@ HEALTHY = {"val/feature_std": 1.0, "val/rankme": 20.0, "val/largest_eigenvalue_s
             {"val/persistence_ratio": 34.0},
             "34.00 times that of predicting no change (healthy: below 0.9): the predictor does",
         ),
-        ({"val/feature_std": NAN}, "standard deviation of a feature is nan (healthy: above 0.1)"),
+        ({"val/feature_std": NAN}, "standard deviation of an embedding dimension is nan (healthy: above 0.1)"),
         ({"val/rankme": NAN}, "RankMe is nan (healthy: above 3.0)"),
         ({"val/largest_eigenvalue_share": NAN}, "nan% of the variance lies in one direction"),
         ({"val/persistence_ratio": NAN}, "nan times that of predicting no change"),
@@ -70,42 +73,42 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             SMALL | FLAT,
             model("vicreg"),
             [
-                "std in model.regularizer_weights keeps features from shrinking, and is 1: raise it",
-                "cov in model.regularizer_weights keeps features from varying together, and is 0.05",
+                "std in model.regularizer_weights keeps embeddings from shrinking, and is 1: raise it",
+                "cov in model.regularizer_weights keeps embeddings from varying together, and is 0.05",
             ],
         ),
         (
             SMALL | FLAT,
             model("vicreg", std=0.0, cov=0.0),
             [
-                "std in model.regularizer_weights keeps features from shrinking, and is 0: give it a weight",
+                "std in model.regularizer_weights keeps embeddings from shrinking, and is 0: give it a weight",
                 "and is 0: give it a weight",
             ],
         ),
         (
             SMALL | FLAT,
             model("variance_hinge"),
-            ["and is 0.1: raise it", "model.regularizer=variance_hinge has no term that keeps features from varying"],
+            ["and is 0.1: raise it", "model.regularizer=variance_hinge has no term that keeps embeddings from varying"],
         ),
         (
             SMALL | FLAT,
             model("barlow_twins"),
             [
-                "model.regularizer=barlow_twins has no term that keeps features from shrinking",
-                "redundancy in model.regularizer_weights keeps features from varying together",
+                "model.regularizer=barlow_twins has no term that keeps embeddings from shrinking",
+                "redundancy in model.regularizer_weights keeps embeddings from varying together",
             ],
         ),
         (
             FLAT,
             model("sigreg"),
-            ["gauss in model.regularizer_weights keeps features from varying together, and is 10: raise"],
+            ["gauss in model.regularizer_weights keeps embeddings from varying together, and is 10: raise"],
         ),
         (
             SMALL | FLAT,
             model("dino_centering"),
             [
-                "model.regularizer=dino_centering has no term that keeps features from shrinking: choose vicreg",
-                "dino_centering has no term that keeps features from varying",
+                "model.regularizer=dino_centering has no term that keeps embeddings from shrinking: choose vicreg",
+                "dino_centering has no term that keeps embeddings from varying",
             ],
         ),
         # One that is not there is not.
@@ -113,7 +116,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             FLAT,
             model(None),
             [
-                "model.regularizer is null, and only the slowness of the target encoder keeps features from "
+                "model.regularizer is null, and only the slowness of the target encoder keeps embeddings from "
                 "varying together: set model.regularizer to vicreg, or raise model.momentum"
             ],
         ),
@@ -123,7 +126,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             SMALL | FLAT,
             model(None, "none"),
             [
-                "in model.target_mode=none nothing keeps features from shrinking: set "
+                "in model.target_mode=none nothing keeps embeddings from shrinking: set "
                 "model.regularizer to vicreg, or model.target_mode to vjepa2",
                 "varying together",
             ],
@@ -131,7 +134,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
         (
             FLAT,
             model(None, "default"),
-            ["only inverse_dynamics keeps features from varying together: set model.regularizer to"],
+            ["only inverse_dynamics keeps embeddings from varying together: set model.regularizer to"],
         ),
         # Both signs of a low rank are one case.
         (FLAT | ONE_SIDED, model("vicreg"), ["cov in model.regularizer_weights"]),
@@ -140,11 +143,11 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             ALL_THREE,
             model("sigreg"),
             [
-                "gauss in model.regularizer_weights keeps features from shrinking",
-                "gauss in model.regularizer_weights keeps features from varying together",
+                "gauss in model.regularizer_weights keeps embeddings from shrinking",
+                "gauss in model.regularizer_weights keeps embeddings from varying together",
             ],
         ),
-        # Small features of a sound rank are small, not alike.
+        # Small embeddings of a sound rank are small, not alike.
         (
             SMALL,
             model("vicreg"),
@@ -155,7 +158,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             {"val/persistence_ratio": 0.95},
             model("vicreg"),
             [
-                "a predictor that copies needs more steps, or features that change "
+                "a predictor that copies needs more steps, or embeddings that change "
                 "more from one time to the next: lower curvature (now 1) in"
             ],
         ),
@@ -176,9 +179,13 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
         (
             {"val/rankme": NAN, "val/feature_std": 0.01},
             model("vicreg"),
-            ["features that are not finite: lower model.learning"],
+            ["embeddings that are not finite: lower model.learning"],
         ),
-        ({"val/persistence_ratio": NAN}, model("vicreg"), ["a ratio of NaN means features that never change, or forecasts"]),
+        (
+            {"val/persistence_ratio": NAN},
+            model("vicreg"),
+            ["a ratio of NaN means embeddings that never change, or forecasts"],
+        ),
         (
             FLAT | {"val/persistence_ratio": NAN},
             model("vicreg"),
@@ -215,7 +222,7 @@ def test_silent_on_a_healthy_run_and_fires_when_the_regularizer_is_off(tmp_path:
 def test_the_warning_gives_the_advice_for_the_model_that_runs(tmp_path: Path) -> None:
     alarm = CollapseAlarm(grace_steps=0, min_rankme=8.1)
     run = trainer(tmp_path, max_steps=1, limit_val_batches=1.0, callbacks=[alarm], val_check_interval=1)
-    words = "RankMe is .* What to try: .*gauss in model.regularizer_weights keeps features from varying together, and is 2"
+    words = "RankMe is .* What to try: .*gauss in model.regularizer_weights keeps embeddings from varying together, and is 2"
     with pytest.warns(CollapseWarning, match=words):
         run.fit(small_model(regularizer="sigreg", regularizer_weights={"gauss": 2.0}), small_data())
 

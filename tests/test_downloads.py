@@ -120,7 +120,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         small_images(tmp_path, download="mnist")
 
 
-def test_a_new_folder_is_filled_beside_its_place_by_a_name_that_says_whose_it_is(tmp_path: Path) -> None:
+def test_a_new_folder_is_filled_next_to_its_place_by_a_name_that_says_whose_it_is(tmp_path: Path) -> None:
     root = tmp_path / "not" / "there" / "images"
     with new_folder(root) as folder:
         assert folder.parent.parent == root.parent and folder.parent.name.startswith("images.part-")

@@ -66,7 +66,7 @@ def test_an_error_before_the_first_batch_is_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reason", [Interrupted(15), SystemExit(3), KeyboardInterrupt()])
-def test_who_is_told_to_end_has_made_no_error(tmp_path: Path, reason: BaseException) -> None:
+def test_a_run_that_is_asked_to_end_has_made_no_error(tmp_path: Path, reason: BaseException) -> None:
     error = SystemExit if isinstance(reason, KeyboardInterrupt) else type(reason)
     made = trainer(tmp_path, callbacks=[ErrorLog(), Fails("on_train_batch_end", reason)], max_steps=2)
     with pytest.raises(error):

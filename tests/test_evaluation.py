@@ -139,7 +139,7 @@ def test_ratios_are_errors_over_changes() -> None:
 
 
 class Scaled(nn.Module):
-    """A readout that multiplies."""
+    """A probe that multiplies."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def plain_r2(predictions: Tensor, targets: Tensor) -> float:
     return 1 - ((predictions - targets).square().mean() / (targets - targets.mean()).square().mean()).item()
 
 
-def test_readouts_are_judged_on_encoded_and_on_forecast_features(states: Tensor) -> None:
+def test_probes_are_evaluated_on_encoded_and_on_forecast_embeddings(states: Tensor) -> None:
     probe = SimpleNamespace(linear={"jepa": Scaled(0.5)}, mlp={"jepa": Scaled(0.9)})
     features = state_labels(states)
     forecast = truth(states).clone()
@@ -175,14 +175,14 @@ def test_readouts_are_judged_on_encoded_and_on_forecast_features(states: Tensor)
 
 
 def test_energy_errors_are_medians_relative_to_the_energy_above_rest(states: Tensor) -> None:
-    """Forecasts that keep their energy have no error but the readout's; others have what they gained or lost."""
+    """Forecasts that keep their energy have no error but the probe's; others have what they gained or lost."""
     one, features = scene(states), state_labels(states)
     assert all(value < 5e-3 for value in energy_figures(nn.Identity(), one, features, truth(states)).values())
     forecast = truth(states).clone()
     forecast[:, 15, 4:] *= 1.5  # 16 steps ahead, both rods are faster
-    readout = Scaled(1.0)
-    readout.forward = lambda z: torch.cat([z[..., :4], 1.1 * z[..., 4:]], dim=-1)
-    found = energy_figures(readout, one, features, forecast)
+    scaled = Scaled(1.0)
+    scaled.forward = lambda z: torch.cat([z[..., :4], 1.1 * z[..., 4:]], dim=-1)
+    found = energy_figures(scaled, one, features, forecast)
 
     def energy(at: Tensor, factor: float) -> Tensor:
         return PENDULUM.energy(torch.cat([at[:, :2], factor * at[:, 2:]], dim=1))
@@ -198,7 +198,7 @@ def test_energy_errors_are_medians_relative_to_the_energy_above_rest(states: Ten
     assert len({round(value, 3) for value in expected.values()}) == 4, "four different figures"
 
 
-def test_rankme_of_all_features_of_all_times() -> None:
+def test_rankme_of_all_embeddings_of_all_times() -> None:
     features = torch.randn(40, 30, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 1, 1, 1e-6, 1e-6, 1e-6]
     )
@@ -208,7 +208,7 @@ def test_rankme_of_all_features_of_all_times() -> None:
 
 
 class Painter:
-    """A decoder of features that are positions already, with an error added."""
+    """A decoder of embeddings that are positions already, with an error added."""
 
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.jepa = error, SimpleNamespace(history=2)

@@ -47,7 +47,7 @@ def test_images_keep_their_values() -> None:
     assert to_uint8(color)[1, 2, 3, 0] == round(color[1, 0, 2, 3].item() * 255)
 
 
-def test_rows_of_images_lie_beside_each_other_and_under_their_titles() -> None:
+def test_rows_of_images_lie_next_to_each_other_and_under_their_titles() -> None:
     rows = {name: torch.rand(3, channels, 32, 16) for name, channels in (("truth", 3), ("gray", 1))}
     axis = rows_figure(rows).axes[0]
     image = axis.images[0].get_array()
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path) -> None:
     assert len(caught) == 1
 
 
-def test_table_shows_controls_beside_the_model_and_dashes_for_nothing() -> None:
+def test_table_shows_baselines_next_to_the_model_and_dashes_for_nothing() -> None:
     report = {
         "probe": {"linear_r2": {"omega1": 0.9}},
         "rollout": {"ratio_to_persistence": {"1": 0.123456}},

@@ -41,24 +41,24 @@ def logged(probe: FineTuning) -> dict[str, tuple[float, dict]]:
 
 
 def test_accuracies_of_arms_have_their_errors_and_start_anew() -> None:
-    judged, accuracies = SumMetric(), {name: MulticlassAccuracy(2, average="micro") for name in ("one", "other")}
+    evaluated, accuracies = SumMetric(), {name: MulticlassAccuracy(2, average="micro") for name in ("one", "other")}
     for labels in (torch.tensor([0, 1, 1]), torch.tensor([1])):
-        judged.update(len(labels))
+        evaluated.update(len(labels))
         accuracies["one"].update(torch.ones_like(labels), labels)
         accuracies["other"].update(labels, labels)
-    figures, count = arm_accuracies(accuracies, judged)
+    figures, count = arm_accuracies(accuracies, evaluated)
     assert count == 4 and list(figures) == ["one", "other"]
     assert figures["one"] == {"accuracy": 0.75, "standard_error": pytest.approx(math.sqrt(0.75 * 0.25 / 4))}
     assert figures["other"] == {"accuracy": 1.0, "standard_error": 0.0}
-    judged.update(1)
+    evaluated.update(1)
     for metric in accuracies.values():
         metric.update(torch.tensor([0]), torch.tensor([1]))
-    figures, count = arm_accuracies(accuracies, judged)
+    figures, count = arm_accuracies(accuracies, evaluated)
     assert count == 1 and figures["other"]["accuracy"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")
-def test_nothing_judged_is_not_divided_by() -> None:
+def test_nothing_evaluated_is_not_divided_by() -> None:
     figures, count = arm_accuracies({"one": MulticlassAccuracy(2, average="micro")}, SumMetric())
     assert count == 1 and figures["one"]["standard_error"] == 0
 
@@ -92,7 +92,7 @@ def test_both_networks_minimize_a_smoothed_cross_entropy_of_their_own(checkpoint
     assert expected["finetuned"] != pytest.approx(expected["scratch"], rel=1e-2)
 
 
-def test_validation_judges_both_and_follows_the_fine_tuned_one(checkpoint: str) -> None:
+def test_validation_evaluates_both_and_follows_the_fine_tuned_one(checkpoint: str) -> None:
     probe = FineTuning(checkpoint, num_classes=3).eval()
     with torch.no_grad():
         probe.networks["finetuned"].head.bias[1] = 50.0  # always class 1: right on 2 of 6

@@ -322,7 +322,7 @@ def test_a_signal_ends_the_step_saves_and_says_so_by_its_code(tmp_path: Path, nu
     with pytest.raises(Interrupted) as stopped:
         run.fit(small_model(), small_data())
     assert stopped.value.code == code
-    assert read_checkpoint(last(tmp_path))["global_step"] == 4, "the step that was under way is part of it"
+    assert read_checkpoint(last(tmp_path))["global_step"] == 4, "the step that was under way is in it"
     assert signal.getsignal(number) == before
     with pytest.raises(Interrupted):  # a signal after the end of the run is not noted for a later step
         preemption._note(number, None)

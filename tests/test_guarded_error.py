@@ -26,7 +26,7 @@ class Record(pl.Callback):
 
 
 def test_it_falls_in_a_healthy_run_while_the_loss_rises(tmp_path: Path) -> None:
-    """And it is what it says: of the two ratios the greater, for the dimensions that are used."""
+    """And it is what it says: of the two ratios the larger, for the dimensions that are used."""
     record, quiet = Record(), CollapseAlarm(grace_steps=1000)
     model = small_model(latent_dim=16, encoder_widths=(64,), learning_rate=3e-3, regularizer_weights={"cov": 0.1})
     data = small_data(size=200, val_size=16, sequence_length=12, clip_length=12, batch_size=20)
@@ -41,7 +41,7 @@ def test_it_falls_in_a_healthy_run_while_the_loss_rises(tmp_path: Path) -> None:
 
 
 def forecast_ratios(features: torch.Tensor, guess) -> dict[str, float]:
-    """Ratios of forecasts three steps ahead of features (B, T, D), made by guess(starts) -> (B, S, 1, D)."""
+    """Ratios of forecasts three steps ahead of embeddings (B, T, D), made by guess(starts) -> (B, S, 1, D)."""
     errors = ForecastErrors(acted=False, dim=features.shape[-1])
     for part in features.split(30):
         starts, targets = part[:, :-3], later_features(part, 3)
@@ -51,7 +51,7 @@ def forecast_ratios(features: torch.Tensor, guess) -> dict[str, float]:
     return found
 
 
-def test_what_fools_one_control_does_not_fool_the_other() -> None:
+def test_what_fools_one_baseline_does_not_fool_the_other() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = 5 + torch.randn(200, 9, 6, generator=generator)
     found = forecast_ratios(noise, lambda starts: torch.full_like(starts, 5))

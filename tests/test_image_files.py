@@ -1,4 +1,4 @@
-"""What is found in a folder, what is left out, and which part of each class is drawn."""
+"""What is found in a folder, what is left out, and which fraction of each class is drawn."""
 
 import logging
 import os
@@ -83,7 +83,7 @@ def test_names_in_any_encoding(tmp_path: Path, recwarn: pytest.WarningsRecorder)
     assert data.classes == [os.fsdecode(b"caf\xe9"), "plain"]
     assert sum(len(batch.images) for batch in data.train_dataloader()) == 10 and not recwarn
     (tmp_path / "list.txt").write_bytes(b"caf\xe9/\xff\xfe.jpg\nplain/0001.jpg\n./plain//0002.jpg\n")
-    with pytest.warns(UserWarning, match="loose files beside class folders: 1"):
+    with pytest.warns(UserWarning, match="loose files next to class folders: 1"):
         listed = small_images(tmp_path, batch_size=1, file_list=str(tmp_path / "list.txt"))
         listed.setup("fit")
     assert listed._samples["train"].labels.tolist() == [0, 1, 1]
@@ -108,7 +108,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         small_images(tmp_path, batch_size=1).setup("fit")
     assert [str(warning.message) for warning in said] == [
         f"Left out of {tmp_path / 'train'}: files with other endings than .jpg .jpeg .png .webp .gif .bmp .tif .tiff: "
-        "2 .txt, 1 without ending, 1 .psd; loose files beside class folders: 2."
+        "2 .txt, 1 without ending, 1 .psd; loose files next to class folders: 2."
     ]
     assert [record.message for record in caplog.records] == [
         f"Found 3 images in 1 class in {tmp_path / 'train'}.",
@@ -165,7 +165,7 @@ def test_nothing_to_hold_out_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fraction", [0.001, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("spare", [0, 1])
-def test_a_part_of_each_class_is_drawn(fraction: float, spare: int) -> None:
+def test_a_fraction_of_each_class_is_drawn(fraction: float, spare: int) -> None:
     labels = torch.tensor([-1, 3, 3, 0, 0, 0, 0, 0, 0, 3, 7, 3, 0, 0])
     chosen = draw_per_class(labels, fraction, seeded_generator(1), spare)
     assert chosen.dtype == torch.bool and torch.equal(chosen, draw_per_class(labels, fraction, seeded_generator(1), spare))

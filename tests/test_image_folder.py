@@ -24,7 +24,7 @@ def files(data, split: str) -> list[str]:
     return ["/".join(Path(path.decode()).parts[-2:]) for path in data._samples[split].paths]
 
 
-def test_classes_without_a_split_hold_out_a_part_of_each(image_root: Path) -> None:
+def test_classes_without_a_split_hold_out_a_fraction_of_each(image_root: Path) -> None:
     data = ready(image_root)
     assert data.classes == ["ant", "bee"] and data.num_classes == 2
     train, val = files(data, "train"), files(data, "val")

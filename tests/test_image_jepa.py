@@ -116,7 +116,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(family: str, tmp_path:
     (first, figures0), (second, figures1) = processes(tmp_path / "two", 2, image_root, family)
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"ranks disagree on {name}"
-        # Adam makes steps of 1e-3 out of gradients that are rounding errors: a few weights may differ by part of a step.
+        # Adam makes steps of 1e-3 out of gradients that are rounding errors: few weights differ, by a fraction of a step.
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_std"):
         assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), name

@@ -85,16 +85,16 @@ def test_neighbors_need_no_fit(tmp_path: Path, image_root: Path, checkpoint: str
     assert report["judged"] == "on 6 held-out images, against 24 training images"
 
 
-def test_the_bank_is_not_what_is_judged(tmp_path: Path, image_root: Path) -> None:
+def test_the_memory_bank_is_not_what_is_evaluated(tmp_path: Path, image_root: Path) -> None:
     data = small_images(image_root)
     data.setup("test")
-    bank = torch.cat([batch.images for batch in data.plain_train_dataloader()])
-    judged = torch.cat([batch.images for batch in data.test_dataloader()])
-    assert len(bank) == 24 and len(judged) == 6
-    assert not (bank[:, None] == judged[None]).flatten(2).all(dim=2).any()
+    memory_bank = torch.cat([batch.images for batch in data.plain_train_dataloader()])
+    held_out = torch.cat([batch.images for batch in data.test_dataloader()])
+    assert len(memory_bank) == 24 and len(held_out) == 6
+    assert not (memory_bank[:, None] == held_out[None]).flatten(2).all(dim=2).any()
 
 
-def test_fine_tuning_trains_the_encoder_and_its_control(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
+def test_fine_tuning_trains_the_encoder_and_its_baseline(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
     probe = FineTuning(checkpoint, num_classes=2, layer_decay=0.5)
     before = {name: value.clone() for name, value in probe.networks.named_parameters()}
     report = fit_and_test(probe, tmp_path, image_root, 10)
@@ -121,13 +121,13 @@ def test_layers_decay_towards_the_pixels(checkpoint: str, monkeypatch: pytest.Mo
     assert len(rate) == len(list(probe.networks.parameters())), "every parameter is in one group"
 
 
-def test_patches_and_painting_are_inverse() -> None:
+def test_patches_and_decoding_are_inverse() -> None:
     decoder = PatchDecoder((2, 3), 8, 4, 8, 1)
     images = torch.randn(2, 3, 8, 12)
     cut = decoder.patches(images)
     assert cut.shape == (2, 6, 48)
     torch.testing.assert_close(cut[:, 4].view(2, 3, 4, 4), images[:, :, 4:, 4:8])
-    # A decoder whose transformer hands its input through would paint what it is given.
+    # A decoder whose transformer hands its input through would decode it to itself.
     decoder = PatchDecoder((2, 3), 48, 4, 48, 0)
     decoder.positions.zero_()
     decoder.norm = torch.nn.Identity()
@@ -168,7 +168,7 @@ def test_a_completion_never_sees_the_hidden_pixels(checkpoint: str) -> None:
     assert not torch.allclose(second.reconstructed, first.reconstructed)
 
 
-def test_nothing_is_judged_before_it_is_fitted(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
+def test_nothing_is_evaluated_before_it_is_fitted(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
     for probe in (LinearProbe(checkpoint, 2), FineTuning(checkpoint, 2), CompletionProbe(checkpoint)):
         with pytest.raises(ValueError, match="was never fitted: run `fit` first"):
             trainer(tmp_path).test(probe, small_images(image_root), verbose=False)
@@ -228,14 +228,14 @@ def test_two_processes_write_one_report_on_all_images(tmp_path: Path, image_root
     done = subprocess.run(arguments, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-9000:]
     # Each process has 3 images in batches of 2 and 1; of each batch, the second image is one to report on.
-    judged = {"LinearProbe": "on 2 held-out", "FineTuning": "on 6 held-out", "KNNProbe": "on 6 held-out"}
-    for name, text in judged.items():
+    evaluated = {"LinearProbe": "on 2 held-out", "FineTuning": "on 6 held-out", "KNNProbe": "on 6 held-out"}
+    for name, text in evaluated.items():
         assert json.loads((tmp_path / name / "report.json").read_text())["judged"].startswith(text), name
         assert done.stdout.count(f"{name}/report.md") == 1, "one process writes, and says so"
     assert (tmp_path / "CompletionProbe" / "report.md").exists()
 
 
-def test_figures_of_features_need_no_bfloat16() -> None:
+def test_figures_of_embeddings_need_no_bfloat16() -> None:
     features = torch.randn(8, 16, 24, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         colors = feature_colors(features, (4, 4), (16, 16))

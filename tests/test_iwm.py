@@ -1,4 +1,4 @@
-"""IWM: what the predictor is told, what is ranked, and what its predictor is good for afterwards."""
+"""IWM: what the predictor is conditioned on, what is ranked, and what its predictor is good for afterwards."""
 
 import json
 from dataclasses import replace
@@ -61,14 +61,15 @@ def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["feature", "sequence", "none"])
-def test_the_predictor_is_told_the_action(conditioning: str) -> None:
+def test_the_predictor_is_action_conditioned(conditioning: str) -> None:
     jepa, observed = small_iwm(conditioning=conditioning).train(), batch()
-    told = jepa.target_pairs(observed).predictions
+    predictions = jepa.target_pairs(observed).predictions
     for scalar in range(7):
         actions = observed.actions.clone()
         actions[:, scalar] += 1.0
-        heard = not torch.allclose(jepa.target_pairs(observed._replace(actions=actions)).predictions, told, atol=1e-7)
-        assert heard == (conditioning != "none"), f"scalar {scalar}"
+        others = jepa.target_pairs(observed._replace(actions=actions)).predictions
+        changed = not torch.allclose(others, predictions, atol=1e-7)
+        assert changed == (conditioning != "none"), f"scalar {scalar}"
     jepa.prediction_loss(jepa.target_pairs(observed)).backward()
     for network in (jepa.context_encoder, jepa.predictor):
         without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -95,7 +96,7 @@ def test_ties_are_counted_fairly() -> None:
 
 
 class Oracle(torch.nn.Module):
-    """A model whose features are the pixels, and whose predictor applies the action to them: the best there is."""
+    """A model whose embeddings are the pixels, and whose predictor applies the action to them: the best there is."""
 
     def __init__(self, listens: bool) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Oracle(torch.nn.Module):
             return features
         side = int(features.shape[1] ** 0.5)
         image = denormalize(features[0].T.unflatten(1, (side, side))[None])[0]
-        made = equivariance.make_versions(image, actions * (torch.arange(7) < 4))  # it cannot undo what spoils
+        made = equivariance.make_versions(image, actions * (torch.arange(7) < 4))  # it cannot undo what degrades
         return made.flatten(2).transpose(1, 2)
 
 
@@ -125,7 +126,7 @@ def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
     return ranks.compute()
 
 
-def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
+def test_an_oracle_is_first_and_one_that_ignores_actions_has_chance() -> None:
     oracle, deaf = ranks_of(Oracle(True)), ranks_of(Oracle(False))
     for kind in ("patch", "pooled"):
         for question in ("overall", "brightness", "contrast", "saturation", "hue"):
@@ -133,7 +134,7 @@ def test_an_oracle_is_first_and_one_that_does_not_listen_has_chance() -> None:
             assert deaf.mean[kind][question] == pytest.approx(chance(), rel=0.02), question
         assert oracle.mean[kind]["action_blind"] == pytest.approx(chance(), rel=0.02)
         assert abs(oracle.mean[kind]["shuffled_actions"] - chance()) < 0.01
-    assert oracle.num_images == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be painted again"
+    assert oracle.num_images == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be restored"
 
 
 def test_without_conditioning_there_is_nothing_but_chance() -> None:
@@ -149,17 +150,18 @@ def test_only_what_is_asked_is_ranked() -> None:
     assert set(ranks_of(Oracle(True), each=False).mean["patch"]) == {"overall", "action_blind", "shuffled_actions"}
 
 
-def test_banks_are_functions_of_the_generator_and_vary_what_they_say() -> None:
-    bank = draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5))
+def test_candidates_are_functions_of_the_generator_and_vary_what_they_say() -> None:
+    candidates = draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5))
     state = torch.get_rng_state()
-    assert torch.equal(bank, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5)))
+    assert torch.equal(candidates, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5)))
     assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
-    assert bank.shape == (256, 7) and (bank[:, :4].std(0) > 0.4).all() and not bank[:, 4:].any()
+    assert candidates.shape == (256, 7)
+    assert (candidates[:, :4].std(0) > 0.4).all() and not candidates[:, 4:].any()
     hue = draw_bank(VIEWS, "hue", torch.Generator().manual_seed(5))
     assert hue[:, 3].std() > 0.4 and not hue[:, [0, 1, 2, 4, 5, 6]].any()
 
 
-def test_answers_start_from_a_spoilt_source_and_undo_it() -> None:
+def test_answers_start_from_a_degraded_source_and_undo_it() -> None:
     oracle = Oracle(True)
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     answers = Answers(oracle, image, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(0)), VIEWS)
@@ -196,7 +198,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Pa
     return root / "iwm.ckpt"
 
 
-def test_the_report_has_figures_and_controls(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
+def test_the_report_has_figures_and_baselines(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     trainer(tmp_path).test(EquivarianceProbe(str(checkpoint), num_images=2), small_views(image_root), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     mrr = report["mrr"]
@@ -307,13 +309,13 @@ def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: P
                 assert torch.equal(uncut[name].images, again[name].images), f"{name}, cut after {cut}"
 
 
-def test_each_image_hears_its_own_action() -> None:
+def test_each_image_is_conditioned_on_its_own_action() -> None:
     jepa, observed = small_iwm().eval(), batch()
-    told = jepa.target_pairs(observed).predictions
+    predictions = jepa.target_pairs(observed).predictions
     actions = observed.actions.clone()
     actions[1] += 1.0
     changed = jepa.target_pairs(observed._replace(actions=actions)).predictions
-    assert [torch.equal(changed[image], told[image]) for image in range(3)] == [True, False, True]
+    assert [torch.equal(changed[image], predictions[image]) for image in range(3)] == [True, False, True]
     with pytest.raises(ValueError, match="Actions of 3 scalars for a model of 7"):
         jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 3))
 
@@ -337,7 +339,7 @@ def test_a_model_of_the_way_back_is_asked_for_the_way_back() -> None:
         assert torch.allclose(given, wanted, rtol=1e-4) == first
 
 
-def test_a_decoder_paints_what_is_imagined(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
+def test_a_decoder_draws_what_is_predicted(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     probe = CompletionProbe(str(checkpoint), width=64, depth=1)
     run.fit(probe, small_images(image_root))

@@ -19,7 +19,7 @@ from jepa_lightning.probes.images.memory_bank import MemoryBank
 
 
 def members(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features that say little of their classes, far from zero."""
+    """Embeddings that say little of their classes, far from zero."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, 4, (count,), generator=generator)
     return 3 + labels[:, None] * 0.3 + torch.randn(count, 6, generator=generator), labels
@@ -29,15 +29,15 @@ def members(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_one_process_votes_as_without_shares(neighbors: int) -> None:
     features, labels = members(20, 0)
     queries, _ = members(9, 1)
-    bank = MemoryBank(30)
+    memory_bank = MemoryBank(30)
     for rows in (slice(0, 0), slice(0, 7), slice(7, 8), slice(8, 20)):
-        bank.add(features[rows], labels[rows])
-    assert bank.close() == 20
+        memory_bank.add(features[rows], labels[rows])
+    assert memory_bank.close() == 20
     mean = features.mean(dim=0)
-    torch.testing.assert_close(bank.mean, mean)
+    torch.testing.assert_close(memory_bank.mean, mean)
     expected = vote(directions(features, mean), labels, directions(queries, mean), neighbors, 0.07)
-    assert torch.equal(bank.vote(queries, neighbors, 0.07), expected)
-    assert bank.vote(queries[:0], neighbors, 0.07).shape == (0,)
+    assert torch.equal(memory_bank.vote(queries, neighbors, 0.07), expected)
+    assert memory_bank.vote(queries[:0], neighbors, 0.07).shape == (0,)
 
 
 CASES = {1: 0.07, 5: 0.07, 50: 1.0}
@@ -45,7 +45,7 @@ CASES = {1: 0.07, 5: 0.07, 50: 1.0}
 
 
 class Processes:
-    """What the bank uses of torch.distributed, among threads. (Among real processes further below.)"""
+    """What the memory bank uses of torch.distributed, among threads. (Among real processes further below.)"""
 
     def __init__(self, count: int) -> None:
         self.meeting, self.sent, self.me = threading.Barrier(count, timeout=60), [None] * count, threading.local()
@@ -92,23 +92,28 @@ def test_three_processes_with_uneven_shares_vote_as_one(monkeypatch: pytest.Monk
     queries = members(12, 1)[0]
 
     def work(rank: int) -> tuple[int, int, torch.Tensor, dict]:
-        bank = MemoryBank(7, rank, 3)
+        memory_bank = MemoryBank(7, rank, 3)
         for row in range(rank, 20, 3):
-            bank.add(features[row : row + 1], labels[row : row + 1])
-        count, mine = bank.close(), queries[slice(*((0, 5), (5, 5), (5, 12))[rank])]
-        return count, bank.count, bank.mean, {k: bank.vote(mine, k, temperature) for k, temperature in CASES.items()}
+            memory_bank.add(features[row : row + 1], labels[row : row + 1])
+        count, mine = memory_bank.close(), queries[slice(*((0, 5), (5, 5), (5, 12))[rank])]
+        return (
+            count,
+            memory_bank.count,
+            memory_bank.mean,
+            {k: memory_bank.vote(mine, k, temperature) for k, temperature in CASES.items()},
+        )
 
     found = processes.run(work)
-    bank = MemoryBank(20)
-    bank.add(features, labels)
-    bank.close()
+    memory_bank = MemoryBank(20)
+    memory_bank.add(features, labels)
+    memory_bank.close()
     assert [(total, own) for total, own, _, _ in found] == [(20, 7), (20, 7), (20, 6)]
     for neighbors, temperature in CASES.items():
         votes = torch.cat([votes[neighbors] for _, _, _, votes in found])
-        assert torch.equal(votes, bank.vote(queries, neighbors, temperature)), f"{neighbors} neighbors"
+        assert torch.equal(votes, memory_bank.vote(queries, neighbors, temperature)), f"{neighbors} neighbors"
         assert len(votes.unique()) > 1
     for _, _, mean, _ in found:
-        torch.testing.assert_close(mean, bank.mean)
+        torch.testing.assert_close(mean, memory_bank.mean)
 
 
 def test_shares_are_all_images_once_each(image_root: Path) -> None:
@@ -156,7 +161,7 @@ run.test(probe, small_images(root, batch_size=2, val_fraction=0.24), verbose=Fal
 
 
 def test_two_processes_report_what_one_reports(tmp_path: Path, noise: Path, checkpoint: str) -> None:
-    """15 + 15 images in the bank and 4 + 4 held out, in uneven batches."""
+    """15 + 15 images in the memory bank and 4 + 4 held out, in uneven batches."""
     for name, devices in (("one", "1"), ("two", "2")):
         run_script(PROBE, tmp_path / name, devices, checkpoint, str(noise))
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
@@ -173,11 +178,11 @@ def test_encoded_in_bfloat16_and_compared_in_float32(tmp_path: Path, image_root:
     assert report["accuracy"]["pixels"]["accuracy"] == 1
 
 
-def test_without_baselines_the_features_alone_are_judged(
+def test_without_baselines_the_embeddings_alone_are_evaluated(
     tmp_path: Path, image_root: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    banks: list[int] = []
-    monkeypatch.setattr(MemoryBank, "close", lambda self, close=MemoryBank.close: banks.append(1) or close(self))
+    closed: list[int] = []
+    monkeypatch.setattr(MemoryBank, "close", lambda self, close=MemoryBank.close: closed.append(1) or close(self))
 
     def test(**arguments: Any) -> dict:
         run = trainer(tmp_path)
@@ -185,7 +190,7 @@ def test_without_baselines_the_features_alone_are_judged(
         return json.loads((tmp_path / "report.json").read_text())["accuracy"]
 
     alone = test(baselines=False)
-    assert set(alone) == {"features"} and len(banks) == 1
-    assert alone["features"] == test()["features"] and len(banks) == 4
+    assert set(alone) == {"features"} and len(closed) == 1
+    assert alone["features"] == test()["features"] and len(closed) == 4
     assert alone["features"]["num_neighbors"] == 20
     assert "untrained" not in dict(KNNProbe(checkpoint, num_classes=2, baselines=False).named_children())

@@ -1,4 +1,4 @@
-"""The linear probe: frozen features, honest choice, controls beside them."""
+"""The linear probe: frozen embeddings, honest choice, baselines next to them."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def checkpoint(tmp_path: Path, image_root: Path) -> str:
     return str(tmp_path / "ijepa.ckpt")
 
 
-def test_fit_and_test_write_a_report_with_controls(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
+def test_fit_and_test_write_a_report_with_baselines(tmp_path: Path, image_root: Path, checkpoint: str) -> None:
     probe = LinearProbe(checkpoint, num_classes=2, learning_rates=(0.01, 0.1))
     before = {name: value.clone() for name, value in probe.encoder.state_dict().items()}
     run = trainer(tmp_path, max_epochs=20, limit_val_batches=1.0)
@@ -55,7 +55,7 @@ def test_classifiers_do_not_disturb_each_other(checkpoint: str) -> None:
 
 @pytest.mark.parametrize(("kind", "own"), [(LinearProbe, {"last", "last_four"}), (AttentiveProbe, {"attentive"})])
 def test_baselines_can_be_left_out(tmp_path: Path, image_root: Path, checkpoint: str, kind: type, own: set[str]) -> None:
-    """What is left is trained and judged as with them."""
+    """What is left is trained and evaluated as with them."""
     reports = []
     for baselines in (True, False):
         torch.manual_seed(0)

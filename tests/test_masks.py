@@ -92,7 +92,7 @@ def test_blocks_give_way_from_the_last_on_and_no_more_than_they_must() -> None:
         assert (drawn.targets[0, 0] == torch.tensor([0, 1, 6, 7])).all()
 
 
-def test_context_is_of_its_block_and_only_what_it_lacks_comes_from_beside() -> None:
+def test_context_is_of_its_block_and_only_what_it_lacks_comes_from_outside() -> None:
     block = torch.zeros(6, 6, dtype=torch.bool)
     block[:4] = True  # 24 patches, of which the target takes 4
     inside = block.flatten().nonzero().flatten()
@@ -103,8 +103,8 @@ def test_context_is_of_its_block_and_only_what_it_lacks_comes_from_beside() -> N
         assert torch.isin(more, inside).sum() == 20 and more.shape == (1, 26)
 
 
-def test_the_patches_kept_are_a_uniformly_random_part() -> None:
-    """In the block, and beside it: each of 20 as often in 5, and each of 12 as often in 6."""
+def test_the_patches_kept_are_a_uniformly_random_subset() -> None:
+    """In the block, and outside of it: each of 20 as often in 5, and each of 12 as often in 6."""
     block = torch.zeros(6, 6, dtype=torch.bool)
     block[:4] = True
     for kept, of, taken in ((5, 20, 5), (26, 12, 6)):
@@ -116,12 +116,12 @@ def test_the_patches_kept_are_a_uniformly_random_part() -> None:
 
 
 def test_how_much_is_kept_is_the_quantile_of_what_is_left() -> None:
-    """So large a part of images has fewer than K patches of its context block left."""
+    """So large a fraction of images has fewer than K patches of its context block left."""
     for quantile in (0.1, 0.5):
         masks = MultiBlock((14, 14), target_scale=(0.18, 0.18), target_aspect=(1.0, 1.0), resampling_fraction=quantile)
-        size, least, left = block_size((14, 14), 0.18, 1.0), 0.85, []
+        size, smallest, left = block_size((14, 14), 0.18, 1.0), 0.85, []
         for step in range(200):
-            context_size = block_size((14, 14), least + (1 - least) * step / 199, 1.0)
+            context_size = block_size((14, 14), smallest + (1 - smallest) * step / 199, 1.0)
             corners, block = masks._place(50, size, context_size, seeded_generator(9, step))
             left.append((block & ~masks._covered(corners, size)).sum(dim=1))
         share = (torch.cat(left) < masks.draw(1, seeded_generator(0)).context.shape[1]).double().mean()
@@ -154,9 +154,9 @@ def test_context_and_targets_are_sorted_distinct_and_never_meet(official: bool) 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 
 
-def ranges(least: float, greatest: float) -> st.SearchStrategy[tuple[float, float]]:
+def ranges(low: float, high: float) -> st.SearchStrategy[tuple[float, float]]:
     """Two numbers in order."""
-    return st.tuples(*[st.floats(least, greatest)] * 2).map(lambda pair: (min(pair), max(pair)))
+    return st.tuples(*[st.floats(low, high)] * 2).map(lambda pair: (min(pair), max(pair)))
 
 
 ARGUMENTS = st.fixed_dictionaries(

@@ -43,7 +43,7 @@ def test_standard_deviations() -> None:
     assert found["feature_std_min"] == pytest.approx(std.min().item(), rel=1e-4)
 
 
-def test_constant_features_are_collapsed_and_not_nan() -> None:
+def test_constant_embeddings_are_collapsed_and_not_nan() -> None:
     found = statistics(torch.ones(100, 8) * 3)
     assert all(math.isfinite(value) for value in found.values())
     assert found["feature_std"] < 1e-6 and found["rankme"] <= 1.0001
@@ -89,7 +89,7 @@ def test_valid_prediction_time_is_the_first_step_past_the_threshold() -> None:
     assert valid_prediction_time(errors, 0.5).tolist() == [2, 1, 4, 3]
 
 
-def test_features_that_are_not_finite_give_nan_and_no_exception() -> None:
+def test_embeddings_that_are_not_finite_give_nan_and_no_exception() -> None:
     features = torch.randn(50, 4)
     features[7, 2] = float("inf")
     found = statistics(features)
@@ -137,7 +137,7 @@ def features_of_rank(rank: int, dim: int = 32, count: int = 4000, seed: int = 0)
 
 
 def predicted(targets: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Predictions with an error of a part of the variance, made of the mean and the truth."""
+    """Predictions with an error of a fraction of the variance, made of the mean and the truth."""
     return targets + ratio**0.5 * (targets.mean(dim=0) - targets)
 
 
@@ -161,10 +161,10 @@ def test_no_error_is_small_enough_to_make_up_for_collapse() -> None:
     assert guarded(predicted(healthy, 0.8), healthy) < guarded(collapsed, collapsed)
 
 
-def test_features_that_became_constant_or_noise_are_the_worst() -> None:
+def test_embeddings_that_became_constant_or_noise_are_the_worst() -> None:
     constant = torch.full((400, 32), 3.0)
     noise = 3 + 1e-5 * torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
-    assert statistics(noise)["rankme"] > 30, "which RankMe alone holds for the best features of all"
+    assert statistics(noise)["rankme"] > 30, "which RankMe alone holds for the best embeddings of all"
     assert guarded(constant, constant) == 1
     for guess in (3.0, 3.1):
         assert guarded(torch.full_like(noise, guess), noise) == pytest.approx(1, abs=0.01)
@@ -173,7 +173,7 @@ def test_features_that_became_constant_or_noise_are_the_worst() -> None:
     assert guarded_error(torch.tensor(34.0), torch.tensor(5.0), 8) == 1, "worse than nothing is no worse than that"
 
 
-def test_features_that_know_their_place_alone_have_collapsed() -> None:
+def test_embeddings_that_know_their_place_alone_have_collapsed() -> None:
     """One constant answer is beaten by far; the mean of each place is not."""
     generator = torch.Generator().manual_seed(0)
     places = torch.randint(0, 16, (4000,), generator=generator)

@@ -37,7 +37,7 @@ def evil(path: Path, checkpoint: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of a pendulum, and files beside it that are not what they seem."""
+    """A finished run of a pendulum, and files next to it that are not what they seem."""
     root = tmp_path_factory.mktemp("mistakes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["jepa-lightning"])

@@ -37,7 +37,7 @@ def awake(**changes: Any):
 
 
 def test_predictions_are_aligned_with_targets_and_actions(mode: str) -> None:
-    """Fed the truth, the loss is zero, and each step is told the action that leads to it."""
+    """Fed the truth, the loss is zero, and each step is given the action that leads to it."""
     model, observed = small_driven_model(target_mode=mode), batch()
     features = model.encode(observed.observations)  # (B, T, D); context and target encoder are still the same
     known = {tuple(z.tolist()): (b, t) for b in range(3) for t, z in enumerate(features[b])}
@@ -45,8 +45,8 @@ def test_predictions_are_aligned_with_targets_and_actions(mode: str) -> None:
     class Oracle(torch.nn.Module):
         def forward(self, z: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
             places = [known[tuple(row.tolist())] for row in z.flatten(0, -2)]
-            told = actions.flatten(0, -2)
-            assert torch.equal(told, torch.stack([observed.actions[b, t] for b, t in places]))
+            given = actions.flatten(0, -2)
+            assert torch.equal(given, torch.stack([observed.actions[b, t] for b, t in places]))
             return torch.stack([features[b, t + 1] for b, t in places]).view_as(z)
 
     model.predictor = Oracle()
@@ -272,7 +272,7 @@ def test_model_and_data_that_do_not_fit_are_refused(tmp_path: Path, model: dict,
         trainer(tmp_path, max_steps=1).fit(small_driven_model(**model), small_driven_data(**data))
 
 
-def test_a_free_model_refuses_driven_data(tmp_path: Path) -> None:
+def test_a_free_model_refuses_actuated_data(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model.action_dim=0, but the data's actions have 2 scalars"):
         trainer(tmp_path, max_steps=1).fit(small_model(), small_data(torque_limits=(1.0, 1.0)))
 

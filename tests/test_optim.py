@@ -72,7 +72,7 @@ def cosine(part: float) -> float:
         # The peak comes at step warmup_fraction * total, and one step after the last the rate would be `end`.
         ({"warmup_fraction": 0.5, "start": 0.0}, [0, 0.5, 1, 1.5, 2, 2 * cosine(1 / 4), 1, 2 * cosine(3 / 4)]),
         ({"warmup_fraction": 0.25}, [0.02, 1.01, *(2 * cosine(k / 6) for k in range(6))]),
-        ({"warmup_fraction": 0.24}, [0.02, *(2 * cosine(k / 7) for k in range(7))]),  # a part of a step is none
+        ({"warmup_fraction": 0.24}, [0.02, *(2 * cosine(k / 7) for k in range(7))]),  # a fraction of a step is none
         ({"warmup_fraction": 0.0, "end": 0.5}, [2 * (0.5 + 0.5 * cosine(k / 8)) for k in range(8)]),
         ({"warmup_fraction": 0.0, "offset": 1}, [2 * cosine(k / 8) for k in range(1, 9)]),
     ],

@@ -32,7 +32,7 @@ def test_unroll_applies_the_predictor_to_its_own_output() -> None:
     assert torch.equal(steps, torch.stack([2 * start + 1, 4 * start + 3, 8 * start + 7], dim=1))
 
 
-def test_later_features_of_each_start() -> None:
+def test_later_embeddings_of_each_start() -> None:
     features = torch.arange(6.0).view(1, 6, 1)
     assert later_features(features, 3)[0, :, :, 0].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
 
@@ -122,7 +122,7 @@ def test_each_sample_has_a_start_of_its_own() -> None:
     assert len(set(starts.tolist())) > 15
 
 
-def test_the_online_probe_judges_trajectories_that_it_was_not_fitted_on() -> None:
+def test_the_online_probe_is_evaluated_on_trajectories_that_it_was_not_fitted_on() -> None:
     model = small_model()
     model.log = model.log_dict = lambda *_, **__: None
     model._trainer = SimpleNamespace(sanity_checking=False)
@@ -237,7 +237,7 @@ def test_a_batch_shorter_than_the_horizon_is_refused() -> None:
         model.target_pairs(batch(model))
 
 
-def test_predict_gives_the_features_of_the_target_encoder(tmp_path: Path) -> None:
+def test_predict_gives_the_embeddings_of_the_target_encoder(tmp_path: Path) -> None:
     model, data = small_model(), small_data(test_sequence_length=9)
     (features,) = trainer(tmp_path).predict(model, data)
     expected = model.encode(data.observe(data.trajectories("test")).observations)

@@ -37,7 +37,7 @@ def scene(states: Tensor) -> Scene:
 
 
 class Scaled(nn.Module):
-    """A readout that multiplies."""
+    """A probe that multiplies."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Scaled(nn.Module):
 
 
 class Painter:
-    """A decoder of features that are positions already, with an error added."""
+    """A decoder of embeddings that are positions already, with an error added."""
 
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.jepa = error, SimpleNamespace(history=2)
@@ -65,7 +65,7 @@ class Painter:
 
 
 def ideal_probe(root: Path, decoder: object = None) -> SimpleNamespace:
-    """Features that are labels, and three forecasters: by physics, by standing still, and by constant velocity."""
+    """Embeddings that are labels, and three forecasters: by physics, by standing still, and by constant velocity."""
     chunks: list[int] = []
 
     def forecast(features: Tensor, horizon: int, name: str = "jepa") -> Tensor:
@@ -117,9 +117,9 @@ def test_each_forecaster_has_its_own_figures(states: Tensor, tmp_path: Path) -> 
     assert all(value < 5e-3 for value in report["energy_error"].values())
     assert all(value == pytest.approx(1, abs=1e-6) for value in report["probe"]["linear_r2"].values())
     # An encoder whose predictor stands still is worth what persistence is worth, and so on.
-    for control, baseline in (("random_encoder", "persistence"), ("pca", "constant_velocity")):
+    for encoder, forecaster in (("random_encoder", "persistence"), ("pca", "constant_velocity")):
         for name in ("vpt_frames", "vpt_frames_mean", "vpt_frames_at_0.2"):
-            assert baselines[control][name] == baselines[baseline][name] < steps
+            assert baselines[encoder][name] == baselines[forecaster][name] < steps
     ones = pytest.approx({str(k): 1.0 for k in RATIO_STEPS})
     assert baselines["random_encoder"]["rollout"]["ratio_to_persistence"] == ones
     assert baselines["persistence"]["rollout"]["ratio_to_persistence"] == {str(k): 1.0 for k in RATIO_STEPS}
@@ -141,7 +141,7 @@ def test_each_forecaster_has_its_own_figures(states: Tensor, tmp_path: Path) -> 
 
 
 class LabelPainter(Painter):
-    """A decoder of features that are labels: positions, to which each encoder adds an error of its own."""
+    """A decoder of embeddings that are labels: positions, to which each encoder adds an error of its own."""
 
     errors = {"jepa": 0.0, "random_encoder": 0.1, "pca": 0.2}  # noqa: RUF012
 
@@ -151,7 +151,7 @@ class LabelPainter(Painter):
 
 
 @pytest.mark.usefixtures("stopwatch")
-def test_with_a_decoder_each_encoder_is_painted_by_its_own(
+def test_with_a_decoder_each_encoder_is_decoded_by_its_own(
     states: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shown, filmed, drawn = {}, {}, []

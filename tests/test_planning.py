@@ -1,4 +1,4 @@
-"""Planning: the search finds what is best, the world does what physics says, and the probe judges both."""
+"""Planning: the search finds what is best, the world does what physics says, and the probe evaluates both."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def bowl(goals: torch.Tensor):
-    """Least at a sequence of its own for each episode: goals (E, H, A)."""
+    """Lowest at a sequence of its own for each episode: goals (E, H, A)."""
     return lambda actions: (actions - goals[:, None]).square().sum(dim=(2, 3))
 
 
@@ -49,14 +49,14 @@ def test_the_search_finds_the_best_sequence_of_each_episode(method: str) -> None
 @pytest.mark.parametrize("method", ["cem", "mppi"])
 def test_plans_respect_the_limits(method: str) -> None:
     goals = torch.full((2, 3, 2), 5.0)
-    judged = []
+    evaluated = []
 
     def cost(actions: torch.Tensor) -> torch.Tensor:
-        judged.append(actions.abs().amax().item())
+        evaluated.append(actions.abs().amax().item())
         return bowl(goals)(actions)
 
     found = Planner(method=method).plan(cost, torch.zeros(2, 3, 2), seeded())
-    assert max(judged) <= 1 and found.abs().max() <= 1
+    assert max(evaluated) <= 1 and found.abs().max() <= 1
     assert found.min() > 0.9
 
 
@@ -165,7 +165,7 @@ def test_plans_end_at_the_deadline_and_go_on_from_the_last_one() -> None:
 
 
 class Physics(torch.nn.Module):
-    """A predictor that knows: features are states."""
+    """A predictor that knows: embeddings are states."""
 
     def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         torques = (actions * torch.tensor([10.0, 5.0])).flatten(0, -2)[:, None].expand(-1, 5, -1)
@@ -178,7 +178,7 @@ class Physics(torch.nn.Module):
         return states
 
 
-def test_a_model_that_listens_has_a_greater_error_under_other_actions(tmp_path: Path) -> None:
+def test_a_model_that_uses_actions_has_a_larger_error_under_other_actions(tmp_path: Path) -> None:
     data = small_driven_data(test_size=5, test_sequence_length=60)
     batch = data.observe(data.trajectories("test"))
     probe = PlanningProbe(saved(tmp_path))
@@ -189,14 +189,14 @@ def test_a_model_that_listens_has_a_greater_error_under_other_actions(tmp_path: 
     assert figures["shuffled_over_true"] > 10 and figures["zero_over_true"] > 10
     assert figures["true_over_persistence"]["10"] < 0.1
     # By hand: the fourth step under the actions of the trajectory before.
-    told = batch.actions.roll(1, dims=0)
+    others = batch.actions.roll(1, dims=0)
     starts = range(batch.states.shape[1] - 10)
-    found = [(Physics.unrolled(batch.states[:, s], told[:, s : s + 4]) - batch.states[:, s + 4]).square() for s in starts]
+    found = [(Physics.unrolled(batch.states[:, s], others[:, s : s + 4]) - batch.states[:, s + 4]).square() for s in starts]
     torch.testing.assert_close(errors["shuffled"][3], torch.stack(found).mean(), rtol=1e-3, atol=1e-3)
 
 
 def test_a_perfect_world_model_reaches_goals() -> None:
-    """With features that are the state and a predictor that is the physics."""
+    """With embeddings that are the state and a predictor that is the physics."""
     data = small_driven_data()
     model = small_driven_model(latent_dim=4)
     model.predictor = Physics()
@@ -214,8 +214,8 @@ def test_a_perfect_world_model_reaches_goals() -> None:
     for step in range(5):
         world.act(controller(world, step))
     assert (distances(data, world.states, task.goals[:, -1]).amax(dim=-1) < 0.25).double().mean() >= 0.8
-    imagined = torch.cat(controller.imagined, dim=1)
-    torch.testing.assert_close(imagined[:, -1].double(), world.states, rtol=1e-2, atol=2e-2)
+    predicted = torch.cat(controller.imagined, dim=1)
+    torch.testing.assert_close(predicted[:, -1].double(), world.states, rtol=1e-2, atol=2e-2)
 
 
 def saved(tmp_path: Path, **changes: Any) -> str:
@@ -307,7 +307,7 @@ def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> N
     assert (tmp_path / "reconstruction.png").exists()
 
 
-def test_predicted_features_are_decoded_to_the_frame_that_they_predict(tmp_path: Path) -> None:
+def test_predicted_embeddings_are_decoded_to_the_frame_that_they_predict(tmp_path: Path) -> None:
     probe = ImageDecoder(saved(tmp_path), embedding_source="predicted", width=32, depth=1)
     data = small_driven_data()
     batch = data.observe(data.trajectories("train")[:2, :23])
@@ -342,7 +342,7 @@ def test_the_decoder_stops_when_it_no_longer_learns(tmp_path: Path) -> None:
     assert run.current_epoch == 3
 
 
-def test_the_decoder_probe_reads_a_driven_pendulum(tmp_path: Path) -> None:
+def test_the_decoder_probe_reads_an_actuated_pendulum(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     run.fit(DecoderProbe(saved(tmp_path), width=16), small_driven_data())
     assert run.callback_metrics["val/mse_jepa"] > 0

@@ -1,4 +1,4 @@
-"""`predict` gives features of the target encoder, of every family."""
+"""`predict` gives embeddings of the target encoder, of every family."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def apart(jepa: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("model", "data"), FAMILIES.values(), ids=FAMILIES)
-def test_images_are_pooled_features_of_the_target_encoder(model, data, tmp_path: Path, image_root: Path) -> None:
+def test_images_are_pooled_embeddings_of_the_target_encoder(model, data, tmp_path: Path, image_root: Path) -> None:
     jepa, held_out = model(), data(image_root)
     apart(jepa)
     predicted = torch.cat(trainer(tmp_path).predict(jepa, held_out))
@@ -26,7 +26,7 @@ def test_images_are_pooled_features_of_the_target_encoder(model, data, tmp_path:
         torch.testing.assert_close(predicted, jepa.target_encoder.eval()(images).mean(dim=1))
 
 
-def test_windows_are_features_of_the_target_encoder(tmp_path: Path) -> None:
+def test_windows_are_embeddings_of_the_target_encoder(tmp_path: Path) -> None:
     jepa, data = small_model(), small_data(test_sequence_length=12)
     apart(jepa)
     predicted = torch.cat(trainer(tmp_path).predict(jepa, data))

@@ -1,4 +1,4 @@
-"""The second phase: frozen means frozen, readouts find what is there, and the report says what it should."""
+"""Frozen-encoder evaluation: frozen means frozen, probes find what is there, and the report says what it should."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def test_pca_of_fewer_inputs_than_components_pads_with_zeros() -> None:
     assert torch.equal(pca(torch.randn(7, 3))[:, 3:], torch.zeros(7, 2))
 
 
-def test_controls_are_untrained_repeatable_and_of_unit_variance(jepa_checkpoint: str, tmp_path: Path) -> None:
+def test_baselines_are_untrained_repeatable_and_of_unit_variance(jepa_checkpoint: str, tmp_path: Path) -> None:
     probes = [DecoderProbe(jepa_checkpoint, width=4) for _ in range(2)]
     for first, second in zip(*(p.encoders["random_encoder"].parameters() for p in probes), strict=True):
         assert torch.equal(first, second)
@@ -94,7 +94,7 @@ def test_controls_are_untrained_repeatable_and_of_unit_variance(jepa_checkpoint:
         assert features[name].flatten(0, 1).var(0).mean() == pytest.approx(1, rel=0.3), name
 
 
-def test_readouts_find_a_linear_and_a_curved_state() -> None:
+def test_probes_find_a_linear_and_a_curved_state() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(4000, 6, generator=generator)
     labels = torch.stack([features[:, 0] * 3 + 2, (features[:, 1] * 2).sin()], dim=1)
@@ -102,7 +102,7 @@ def test_readouts_find_a_linear_and_a_curved_state() -> None:
     linear.fit(features[:3000], labels[:3000], features[3000:], labels[3000:])
     mlp.fit(features[:3000], labels[:3000], num_steps=400, learning_rate=1e-2)
     held_out, truth = features[3000:], labels[3000:]
-    error = [((readout(held_out) - truth).square().mean(0) / truth.var(0)).tolist() for readout in (linear, mlp)]
+    error = [((probe(held_out) - truth).square().mean(0) / truth.var(0)).tolist() for probe in (linear, mlp)]
     assert error[0][0] < 1e-4 and error[0][1] > 0.3
     assert error[1][0] < 0.02 and error[1][1] < 0.05
 
@@ -110,10 +110,10 @@ def test_readouts_find_a_linear_and_a_curved_state() -> None:
 def test_a_dead_feature_is_not_blown_up() -> None:
     features = torch.randn(500, 3)
     features[:, 1] = 2.0
-    readout = MLPReadout(3, 1, 16)
-    readout.fit(features, features[:, :1], num_steps=50, learning_rate=1e-2)
+    probe = MLPReadout(3, 1, 16)
+    probe.fit(features, features[:, :1], num_steps=50, learning_rate=1e-2)
     moved = features + torch.tensor([0.0, 1e-3, 0.0])  # what a predictor may do to it
-    assert (readout(moved) - readout(features)).abs().max() < 0.05
+    assert (probe(moved) - probe(features)).abs().max() < 0.05
 
 
 def test_ridge_penalty_is_chosen_on_validation_samples() -> None:
@@ -125,7 +125,7 @@ def test_ridge_penalty_is_chosen_on_validation_samples() -> None:
     assert LinearReadout(25, 1).fit(features, labels, features, labels) == 1e-6
 
 
-def test_control_predictor_learns_a_linear_motion() -> None:
+def test_baseline_predictor_learns_a_linear_motion() -> None:
     generator = torch.Generator().manual_seed(0)
     rotation = torch.matrix_exp(0.3 * (turn := torch.randn(8, 8, generator=generator)).sub(turn.T))
     clips = [torch.randn(400, 8, generator=generator)]

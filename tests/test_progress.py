@@ -76,7 +76,7 @@ def test_a_line_a_minute_tells_the_pace_of_this_run(monkeypatch: pytest.MonkeyPa
 def test_the_first_line_waits_for_its_time_and_for_a_step(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     clock, lines = Clock(monkeypatch), ProgressLines(every_seconds=0)
     lines.on_train_start(clock.trainer, None)
-    lines.on_train_batch_end(clock.trainer, None)  # a part of a step, under accumulation
+    lines.on_train_batch_end(clock.trainer, None)  # a fraction of a step, under accumulation
     assert printed(capsys) == []
     clock.step(lines)
     assert len(printed(capsys)) == 1

@@ -66,7 +66,7 @@ def test_cross_correlation_of_equal_views_leaves_redundancy() -> None:
     assert unrelated == pytest.approx(1, abs=0.1)
 
 
-def test_gaussian_distance_is_least_for_a_standard_normal() -> None:
+def test_gaussian_distance_is_lowest_for_a_standard_normal() -> None:
     torch.manual_seed(0)
     normal, lines = torch.randn(4000, 16), random_directions(16, step=0)
     torch.testing.assert_close(lines.norm(dim=0), torch.ones(lines.shape[1]))
@@ -80,7 +80,7 @@ def test_gaussian_distance_is_least_for_a_standard_normal() -> None:
 
 
 def test_gaussian_distance_is_the_integral_over_the_whole_line() -> None:
-    """By complex numbers and 17 knots, of features that are not symmetric about zero."""
+    """By complex numbers and 17 knots, of embeddings that are not symmetric about zero."""
     features = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).square() * 8
     lines = random_directions(3, 0).double()
     knots = torch.linspace(-5, 5, 17, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_cross_correlation_by_hand() -> None:
     invariance, redundancy = cross_correlation_penalties(first, second)
     assert invariance.item() == pytest.approx((((1 - c[0, 0]) ** 2 + (1 - c[1, 1]) ** 2) / 2).item(), rel=1e-5)
     assert redundancy.item() == pytest.approx(((c[0, 1] ** 2 + c[1, 0] ** 2) / 2).item(), rel=1e-5)
-    # Features below 0.01 are too small to be told from noise, and are not blown up to a correlation of 1.
+    # Embeddings below 0.01 are too small to be distinguished from noise, and are not blown up to a correlation of 1.
     assert cross_correlation_penalties(1e-3 * first, 1e-3 * first)[0] > 0.5
     assert cross_correlation_penalties(1e-1 * first, 1e-1 * first)[0] < 0.01
 
@@ -169,7 +169,7 @@ def test_terms_of_a_sequence_by_name() -> None:
     assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
 
 
-def test_knots_and_directions_are_where_the_features_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_knots_and_directions_are_where_the_embeddings_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the "meta" device, which no tensor of the CPU can be mixed with."""
     assert gaussian_distance(torch.zeros(4, 3, device="meta"), torch.zeros(3, 5, device="meta")).device.type == "meta"
     features, asked = torch.randn(4, 2, 3), []

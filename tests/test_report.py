@@ -119,7 +119,7 @@ def test_a_report_is_json_and_markdown_with_the_command_and_lists_what_lies_ther
 class SomeProbe(SimpleNamespace):
     """What `save_accuracies` reads of a probe."""
 
-    names = {"model": "the model", "control": "its control"}  # noqa: RUF012
+    names = {"model": "the model", "baseline": "its baseline"}  # noqa: RUF012
 
 
 def some_probe(directory: Path, first: bool = True) -> SomeProbe:
@@ -128,12 +128,12 @@ def some_probe(directory: Path, first: bool = True) -> SomeProbe:
 
 
 ACCURACIES = {
-    "control": {"accuracy": 0.25, "standard_error": 0.0625, "learning_rate": 0.01, "weight_decay": 5e-4},
+    "baseline": {"accuracy": 0.25, "standard_error": 0.0625, "learning_rate": 0.01, "weight_decay": 5e-4},
     "model": {"accuracy": 0.9876, "standard_error": 0.01, "learning_rate": 0.1, "weight_decay": 0.0},
 }
 
 
-def test_accuracies_stand_beside_their_names_with_what_was_chosen(tmp_path: Path) -> None:
+def test_accuracies_stand_next_to_their_names_with_what_was_chosen(tmp_path: Path) -> None:
     save_accuracies(some_probe(tmp_path), ACCURACIES, "on 7 images")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.pop("command")
@@ -144,7 +144,7 @@ def test_accuracies_stand_beside_their_names_with_what_was_chosen(tmp_path: Path
         "| features | accuracy | standard error | learning rate | weight decay |",
         "| :-- | --: | --: | --: | --: |",
         "| the model | 0.988 | 0.010 | 0.1 | 0 |",
-        "| its control | 0.250 | 0.062 | 0.01 | 0.0005 |",
+        "| its baseline | 0.250 | 0.062 | 0.01 | 0.0005 |",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Roll-outs and the ratios by which forecasts are judged, number by number."""
+"""Roll-outs and the ratios by which forecasts are evaluated, number by number."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_each_step_takes_its_own_action() -> None:
     assert found[..., 0].tolist() == [[3.0, 16.0], [7.0, 19.0]]
 
 
-def judged(errors: ForecastErrors, starts: Tensor, targets: Tensor, actions: Tensor | None) -> dict[str, float]:
+def ratios(errors: ForecastErrors, starts: Tensor, targets: Tensor, actions: Tensor | None) -> dict[str, float]:
     """Of a model that adds the action at each step, and nothing if there is none."""
 
     def forecast(features: Tensor, given: Tensor | None) -> Tensor:
@@ -55,7 +55,7 @@ def test_ratios_are_over_no_change_and_over_the_true_actions() -> None:
     # The truth goes half a unit less far at the first step, and one more at the second: errors 0.5, 0.5 and -1, -1.
     targets = actions.cumsum(dim=2) + torch.tensor([-0.5, 1.0])[:, None]
     first, last = targets[:, 0, 0, 0], targets[:, 0, 1, 0]  # 0.5 2.5 and 3 7
-    found = judged(ForecastErrors(True, 1), starts, targets, actions)
+    found = ratios(ForecastErrors(True, 1), starts, targets, actions)
     assert found == {
         "persistence_ratio_first": pytest.approx(0.25 / first.square().mean().item()),
         "persistence_ratio": pytest.approx(1.0 / last.square().mean().item()),
@@ -69,13 +69,13 @@ def test_without_actions_there_is_nothing_to_shuffle_and_each_validation_starts_
     errors = ForecastErrors(False, 1)
     starts, targets = torch.zeros(3, 2, 1), torch.ones(3, 2, 4, 1)
     nothing_learned = {"persistence_ratio_first": 1, "persistence_ratio": 1, "normalized_error": math.inf}  # all alike
-    assert judged(errors, starts, targets, None) == nothing_learned
-    assert judged(errors, starts + 1, 3 * targets, None) == nothing_learned
+    assert ratios(errors, starts, targets, None) == nothing_learned
+    assert ratios(errors, starts + 1, 3 * targets, None) == nothing_learned
     errors.update(lambda z, a: 0.5 * targets, starts, targets, None)
     errors.update(lambda z, a: targets, starts, targets, None)
     assert errors.compute()["persistence_ratio"].item() == pytest.approx(0.125), "over all batches"
 
 
 def test_a_trajectory_alone_has_no_other_to_take_actions_from() -> None:
-    found = judged(ForecastErrors(True, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1))
+    found = ratios(ForecastErrors(True, 1), torch.zeros(1, 1, 1), torch.ones(1, 1, 2, 1), torch.ones(1, 1, 2, 1))
     assert set(found) == {"persistence_ratio_first", "persistence_ratio", "normalized_error"}

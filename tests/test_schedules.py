@@ -49,7 +49,7 @@ def test_warmup_then_cosine(step: int, expected: float) -> None:
     assert warmup_cosine(step, 100, 10, start=0.1) == pytest.approx(expected, abs=1e-12)
 
 
-def test_warmup_goes_from_zero_to_zero_unless_told_otherwise() -> None:
+def test_warmup_goes_from_zero_to_zero_unless_set_otherwise() -> None:
     assert [warmup_cosine(step, 4, 2) for step in range(5)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
     assert warmup_cosine(0, 4, 0) == 1.0, "without a warm-up the first step takes the peak"
     assert warmup_cosine(4, 4, 2, end=0.3) == pytest.approx(0.3)

@@ -158,7 +158,7 @@ def test_narrow_networks_are_not_sharded() -> None:
         model.shard_networks(None, torch.device("cpu"))
 
 
-def test_processes_with_other_numbers_of_held_out_batches_are_told_before_they_wait(
+def test_processes_with_other_numbers_of_held_out_batches_fail_before_they_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def with_another_process(ends: torch.Tensor, operation: Any) -> None:

@@ -11,7 +11,7 @@ from jepa_lightning.probes import StateProbe
 from jepa_lightning.probes.ridge import LinearReadout, MLPReadout
 
 
-def test_readouts_are_fitted_on_training_trajectories_and_the_penalty_chosen_on_validation(
+def test_regressions_are_fitted_on_training_trajectories_and_the_penalty_chosen_on_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trainer(tmp_path, max_steps=1)
@@ -19,14 +19,14 @@ def test_readouts_are_fitted_on_training_trajectories_and_the_penalty_chosen_on_
     run.save_checkpoint(tmp_path / "jepa.ckpt")
     probe = StateProbe(str(tmp_path / "jepa.ckpt"), hidden_dim=4, num_steps=2, control_steps=2)
     seen: dict[str, list] = {"linear": [], "mlp": []}
-    for kind, readout in (("linear", LinearReadout), ("mlp", MLPReadout)):
-        fit = readout.fit
+    for kind, regression in (("linear", LinearReadout), ("mlp", MLPReadout)):
+        fit = regression.fit
 
         def record(self, *arguments, kind=kind, fit=fit):
             seen[kind].append([value for value in arguments if isinstance(value, torch.Tensor)])
             return fit(self, *arguments)
 
-        monkeypatch.setattr(readout, "fit", record)
+        monkeypatch.setattr(regression, "fit", record)
     data = small_data(clip_length=10)  # whole trajectories: the clips are what `trajectories` holds
     trainer(tmp_path, max_epochs=1, limit_val_batches=1.0).fit(probe, data)
 

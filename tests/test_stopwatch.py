@@ -9,7 +9,7 @@ from callbacks import Stopwatch
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that goes when it is told to."""
+    """A clock that goes when a test moves it."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("callbacks.stopwatch.time.monotonic", lambda: clock.now)
     return clock

@@ -1,4 +1,4 @@
-"""Images made by code."""
+"""Synthetic images."""
 
 from pathlib import Path
 

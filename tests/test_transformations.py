@@ -101,7 +101,7 @@ def test_a_blur_of_one_strength_is_allowed_and_one_of_none_is_not() -> None:
         ),
     ],
 )
-def test_a_jitter_is_told_in_units(drawn: dict, expected: list[float]) -> None:
+def test_a_jitter_is_given_in_units(drawn: dict, expected: list[float]) -> None:
     sampler = SimpleNamespace(make_params=lambda inputs: drawn if inputs == [] else None)
     assert draw_jitter(sampler) == pytest.approx(expected)
 
@@ -125,7 +125,7 @@ def test_more_scalars_than_colors_are_a_mistake() -> None:
         recolor(image(), torch.zeros(12))  # an action with its geometry
 
 
-def test_what_never_happens_does_not_at_the_least_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_never_happens_does_not_at_the_lowest_random_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(0.0))
     assert not maker(flip=0.0).draw_place(image()).mirrored and maker(flip=1e-9).draw_place(image()).mirrored
 
@@ -237,11 +237,11 @@ def test_each_probability_is_that_of_its_own_scalars(name: str) -> None:
         assert share == (pytest.approx(0.4, abs=0.09) if color in mine else 0), color
 
 
-def test_a_spoilt_view_has_scalars_of_full_size_and_a_target_none() -> None:
+def test_a_degraded_view_has_scalars_of_full_size_and_a_target_none() -> None:
     torch.manual_seed(0)
-    spoilt = torch.stack([maker(**ALWAYS, blur_sigma=(0.5, 1.5)).draw_colors(destructive=True) for _ in range(200)])
-    assert (spoilt[:, 4] == 1).all() and (spoilt[:, 6] == 1).all()
-    assert 0.25 - GRID <= spoilt[:, 5].min() < 0.3 and 0.7 < spoilt[:, 5].max() <= 0.75
+    degraded = torch.stack([maker(**ALWAYS, blur_sigma=(0.5, 1.5)).draw_colors(destructive=True) for _ in range(200)])
+    assert (degraded[:, 4] == 1).all() and (degraded[:, 6] == 1).all()
+    assert 0.25 - GRID <= degraded[:, 5].min() < 0.3 and 0.7 < degraded[:, 5].max() <= 0.75
     target = torch.stack([maker(**ALWAYS).draw_colors(destructive=False) for _ in range(50)])
     assert target.shape == (50, 7) and target[:, :4].any() and not target[:, 4:].any()
 
@@ -265,16 +265,18 @@ def test_a_pair_is_what_its_scalars_say(geometric: bool, source_from: str) -> No
         torch.manual_seed(seed)
         target_place = made.draw_place(whole)
         source_place = made.draw_place(whole) if geometric else target_place
-        colors, spoilt = made.draw_colors(destructive=False), made.draw_colors(destructive=True)
+        colors, degraded = made.draw_colors(destructive=False), made.draw_colors(destructive=True)
         torch.manual_seed(seed)
         pair = made.pair(whole)
-        assert torch.equal(pair.start, spoilt)
+        assert torch.equal(pair.start, degraded)
         assert torch.equal(pair.target, recolor(look(whole, target_place, size), colors))
         seen = look(whole, source_place, size)
         if source_from == "shared":
-            assert torch.equal(pair.source, recolor(seen, spoilt)) and torch.equal(pair.action[:7], colors - spoilt)
+            assert torch.equal(pair.source, recolor(seen, degraded)) and torch.equal(pair.action[:7], colors - degraded)
         else:
-            assert torch.equal(pair.source, recolor(recolor(seen, colors), spoilt)) and torch.equal(pair.action[:7], -spoilt)
+            assert torch.equal(pair.source, recolor(recolor(seen, colors), degraded)) and torch.equal(
+                pair.action[:7], -degraded
+            )
         geometry = relative_place(source_place, target_place) if geometric else []
         torch.testing.assert_close(pair.action[7:], torch.tensor(geometry))
         assert pair.action.dtype == torch.float32

@@ -49,12 +49,12 @@ def recorded() -> warnings.catch_warnings:
     return warnings.catch_warnings(record=True, action="always")
 
 
-def told(said: list[warnings.WarningMessage]) -> list[str]:
+def about_files(said: list[warnings.WarningMessage]) -> list[str]:
     """Those about bad files."""
     return [str(warning.message) for warning in said if warning.category is UnreadableImageWarning]
 
 
-def spoil(folder: Path, count: int) -> None:
+def damage(folder: Path, count: int) -> None:
     """The first images of a folder of them become unreadable."""
     for number in range(count):
         (folder / f"{number:04d}.jpg").write_bytes(b"no image")
@@ -65,7 +65,7 @@ def bad_folder(tmp_path: Path) -> Path:
     """6 of 24 training images and 2 of 8 held-out ones are bad."""
     for split, count, bad in (("train", 24, 6), ("val", 8, 2)):
         write_images(tmp_path / "data" / split / "a", count)
-        spoil(tmp_path / "data" / split / "a", bad)
+        damage(tmp_path / "data" / split / "a", bad)
     return tmp_path / "data"
 
 
@@ -117,7 +117,7 @@ def test_a_held_out_image_alone_in_its_batch_may_be_bad(tmp_path: Path, model, m
         run.fit(model(), data)
         (figures,) = run.validate(model(), data, verbose=False)
         assert sum(len(batch) for batch in run.predict(model(), data)) == 4
-    (message,) = told(said)
+    (message,) = about_files(said)
     assert f"{last.name} cannot be decoded" in message and "1 of 5 so far" in message
     assert np.isfinite(figures["val/loss"])
 
@@ -131,14 +131,14 @@ def test_a_batch_of_bad_ones_in_the_middle_is_left_out(tmp_path: Path) -> None:
         Path(os.fsdecode(path)).write_bytes(b"no image")
     with recorded() as said:
         assert [len(batch.labels) for batch in data.val_dataloader()] == [2, 1]
-    assert "3 of 6 so far" in told(said)[-1] and len(told(said)) == 3
+    assert "3 of 6 so far" in about_files(said)[-1] and len(about_files(said)) == 3
     assert len(data.val_dataloader()) == 3
 
 
-def test_nothing_to_judge_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_evaluate_is_an_error(tmp_path: Path) -> None:
     for split in ("train", "val"):
         write_images(tmp_path / split, 4)
-        spoil(tmp_path / split, 4)
+        damage(tmp_path / split, 4)
     data = small_images(tmp_path)
     data.setup("fit")
     with (
@@ -146,7 +146,7 @@ def test_nothing_to_judge_is_an_error(tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"Not one of the 4 held-out images of this process can be decoded: repair"),
     ):
         list(data.val_dataloader())
-    assert len(told(said)) == 4
+    assert len(about_files(said)) == 4
     with recorded(), pytest.raises(ValueError, match="None of the 4 training images"):
         list(data.train_dataloader())
 
@@ -164,9 +164,9 @@ warnings.showwarning = lambda message, *_: said.append(str(message))
 run = trainer(out, devices=2, strategy="ddp", max_epochs=3, limit_val_batches=1.0)
 data = small_images(Path(sys.argv[2]), batch_size=2)
 run.fit(small_ijepa(), data)
-told = [message for message in said if "decoded" in message]
+named = [message for message in said if "decoded" in message]
 paths = [path.decode() for path in data._samples["train"].paths]
-(out / f"rank{run.global_rank}.json").write_text(json.dumps({"said": told, "scans": scans, "paths": paths}))
+(out / f"rank{run.global_rank}.json").write_text(json.dumps({"said": named, "scans": scans, "paths": paths}))
 
 nowhere = small_images(out / "nowhere")
 nowhere.trainer = run
@@ -178,7 +178,7 @@ except FileNotFoundError as error:
 
 
 def test_ranks_find_and_name_together(tmp_path: Path, bad_folder: Path) -> None:
-    """Rank 0 looks for images and tells the other, errors too; neither names what the other has named."""
+    """Rank 0 looks for images and broadcasts them, errors too; neither names what the other has named."""
     run_script(RANKS, tmp_path / "out", str(bad_folder))
     first, second = (json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert len(first["scans"]) == 2 and second["scans"] == [], "training and validation, once"
@@ -193,4 +193,4 @@ def test_a_run_over_a_folder_with_bad_files_ends(tmp_path: Path, bad_folder: Pat
     with recorded() as said:
         run.fit(small_ijepa(), ImageFolder(str(bad_folder), image_size=16, batch_size=4, num_workers=0))
     assert run.global_step == 12
-    assert bad_files(told(said)).keys() == EXPECTED
+    assert bad_files(about_files(said)).keys() == EXPECTED

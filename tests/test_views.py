@@ -71,7 +71,7 @@ def test_scalars_come_from_their_ranges_with_their_probabilities() -> None:
         assert (start[:, number] != 0).float().mean().item() == pytest.approx(0.2, abs=0.03)
     assert start[:, 5].max() <= 1 and start[:, 5][start[:, 5] > 0].min() >= 0.049
     end = start + torch.stack([pair.action for pair in drawn])
-    assert not end[:, 4:].any(), "a target is never spoilt"
+    assert not end[:, 4:].any(), "a target is never degraded"
     assert (end[:, :4].abs() <= 1).all() and not torch.equal(end[:, :4], start[:, :4])
     correlation = torch.corrcoef(torch.stack([start[:, 0], end[:, 0]]))[0, 1]
     assert abs(correlation) < 0.08, "the two views are drawn apart"

@@ -10,7 +10,7 @@ from jepa_lightning.classifiers import directions, ridge_accuracy, vote
 
 # Unit vectors at angles from a query at 0 degrees, and their classes.
 ANGLES, LABELS = torch.tensor([0.0, 40.0, 42.0, 44.0, 90.0, 180.0]), torch.tensor([2, 0, 0, 0, 1, 1])
-BANK = torch.stack([ANGLES.deg2rad().cos(), ANGLES.deg2rad().sin()], dim=1)
+MEMORY_BANK = torch.stack([ANGLES.deg2rad().cos(), ANGLES.deg2rad().sin()], dim=1)
 QUERY = torch.tensor([[1.0, 0.0]])
 
 
@@ -27,7 +27,7 @@ QUERY = torch.tensor([[1.0, 0.0]])
     ],
 )
 def test_near_voices_count_by_similarity_over_temperature(neighbors: int, temperature: float, winner: int) -> None:
-    assert vote(BANK, LABELS, QUERY, neighbors, temperature).tolist() == [winner]
+    assert vote(MEMORY_BANK, LABELS, QUERY, neighbors, temperature).tolist() == [winner]
 
 
 def test_the_temperature_at_which_the_majority_wins_is_that_of_the_formula() -> None:
@@ -40,16 +40,19 @@ def test_the_temperature_at_which_the_majority_wins_is_that_of_the_formula() -> 
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if majority(middle) else (middle, high)
-    assert vote(BANK, LABELS, QUERY, 4, 0.99 * low).item() == 2 and vote(BANK, LABELS, QUERY, 4, 1.01 * high).item() == 0
+    assert (
+        vote(MEMORY_BANK, LABELS, QUERY, 4, 0.99 * low).item() == 2
+        and vote(MEMORY_BANK, LABELS, QUERY, 4, 1.01 * high).item() == 0
+    )
 
 
 def test_many_queries_are_answered_one_by_one_and_in_order() -> None:
     generator = torch.Generator().manual_seed(0)
-    bank = F.normalize(torch.randn(50, 4, generator=generator), dim=1)
+    memory_bank = F.normalize(torch.randn(50, 4, generator=generator), dim=1)
     labels = torch.arange(50) % 5
-    queries = bank.repeat(100, 1)  # more than are compared at a time
-    assert torch.equal(vote(bank, labels, queries, 1, 0.1), labels.repeat(100))
-    assert vote(bank, labels, queries[:0], 1, 0.1).shape == (0,)
+    queries = memory_bank.repeat(100, 1)  # more than are compared at a time
+    assert torch.equal(vote(memory_bank, labels, queries, 1, 0.1), labels.repeat(100))
+    assert vote(memory_bank, labels, queries[:0], 1, 0.1).shape == (0,)
 
 
 def test_directions_are_unit_vectors_from_the_mean() -> None:
@@ -58,8 +61,8 @@ def test_directions_are_unit_vectors_from_the_mean() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.6, 0.8], [0.0, -1.0]]))
 
 
-def test_a_linear_classifier_is_fitted_on_the_bank_alone() -> None:
-    """Labels that the bank contradicts are answered wrongly."""
+def test_a_linear_classifier_is_fitted_on_the_memory_bank_alone() -> None:
+    """Labels that the memory bank contradicts are answered wrongly."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(200, 3, generator=generator)
     labels = (features[:, 0] > 0).long()
