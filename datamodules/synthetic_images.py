@@ -67,8 +67,10 @@ class SyntheticImages(ImageFolder):
         size: Number of images.
         image_size: Height and width in pixels.
         val_fraction: Fraction of each class that is held out, in (0, 1).
+        fraction: Fraction of each class that is trained on, in (0, 1].
         crop_scale: Minimum and maximum area of a training crop, as fractions of the image.
         flip: Probability of a horizontal flip in training.
+        rand_augment: Two random distortions per training image (RandAugment), for fine-tuning.
         views: Settings of pairs of views and actions, which IWM needs; plain images if left out.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.
@@ -84,8 +86,10 @@ class SyntheticImages(ImageFolder):
         size: int = 3_000,
         image_size: int = 32,
         val_fraction: float = 0.2,
+        fraction: float = 1.0,
         crop_scale: tuple[float, float] = (0.3, 1.0),
         flip: float = 0.5,
+        rand_augment: bool = False,
         views: Views | None = None,
         batch_size: int = 64,
         num_workers: int = 0,
@@ -95,8 +99,10 @@ class SyntheticImages(ImageFolder):
             root,
             image_size=image_size,
             val_fraction=val_fraction,
+            fraction=fraction,
             crop_scale=crop_scale,
             flip=flip,
+            rand_augment=rand_augment,
             views=views,
             batch_size=batch_size,
             num_workers=num_workers,

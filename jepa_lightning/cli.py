@@ -115,7 +115,7 @@ class JEPACommandLine(LightningCLI):
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", {}))
             loaded = vars(section.model.get("init_args", {}))
-            differing = [name for name in asked if name in loaded and asked[name] != loaded[name]]
+            differing = [name for name in asked if asked[name] is not None and asked[name] != loaded.get(name, asked[name])]
             for name in differing:
                 warnings.warn(
                     f"model.{name}={asked[name]} is overruled by {loaded[name]} from the checkpoint {section.ckpt_path}: "
