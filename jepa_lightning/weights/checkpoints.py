@@ -21,7 +21,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A checkpoint's content, read without running any code in it (weights_only).
 
     Args:
-        path: Of a file, of the folder of a sharded checkpoint (all but its weights is read), or a URL.
+        path: Path of a file or of the folder of a sharded checkpoint (all but its weights is read), or a URL.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -48,8 +48,8 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
     """The JEPA in a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        path: Written by `jepa-lightning fit`, whichever family the model is of. With `DESCRIBED` behind the path of a
-            probe, the JEPA that it was fitted on as it was built, whose weights come with the probe.
+        path: Path of a checkpoint written by `jepa-lightning fit`, whichever family the model is of. With `DESCRIBED` behind
+            the path of a probe, the JEPA that it was fitted on as it was built, whose weights come with the probe.
 
     Raises:
         FileNotFoundError: There is no such file.
