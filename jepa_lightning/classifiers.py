@@ -1,8 +1,8 @@
-"""Classifiers that need no training: the vote of nearest neighbors, and ridge regression in closed form.
+"""Classifiers that need no training: the weighted k-NN vote, and ridge regression in closed form.
 
-Both work through their samples in parts, so that what they hold at a time does not grow with the number of samples, and of
-the number of classes only linearly: ImageNet's images and the classes of ImageNet-22k fit.
-Shapes: N members of a bank, Q queries, D width, C classes, k neighbors.
+Both work in chunks, so that their memory does not grow with the number of samples, and only linearly with the number of
+classes: ImageNet's images and the classes of ImageNet-22k fit.
+Shapes: N members of the memory bank, Q queries, D embedding dimension, C classes, k neighbors.
 """
 
 import torch
@@ -19,19 +19,19 @@ BANK_ROWS = 2**15
 """Members that they are compared with at a time."""
 
 PART_BYTES = 2**26
-"""Greatest size of a table that grows with the classes or with the square of the neighbors."""
+"""Maximum size in bytes of a table that grows with the classes or with the square of the neighbors."""
 
 
 class OnlineClassifiers(WideMetric):
-    """What features know of classes, while they are learned: a vote of nearest neighbors, and a linear classifier.
+    """Online evaluation of a representation while it is trained: a k-NN classifier and a linear classifier.
 
     Neither needs training: the votes of the k most similar neighbors weigh exp(cosine similarity / temperature) (Wu et
     al. 2018), and the linear classifier is a ridge regression in closed form. Every other sample, in the order of arrival,
-    is what they learn from; the rest are judged.
+    is in the memory bank; the rest are evaluated.
 
     Args:
-        num_neighbors: k; fewer where there are fewer.
-        temperature: Of the weights.
+        num_neighbors: Number of neighbors k; all members if there are fewer.
+        temperature: Temperature of the weights exp(cosine similarity / temperature).
     """
 
     full_state_update = False
@@ -45,17 +45,19 @@ class OnlineClassifiers(WideMetric):
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, features: Tensor, labels: Tensor) -> None:
-        """Take in features (N, D) and class indices (N,)."""
+        """Add embeddings (N, D) and class indices (N,)."""
         self.features.append(features.detach().float())
         self.labels.append(labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """Fractions that are right, scalars: "knn_accuracy" and "linear_accuracy"."""
+        """Accuracies, scalars: "knn_accuracy" and "linear_accuracy"."""
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
         halves = (features[0::2], labels[0::2], features[1::2], labels[1::2])
-        bank, bank_labels, judged, answers = halves
-        mean = bank.mean(dim=0)
-        votes = vote(directions(bank, mean), bank_labels, directions(judged, mean), self.num_neighbors, self.temperature)
+        members, member_labels, queries, answers = halves
+        mean = members.mean(dim=0)
+        votes = vote(
+            directions(members, mean), member_labels, directions(queries, mean), self.num_neighbors, self.temperature
+        )
         return {
             "knn_accuracy": (votes == answers).float().mean(),
             "linear_accuracy": ridge_accuracy(*halves),
@@ -63,41 +65,41 @@ class OnlineClassifiers(WideMetric):
 
 
 def directions(features: Tensor, mean: Tensor) -> Tensor:
-    """Unit vectors from a mean to each feature, (N, D): without the mean, all of average-pooled features look alike."""
+    """Unit vectors from a mean to each embedding, (N, D): without the mean, all average-pooled embeddings look alike."""
     return functional.normalize(features - mean, dim=1)
 
 
-def vote(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_neighbors: int, temperature: float) -> Tensor:
-    """What the most similar members of a bank say.
+def vote(members: Tensor, member_labels: Tensor, queries: Tensor, num_neighbors: int, temperature: float) -> Tensor:
+    """Class by the weighted vote of the most similar members of a memory bank.
 
     Args:
-        bank: (N, D), unit vectors.
-        bank_labels: (N,), class indices.
-        queries: (Q, D), unit vectors.
-        num_neighbors: k; fewer where the bank is smaller.
-        temperature: Of the weights exp(cosine similarity / temperature).
+        members: Embeddings in the memory bank, (N, D), unit vectors.
+        member_labels: Class indices of the members, (N,).
+        queries: Embeddings to classify, (Q, D), unit vectors.
+        num_neighbors: Number of neighbors k; all members if there are fewer.
+        temperature: Temperature of the weights exp(cosine similarity / temperature).
 
     Returns:
-        (Q,), the class with the greatest sum of weights.
+        (Q,), the class with the largest sum of weights.
     """
-    parts = [nearest(bank, bank_labels, part, num_neighbors) for part in queries.split(QUERY_ROWS)]
+    parts = [nearest(members, member_labels, part, num_neighbors) for part in queries.split(QUERY_ROWS)]
     return torch.cat([majority(similarities, labels, temperature) for similarities, labels in parts])
 
 
-def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """The most similar members of a bank.
+def nearest(members: Tensor, member_labels: Tensor, queries: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
+    """The most similar members of a memory bank.
 
     Args:
-        bank: (N, D), unit vectors, on any device.
-        bank_labels: (N,), class indices, where the bank is.
-        queries: (Q, D), unit vectors.
-        num_neighbors: k; fewer where the bank is smaller.
+        members: Embeddings in the memory bank, (N, D), unit vectors, on any device.
+        member_labels: Class indices of the members, (N,), on the same device.
+        queries: Embeddings to compare with them, (Q, D), unit vectors.
+        num_neighbors: Number of neighbors k; all members if there are fewer.
 
     Returns:
-        Similarities (Q, k), greatest first, and classes (Q, k), on the queries' device.
+        Similarities (Q, k), largest first, and classes (Q, k), on the queries' device.
     """
-    found, labels = queries.new_empty(len(queries), 0), bank_labels.new_empty(len(queries), 0).to(queries.device)
-    for part, part_labels in zip(bank.split(BANK_ROWS), bank_labels.split(BANK_ROWS), strict=True):
+    found, labels = queries.new_empty(len(queries), 0), member_labels.new_empty(len(queries), 0).to(queries.device)
+    for part, part_labels in zip(members.split(BANK_ROWS), member_labels.split(BANK_ROWS), strict=True):
         similarities = queries @ part.to(queries.device).T
         best, places = similarities.topk(min(num_neighbors, len(part)), dim=1)
         joined = torch.cat([found, best], dim=1), torch.cat([labels, part_labels.to(queries.device)[places]], dim=1)
@@ -106,13 +108,13 @@ def nearest(bank: Tensor, bank_labels: Tensor, queries: Tensor, num_neighbors: i
 
 
 def best_of(similarities: Tensor, labels: Tensor, num_neighbors: int) -> tuple[Tensor, Tensor]:
-    """The greatest similarities of candidates and their classes, greatest first: (Q, any) twice -> (Q, k) twice."""
+    """The largest similarities of candidates and their classes, largest first: (Q, any) twice -> (Q, k) twice."""
     found, places = similarities.topk(min(num_neighbors, similarities.shape[1]), dim=1)
     return found, labels.gather(1, places)
 
 
 def majority(similarities: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The class with the greatest sum of weights exp(similarity / temperature): (Q, k) twice -> (Q,).
+    """The class with the largest sum of weights exp(similarity / temperature): (Q, k) twice -> (Q,).
 
     Of classes with the same sum it is the first. What is added up are the k neighbors of each query, not all classes.
     """
@@ -126,36 +128,38 @@ def majority(similarities: Tensor, labels: Tensor, temperature: float) -> Tensor
     return torch.cat(winners)
 
 
-def ridge_accuracy(bank: Tensor, bank_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 1e-4) -> Tensor:
-    """How often a ridge regression of the classes on standardized features, fitted on a bank, is right.
+def ridge_accuracy(
+    members: Tensor, member_labels: Tensor, features: Tensor, labels: Tensor, penalty: float = 1e-4
+) -> Tensor:
+    """Accuracy of a ridge regression of the classes on standardized embeddings, fitted on a memory bank.
 
     The regression of one-hot classes needs no table of samples by classes, nor one of classes by classes: the sum of the
-    centerd features of each class is all that is kept of the labels.
+    centered embeddings of each class is all that is kept of the labels.
 
     Args:
-        bank: (N, D).
-        bank_labels: (N,), class indices.
-        features: (Q, D) to be judged.
-        labels: (Q,).
-        penalty: Relative to the variance of each feature, see `jepa_lightning.metrics.RidgeProbe`.
+        members: Embeddings to fit on, (N, D).
+        member_labels: Class indices of the members, (N,).
+        features: Embeddings to evaluate, (Q, D).
+        labels: Class indices of the evaluated embeddings, (Q,).
+        penalty: Ridge penalty relative to the variance of each dimension, see `jepa_lightning.metrics.RidgeProbe`.
 
     Returns:
-        Scalar; NaN if there is nothing to judge.
+        Scalar; NaN if there is nothing to evaluate.
     """
-    count, dim = bank.shape
-    num_classes = int(bank_labels.max()) + 1
-    mean = torch.stack([part.double().sum(dim=0) for part in bank.split(QUERY_ROWS)]).sum(dim=0) / count
-    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=bank.device)
-    sums = torch.zeros(num_classes, dim, device=bank.device)
-    for part, part_labels in zip(bank.split(QUERY_ROWS), bank_labels.split(QUERY_ROWS), strict=True):
-        centerd = part.double() - mean
-        covariance += centerd.T @ centerd / count
-        sums.index_add_(0, part_labels, centerd.float())
+    count, dim = members.shape
+    num_classes = int(member_labels.max()) + 1
+    mean = torch.stack([part.double().sum(dim=0) for part in members.split(QUERY_ROWS)]).sum(dim=0) / count
+    covariance = torch.zeros(dim, dim, dtype=torch.float64, device=members.device)
+    sums = torch.zeros(num_classes, dim, device=members.device)
+    for part, part_labels in zip(members.split(QUERY_ROWS), member_labels.split(QUERY_ROWS), strict=True):
+        centered = part.double() - mean
+        covariance += centered.T @ centered / count
+        sums.index_add_(0, part_labels, centered.float())
     sums /= count
     # A dimension that never varies would make the system singular; it gets the weight 0.
     covariance += torch.diag(penalty * covariance.diagonal() + 1e-12)
     factor = torch.linalg.cholesky_ex(covariance).L  # without a check: NaN stays NaN, and ends no run
-    prior = torch.bincount(bank_labels, minlength=num_classes) / count
+    prior = torch.bincount(member_labels, minlength=num_classes) / count
     right = labels.new_zeros(())
     rows = min(QUERY_ROWS, max(1, PART_BYTES // (4 * num_classes)))
     for part, answers in zip(features.split(rows), labels.split(rows), strict=True):

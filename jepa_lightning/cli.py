@@ -132,7 +132,7 @@ class JEPACommandLine(LightningCLI):
         if is_local(root):
             check_writable(Path(root))
         trainer = self.config_init[self.config.subcommand].trainer
-        if trainer.barebones:  # Lightning's measure of its own overhead: nothing beside it
+        if trainer.barebones:  # Lightning's measure of its own overhead: nothing in addition to it
             kwargs |= {"logger": False, "log_every_n_steps": 0}
             return super().instantiate_trainer(**kwargs)
         if section.trainer.get("logger") in (None, True):
@@ -225,7 +225,7 @@ def main(args: ArgsType = None) -> None:
     # The target encoder and the networks under a probe are in eval mode on purpose, and StateProbe has no optimizer.
     warnings.filterwarnings("ignore", "`LightningModule.configure_optimizers` returned `None`")
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-    warnings.filterwarnings("ignore", "The dirpath has changed")  # a report is written beside the probes it tests
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # a report is written next to the probes it tests
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.15
     if args is None:  # a program of its own, not a call from one
         cpu.keep_freed_memory()

@@ -16,7 +16,7 @@ LOOK_SECONDS = 0.3
 """How long to look at what others do before threads are chosen."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's mallopt."""
+"""Parameters of glibc's mallopt."""
 
 KEEP_BYTES = 2**30
 """Freed memory up to which the C library keeps it for the next step."""
@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
     By default it maps each large array anew and returns it when it is freed: all of its pages are cleared in every step.
 
     Returns:
-        Whether it was told: other C libraries have no such setting.
+        Whether it was set: other C libraries have no such setting.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -41,8 +41,8 @@ def idle_cores(before: list[int], after: list[int], cores: int) -> int:
 
     Args:
         before: Clock ticks by kind of work, of all cores together: the first line of /proc/stat.
-        after: The same, a while later.
-        cores: How many there are.
+        after: Clock ticks of the same kinds, a while later.
+        cores: Number of cores.
 
     Returns:
         At least 1.

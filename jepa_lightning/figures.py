@@ -1,6 +1,7 @@
-"""Figures and videos: what was reconstructed and forecast, what was hidden, what features look like.
+"""Figures and videos: reconstructions and forecasts, masks, and what patch features look like.
 
-Shapes: N samples, T times, C channels (1 or 3), S image size, H W pixels, P patches, D width. Images are in [0, 1].
+Shapes: N samples, T times, C channels (1 or 3), S image size, H W pixels, P patches, D embedding dimension. Images are in
+[0, 1].
 """
 
 import io
@@ -35,8 +36,8 @@ def reconstruction_figure(frames: Tensor, decoded: dict[str, Tensor]) -> Figure:
     """A row of true frames, then a row per decoder.
 
     Args:
-        frames: (N, C, S, S).
-        decoded: Name of the encoder -> (N, C, S, S).
+        frames: True frames, (N, C, S, S).
+        decoded: Decoded frames: name of the encoder -> (N, C, S, S).
     """
     return rows_figure({"truth": frames} | {TITLES.get(name, name): images for name, images in decoded.items()})
 
@@ -61,7 +62,7 @@ def rows_figure(rows: dict[str, Tensor]) -> Figure:
 
 
 def to_colors(images: Tensor) -> Tensor:
-    """Images normalized with ImageNet's mean and deviation, (N, 3, H, W), back to [0, 1]."""
+    """Images normalized with ImageNet's mean and standard deviation, (N, 3, H, W), back to [0, 1]."""
     images = images.detach().float()
     mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (images * std + mean).clamp(0, 1)
@@ -84,10 +85,10 @@ def mark_blocks(images: Tensor, visible: Tensor, targets: Tensor, grid: tuple[in
     """What a masked JEPA is asked: visible patches as they are, target patches orange, all else dark.
 
     Args:
-        images: (N, 3, H, W).
-        visible: (N, P), bool.
-        targets: (N, P), bool.
-        grid: Patches per column and per row.
+        images: Images, (N, 3, H, W).
+        visible: Patches that the context encoder sees, (N, P), bool.
+        targets: Patches to predict, (N, P), bool.
+        grid: Number of patches per column and per row.
     """
     size = (images.shape[-2], images.shape[-1])
     seen, asked = spread(visible, grid, size), spread(targets, grid, size)
@@ -98,20 +99,20 @@ def mark_blocks(images: Tensor, visible: Tensor, targets: Tensor, grid: tuple[in
 def feature_colors(features: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Three principal components of patch features as red, green and blue: (N, P, D) -> (N, 3, H, W).
 
-    One projection for all images, so that like parts of different images have like colors.
+    One projection for all images, so that similar patches of different images have similar colors.
     """
     flat = features.detach().float().flatten(0, 1)
-    centerd = flat - flat.mean(dim=0)
+    centered = flat - flat.mean(dim=0)
     with torch.autocast(features.device.type, enabled=False):  # no eigenvectors in bfloat16
-        directions = torch.linalg.eigh(centerd.T @ centerd).eigenvectors[:, -3:].flip(1)  # (D, 3), greatest first
-        scores = centerd @ directions
+        directions = torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -3:].flip(1)  # (D, 3), largest first
+        scores = centered @ directions
     low, high = (scores.quantile(q, dim=0) for q in (0.02, 0.98))
     colors = ((scores - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     return spread(colors.unflatten(0, features.shape[:2]), grid, size)
 
 
 def heat(images: Tensor, weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Images (N, 3, H, W), each patch as bright as its weight (N, P) relative to the greatest of its image."""
+    """Images (N, 3, H, W), each patch as bright as its weight (N, P) relative to the largest of its image."""
     relative = weights / weights.amax(dim=1, keepdim=True).clamp(min=1e-12)
     return images * (0.15 + 0.85 * spread(relative, grid, (images.shape[-2], images.shape[-1])))
 
@@ -120,9 +121,9 @@ def nearest_images(images: Tensor, features: Tensor, count: int) -> dict[str, Te
     """The most similar images of the same batch, as rows for `rows_figure`.
 
     Args:
-        images: (N, 3, H, W); the first `count` are the queries.
-        features: (N, D), pooled.
-        count: Number of queries, and of neighbors plus one.
+        images: Images, (N, 3, H, W); the first `count` are the queries.
+        features: Pooled embeddings of the images, (N, D).
+        count: Number of queries; the number of neighbors shown is one less.
     """
     unit = functional.normalize(features.float() - features.float().mean(dim=0), dim=1)
     with torch.autocast(features.device.type, enabled=False):  # rounded, an image may not be the nearest to itself
@@ -135,9 +136,9 @@ def forecast_figure(errors: dict[str, Tensor], frame_seconds: float, threshold: 
     """Position error over time, a line per forecaster.
 
     Args:
-        errors: Name -> (T,) median relative error, 1 ... T frames ahead.
-        frame_seconds: Time between frames.
-        threshold: Drawn as the end of the valid prediction.
+        errors: Name of the forecaster -> median relative error 1 ... T frames ahead, (T,).
+        frame_seconds: Time between frames in seconds.
+        threshold: Error above which a forecast is no longer valid; drawn as a line.
     """
     figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
     axis = figure.subplots()
@@ -164,7 +165,7 @@ def side_by_side(panels: dict[str, Tensor], first_frame: int = 0, zoom: int = 4)
     """Video frames of several sequences next to each other, titled and numbered.
 
     Args:
-        panels: Title -> (T, C, S, S).
+        panels: Title -> frames, (T, C, S, S).
         first_frame: Number of the first frame.
         zoom: Screen pixels per image pixel.
 
@@ -215,10 +216,10 @@ def show(trainer: Trainer, tag: str, image: Figure | np.ndarray, step: int = 0) 
     default_root_dir/figures/TAG/step-00000000.png, or .gif. A disk that is full ends no training: there is one warning.
 
     Args:
-        trainer: Of the run; processes but the first show nothing.
+        trainer: Trainer of the run; processes but the first show nothing.
         tag: Name of the figure.
         image: A figure, or a video (T, height, width, 3) in uint8.
-        step: Optimizer step.
+        step: Optimizer step that the figure belongs to.
     """
     if not wants_figures(trainer):
         return

@@ -27,9 +27,9 @@ class FiniteGuard:
         """Look at the gradients of all trained parameters.
 
         Args:
-            norm: Of all of them, a scalar; the same in all processes.
-            optimizer: About to step.
-            step: Its optimizer step, counted from 0.
+            norm: Norm of the gradients of all trained parameters, a scalar; the same in all processes.
+            optimizer: Optimizer that is about to step.
+            step: Number of the optimizer step, counted from 0.
 
         Raises:
             NonFiniteError: A gradient is not finite, and could be looked at without a wait.

@@ -1,6 +1,6 @@
-"""I-JEPA: predict the features of hidden blocks of an image from those of a visible one (Assran et al. 2023).
+"""I-JEPA: predict the representations of hidden blocks of an image from those of a visible one (Assran et al. 2023).
 
-Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
 from typing import Literal
@@ -16,46 +16,48 @@ from jepa_lightning.regularizers import RegularizerName
 
 
 class IJEPA(ImageJEPA):
-    """A vision transformer learns to fill in features: no labels, no augmentation that says what to ignore.
+    """Self-supervised pretraining of a vision transformer by prediction in representation space, without augmentation.
 
-    The context encoder sees the visible patches alone; the target encoder sees the whole image, and its features,
-    layer-normalized, are the targets at the hidden blocks.
+    The context encoder sees the visible patches alone; the target encoder, its exponential moving average (EMA), sees the
+    whole image, and its layer-normalized patch features are the targets at the hidden blocks (stop-gradient).
 
     Args:
         encoder: Name of a timm vision transformer, "vit_tiny_patch16_224" ... "vit_giant_patch14_224"; the sizes in it
             are overruled by the next two arguments.
-        image_size: Height and width in pixels, one number or two; as in the data.
+        image_size: Height and width of the images in pixels, one number or two; as in the data.
         patch_size: Height and width of a patch in pixels.
-        encoder_depth: Number of the encoder's blocks; that of its name if left out.
-        predictor_width: Width of the predictor.
-        predictor_depth: Its number of blocks. The paper takes 6 for ViT-B, 12 for L and H.
-        predictor_heads: Its heads; those of the encoder if left out.
-        predictor_dropout: In its linear layers.
+        encoder_depth: Number of blocks of the encoder; that of the named model by default.
+        predictor_width: Token dimension of the predictor.
+        predictor_depth: Number of blocks of the predictor. The paper takes 6 for ViT-B, 12 for L and H.
+        predictor_heads: Number of attention heads of the predictor; that of the encoder by default.
+        predictor_dropout: Dropout probability in the linear layers of the predictor.
         loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
         normalize_targets: Layer-normalize the target features, as the released code does.
-        num_targets: M, target blocks per image.
-        target_scale: Area of a target block, least and greatest fraction of the image.
-        more_target_scales: Further ranges; each batch takes its blocks from one of them or from `target_scale`.
-        final_target_scale: `target_scale` at the end of training, for a curriculum; the same if left out.
-        target_aspect: Height over width of a target block, least and greatest.
-        context_scale: Area of the context block before it loses the targets.
-        resampling_fraction: Fraction of images of whose context block too little is left, so that they see some beside it.
-        official_compat: Masks with the flaws of the released code, and its count of optimizer steps from 1 in the
+        num_targets: Number of target blocks M per image.
+        target_scale: Area of a target block, minimum and maximum fraction of the image.
+        more_target_scales: Further ranges of `target_scale`; each batch takes its blocks from one of all the ranges.
+        final_target_scale: `target_scale` at the end of training, for a curriculum; constant by default.
+        target_aspect: Height over width of a target block, minimum and maximum.
+        context_scale: Area of the context block before it loses the targets, minimum and maximum fraction of the image.
+        resampling_fraction: Fraction of images whose context block keeps too few patches, so that they also see patches
+            outside of it.
+        official_compat: Use masks with the flaws of the released code, and its count of optimizer steps from 1 in the
             schedules of learning rate and weight decay: for parity alone.
-        gradient_checkpointing: Less memory for a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training: minutes at the start, faster
             steps after.
-        learning_rate: Peak of the schedule, at the end of the warm-up.
-        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
-        final_learning_rate: Where the cosine after it ends.
-        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
-        weight_decay: Of kernels and matrices; biases, norms and the mask token have none.
-        final_weight_decay: Where a cosine takes the weight decay by the last step.
-        momentum: Of the first target update, in [0, 1].
-        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
-        momentum_schedule: Way from the one to the other; the paper's is linear.
-        regularizer: None as in the paper, "variance_hinge" or "vicreg" on the context encoder's output.
-        regularizer_weights: Weight of each of its terms.
+        learning_rate: Peak learning rate, reached at the end of the warm-up.
+        start_learning_rate: Learning rate at the start of the warm-up; a hundredth of the peak by default.
+        final_learning_rate: Learning rate at the end of the cosine decay.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Weight decay of kernels and matrices; biases, norms and the mask token have none.
+        final_weight_decay: Weight decay at the last step, reached along a cosine; constant if None.
+        momentum: EMA momentum of the first target update, in [0, 1].
+        final_momentum: EMA momentum approached at the last step, in [momentum, 1].
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`; the paper's is linear.
+        regularizer: Anti-collapse regularizer on the context encoder's output, "variance_hinge" or "vicreg"; None as in
+            the paper.
+        regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.

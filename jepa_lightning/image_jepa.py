@@ -1,6 +1,6 @@
-"""What I-JEPA and IWM share: vision transformers that see a part of an image, masks, and what is watched in training.
+"""What I-JEPA and IWM share: vision transformers that see a subset of the patches, masks, and monitoring of the training.
 
-Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
 
 
 class ImageJEPA(JEPA, ABC):
-    """Predict patch features of an image's hidden part.
+    """Predict patch features of an image's hidden patches.
 
     A subclass builds its predictor and masks and implements `target_pairs`. See `IJEPA` for the arguments.
 
@@ -101,7 +101,7 @@ class ImageJEPA(JEPA, ABC):
 
     @property
     def best_metric(self) -> tuple[str, Literal["min", "max"]]:
-        """With classes, the k-NN accuracy: the labels choose the checkpoint then, and nothing else."""
+        """With classes, the k-NN accuracy: the checkpoint is then chosen by labels, and by nothing else."""
         labeled = getattr(getattr(self.trainer, "datamodule", None), "num_classes", 0)
         return ("val/knn_accuracy", "max") if labeled else super().best_metric
 
@@ -158,20 +158,20 @@ class ImageJEPA(JEPA, ABC):
     def encode(self, observations: Tensor) -> Tensor:
         """Patch features of the target encoder, without gradient: normalized images (B, C, H, W) -> (B, N, D).
 
-        Average over N for the feature of the image that the paper's probes read.
+        Average over N for the embedding of the image that the paper's probes read.
         """
         return self.target_encoder(observations)
 
     @abstractmethod
     def views(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """What the context encoder sees a part of, and what the target encoder sees: (B, C, H, W) each."""
+        """Images that the context encoder sees a subset of, and that the target encoder sees whole: (B, C, H, W) each."""
 
     @abstractmethod
     def predict_hidden(self, context: Tensor, masks: Masks, batch: Any) -> Tensor:
-        """Features of the target blocks out of those of the context: (B, K, D) -> (B, M, L, D)."""
+        """Predicted features of the target blocks, given those of the context: (B, K, D) -> (B, M, L, D)."""
 
     def to_target_space(self, features: Tensor) -> Tensor:
-        """Features of the target encoder as they are predicted, layer-normalized unless told otherwise: (..., D)."""
+        """Features of the target encoder as prediction targets: layer-normalized if `normalize_targets`, (..., D)."""
         return F.layer_norm(features, features.shape[-1:]) if self.normalize_targets else features
 
     def target_pairs(self, batch: Any) -> TargetPairs:
@@ -182,7 +182,7 @@ class ImageJEPA(JEPA, ABC):
         targets = hidden.unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
         context = self.context_encoder(seen, masks.context)  # (B, K, D)
         predictions = self.predict_hidden(context, masks, batch)  # (B, M, L, D)
-        # In float32: what tells images apart is often smaller than the rounding of bfloat16.
+        # In float32: what distinguishes images is often smaller than the rounding of bfloat16.
         pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)
         return TargetPairs(predictions, targets, context, pooled)
 
@@ -203,21 +203,21 @@ class ImageJEPA(JEPA, ABC):
         return self.loss(pairs.predictions, pairs.targets)
 
     def image_features(self, batch: Any, pairs: TargetPairs) -> Tensor:
-        """Pooled features of the images as they are, for the classifiers: (B, D)."""
+        """Pooled embeddings of the images as they are, for the classifiers: (B, D)."""
         return pairs.target_features[:, 0]
 
     def predict_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> Tensor:
-        """Average-pooled features of the target encoder: (B, D)."""
+        """Average-pooled embeddings of the target encoder: (B, D)."""
         assert batch.images is not None
         return self.encode(batch.images).float().mean(dim=1)
 
     def validation_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)
         self.error.update((pairs.predictions - pairs.targets).square().mean())
-        # The control: one and the same answer, the mean feature, for every patch of every image.
+        # The baseline: one and the same answer, the mean feature, for every patch of every image.
         mean = pairs.targets.flatten(0, -2).mean(dim=0)
         self.mean_error.update((mean - pairs.targets).square().mean())
-        # And a better one, which knows the place of each patch.
+        # And a stronger one, which knows the place of each patch.
         self.over_places.update(pairs.predictions, pairs.targets, self.draw_masks(batch).targets)
         features = self.image_features(batch, pairs)
         if bool((batch.labels >= 0).all()):
@@ -229,7 +229,7 @@ class ImageJEPA(JEPA, ABC):
         return pairs
 
     def _show(self, batch: Any, features: Tensor) -> None:
-        """Figures: masks, what the features look like, and which images they hold for alike."""
+        """Figures: masks, principal components of the patch features, and nearest neighbors among the images."""
         grid, (seen, whole) = self.target_encoder.grid, self.views(batch)
         masks = self.draw_masks(batch)  # those of `target_pairs`
         visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)

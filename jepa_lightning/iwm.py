@@ -1,6 +1,6 @@
-"""IWM: predict the features of an image after a known transformation (Garrido et al. 2024).
+"""IWM: action-conditioned prediction of an image's features after a known transformation (Garrido et al. 2024).
 
-Shapes: B batch, N patches, K kept patches, L hidden patches, D width, A scalars of an action.
+Shapes: B batch, N patches, K kept patches, L hidden patches, D embedding dimension, A scalars of an action.
 """
 
 from dataclasses import asdict
@@ -29,44 +29,46 @@ WATCHED = 8
 
 
 class IWM(ImageJEPA):
-    """A world model of transformations: what will the features be, if this is done to the image?
+    """An image world model: predict in representation space what a transformation does to an image.
 
-    The context encoder sees the visible patches of a source view; the predictor is told the action that leads to the target
-    view, and predicts the target encoder's layer-normalized features of that view at all patches that were hidden. The data
-    module makes the views: `data.views`. Afterwards the predictor is of use too, see `PredictorFineTuning`.
+    The context encoder sees the visible patches of a source view; the predictor, conditioned on the action that leads to
+    the target view, predicts the target encoder's layer-normalized features of that view at all patches that were hidden.
+    The data module makes the views: `data.views`. The predictor can be fine-tuned afterwards, see `PredictorFineTuning`.
 
     Args:
         encoder: Name of a timm vision transformer; the sizes in it are overruled by the next two arguments.
-        image_size: Height and width in pixels, one number or two; as in the data.
+        image_size: Height and width of the images in pixels, one number or two; as in the data.
         patch_size: Height and width of a patch in pixels.
-        encoder_depth: Number of the encoder's blocks; that of its name if left out.
-        conditioning: How the predictor is told the action: "feature" joins it to each mask token, "sequence" makes a token
-            of each scalar, "none" leaves it out.
-        action_dim: Scalars of an action: 7, or 12 with `data.views.geometric`.
-        predictor_width: Width of the predictor. The paper's sizes for ViT-B are 12 blocks of 384 ("invariant") and 18 of
-            384 ("equivariant").
-        predictor_depth: Its number of blocks.
-        predictor_heads: Its heads; those of the encoder if left out.
-        predictor_dropout: In its linear layers.
+        encoder_depth: Number of blocks of the encoder; that of the named model by default.
+        conditioning: How the predictor is conditioned on the action: "feature" joins it to each mask token, "sequence"
+            makes a token of each scalar, "none" leaves it out.
+        action_dim: Number of scalars of an action: 7, or 12 with `data.views.geometric`.
+        predictor_width: Token dimension of the predictor. The paper's sizes for ViT-B are 12 blocks of 384 ("invariant")
+            and 18 of 384 ("equivariant").
+        predictor_depth: Number of blocks of the predictor.
+        predictor_heads: Number of attention heads of the predictor; that of the encoder by default.
+        predictor_dropout: Dropout probability in the linear layers of the predictor.
         loss: "squared_error" as in the paper, or "smooth_l1".
         normalize_targets: Layer-normalize the target features, as I-JEPA does; the paper does not say.
-        num_targets: Rectangles whose union is hidden.
-        target_scale: Area of a rectangle, least and greatest fraction of the image.
-        target_aspect: Height over width of a rectangle, least and greatest; I-JEPA's, the paper does not say.
-        resampling_fraction: Fraction of images whose rectangles leave too little visible, and then lie on each other.
-        gradient_checkpointing: Less memory for a third more time.
+        num_targets: Number of rectangles whose union is hidden.
+        target_scale: Area of a rectangle, minimum and maximum fraction of the image.
+        target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
+        resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
+            overlap.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
-        learning_rate: Peak of the schedule, at the end of the warm-up.
-        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
-        final_learning_rate: Where the cosine after it ends.
-        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
-        weight_decay: Of kernels and matrices; biases, norms and tokens have none.
-        final_weight_decay: Where a cosine takes the weight decay by the last step.
-        momentum: Of the first target update, in [0, 1].
-        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
-        momentum_schedule: Way from the one to the other.
-        regularizer: None as in the paper, "variance_hinge" or "vicreg" on the context encoder's output.
-        regularizer_weights: Weight of each of its terms.
+        learning_rate: Peak learning rate, reached at the end of the warm-up.
+        start_learning_rate: Learning rate at the start of the warm-up; a hundredth of the peak by default.
+        final_learning_rate: Learning rate at the end of the cosine decay.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Weight decay of kernels and matrices; biases, norms and tokens have none.
+        final_weight_decay: Weight decay at the last step, reached along a cosine; constant if None.
+        momentum: EMA momentum of the first target update, in [0, 1].
+        final_momentum: EMA momentum approached at the last step, in [momentum, 1].
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        regularizer: Anti-collapse regularizer on the context encoder's output, "variance_hinge" or "vicreg"; None as in
+            the paper.
+        regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -198,11 +200,11 @@ class IWM(ImageJEPA):
         return self.to_target_space(self.encode(images))
 
     def apply_actions(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
-        """Imagine: predicted features of all patches after an action.
+        """Predicted features of all patches after an action.
 
         Args:
-            features: (B, N, D), of all patches of the images, from the context encoder.
-            actions: (B, A), or the colors alone, (B, 7); no change if left out.
+            features: Features of all patches of the images from the context encoder, (B, N, D).
+            actions: Actions, (B, A), or their colors alone, (B, 7); no change by default.
 
         Returns:
             (B, N, D).
@@ -238,7 +240,7 @@ class IWM(ImageJEPA):
         return pairs
 
     def _watched(self, count: int) -> int:
-        """How many images of a batch are asked about: as many in all processes, if the networks are sharded."""
+        """How many images of a batch are ranked: as many in all processes, if the networks are sharded."""
         if is_sharded(self.predictor):
             count = int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="min"))
         return min(count, WATCHED)

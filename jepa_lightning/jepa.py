@@ -1,6 +1,6 @@
 """What every joint-embedding predictive architecture here shares: networks, loss, optimizer, callbacks and monitoring.
 
-Shapes: B batch, T times, N samples, D width.
+Shapes: B batch, T times, N samples, D embedding dimension.
 """
 
 import copy
@@ -29,7 +29,7 @@ from jepa_lightning.signature import sign
 
 
 class TargetPairs(NamedTuple):
-    """What one batch asks of the predictor."""
+    """Predictions and targets of one batch."""
 
     predictions: Tensor
     """(..., D), with gradient."""
@@ -45,25 +45,26 @@ class TargetPairs(NamedTuple):
 
 
 class JEPA(LightningModule, ABC):
-    """Predict, in feature space, what the context does not show.
+    """Predict, in embedding space, what the context does not show.
 
     A subclass builds its networks, hands them to `set_networks` and implements `target_pairs`. The rest is here: the
-    target encoder is a frozen copy that `callbacks.EMAUpdate` moves once per optimizer step; AdamW with a warm-up and a
-    cosine; optional cosine weight decay; feature statistics at validation and an alarm that reads them.
+    target encoder is an exponential moving average (EMA) of the context encoder without gradient (stop-gradient), which
+    `callbacks.EMAUpdate` moves once per optimizer step; AdamW with a warm-up and a cosine; optional cosine weight decay;
+    statistics of the embeddings at validation and a collapse alarm that reads them.
 
     Args:
-        learning_rate: Peak of the schedule, at the end of the warm-up.
-        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
-        weight_decay: Of kernels and matrices; biases and norms have none.
-        final_weight_decay: Where a cosine takes the weight decay by the last step; `weight_decay` if left out.
-        momentum: Of the first target update, in [0, 1].
-        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
-        momentum_schedule: Way from the one to the other.
-        regularizer: What keeps the features apart, see `jepa_lightning.regularizers`; None leaves that to the target
-            encoder's slowness alone, as I-JEPA does.
-        regularizer_weights: Weight of each of its terms, see `jepa_lightning.regularizers`.
-        start_learning_rate: Where the warm-up begins; a hundredth of the peak if left out.
-        final_learning_rate: Where the cosine ends.
+        learning_rate: Peak learning rate, reached at the end of the warm-up.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Weight decay of kernels and matrices; biases and norms have none.
+        final_weight_decay: Weight decay at the last step, reached along a cosine; `weight_decay` if None.
+        momentum: EMA momentum of the first target update, in [0, 1].
+        final_momentum: EMA momentum approached at the last step, in [momentum, 1].
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        regularizer: Anti-collapse regularizer, see `jepa_lightning.regularizers`; with None, the EMA and the stop-gradient
+            alone prevent collapse, as in I-JEPA.
+        regularizer_weights: Weight of each term of the regularizer, see `jepa_lightning.regularizers`.
+        start_learning_rate: Learning rate at the start of the warm-up; a hundredth of the peak by default.
+        final_learning_rate: Learning rate at the end of the cosine decay.
         schedule_offset: 1 where learning rate and weight decay count optimizer steps from 1, as the released I-JEPA does.
 
     Raises:
@@ -103,7 +104,7 @@ class JEPA(LightningModule, ABC):
             if not 0 <= value <= learning_rate:
                 raise ValueError(f"model.{name}={value}: choose a value from 0 to learning_rate={learning_rate}.")
         if not 0 <= warmup_fraction < 1:
-            raise ValueError(f"model.warmup_fraction={warmup_fraction}: choose a part of the training in [0, 1).")
+            raise ValueError(f"model.warmup_fraction={warmup_fraction}: choose a fraction of the training in [0, 1).")
         self.learning_rate, self.warmup_fraction = learning_rate, warmup_fraction
         self._schedule = {"start": start / learning_rate, "end": final_learning_rate / learning_rate}
         self._schedule_offset = schedule_offset
@@ -120,9 +121,9 @@ class JEPA(LightningModule, ABC):
         """Take the networks and make the target encoder, a frozen copy of the context encoder as initialized.
 
         Args:
-            context_encoder: Returns features of width D.
-            predictor: Maps features to features.
-            dim: D.
+            context_encoder: Encoder that returns embeddings of dimension D.
+            predictor: Network that maps embeddings to embeddings.
+            dim: Embedding dimension D.
         """
         self.context_encoder = context_encoder
         self.predictor = predictor
@@ -134,26 +135,26 @@ class JEPA(LightningModule, ABC):
 
     @property
     def best_metric(self) -> tuple[str, Literal["min", "max"]]:
-        """The figure of a validation that `callbacks.BestCheckpoint` goes by, and whether it should be small or great.
+        """The metric of a validation that `callbacks.BestCheckpoint` goes by, and whether lower or higher is better.
 
         Not the loss, which a collapse makes small. See `jepa_lightning.metrics.guarded_error`.
         """
         return "val/guarded_error", "min"
 
     def trained_networks(self) -> list[nn.Module]:
-        """Whose parameters the optimizer moves."""
+        """Networks whose parameters the optimizer updates."""
         return [self.context_encoder, self.predictor]
 
     @abstractmethod
     def target_pairs(self, batch: Any) -> TargetPairs:
-        """Predictions and what they should have been, for one batch."""
+        """Predictions and their targets, for one batch."""
 
     @abstractmethod
     def encode(self, observations: Tensor) -> Tensor:
-        """Features of the target encoder, without gradient: what probes and users take."""
+        """Embeddings of the target encoder, without gradient: what probes and users take."""
 
     def prediction_loss(self, pairs: TargetPairs) -> Tensor:
-        """How far the predictions are from the targets: a scalar, the mean squared error unless a subclass knows better."""
+        """Distance of the predictions from the targets: a scalar, the mean squared error unless a subclass overrides it."""
         return squared_error(pairs.predictions, pairs.targets)
 
     def train(self, mode: bool = True) -> "JEPA":
@@ -171,7 +172,7 @@ class JEPA(LightningModule, ABC):
         return loss
 
     def auxiliary_loss(self, batch: Any, pairs: TargetPairs) -> Tensor:
-        """What is added to the prediction loss, a scalar: the regularizer, and what a subclass adds."""
+        """What is added to the prediction loss, a scalar: the anti-collapse regularizer, and what a subclass adds."""
         if self.regularizer is None:
             return pairs.predictions.new_zeros(())
         penalty, terms = self.regularizer(self.gather(pairs.features), self.trainer.global_step)
@@ -254,7 +255,7 @@ class JEPA(LightningModule, ABC):
         self._planned_steps = checkpoint.get("planned_steps")
 
     def on_train_start(self) -> None:
-        """Compare where the processes are; say it if a run has another length than it was begun with, and so its schedules.
+        """Check that the processes are at one step; warn if a run has another length than it was begun with.
 
         Raises:
             ValueError: The processes have gone on from different checkpoints.

@@ -1,4 +1,4 @@
-"""How far predicted features are from target features."""
+"""How far predicted embeddings are from target embeddings, which carry no gradient (stop-gradient)."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch.nn import functional as F
 
 
 def squared_error(predictions: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared error between predicted and target features, averaged over everything.
+    """Mean squared error between predicted and target embeddings, averaged over everything.
 
     Args:
-        predictions: (..., H, D).
-        targets: (..., H, D), without gradient.
-        weights: (H,) of the prediction steps, with a mean of 1; all alike if left out.
+        predictions: Predicted embeddings, (..., H, D).
+        targets: Target embeddings, (..., H, D), without gradient.
+        weights: Weights of the prediction steps, (H,), with a mean of 1; all alike by default.
 
     Returns:
         Scalar.

@@ -14,7 +14,7 @@ from torch import Tensor
 Range = tuple[float, float]
 
 MAX_DRAWS = 20
-"""How often `official_compat` draws a batch again of which some image has no context left."""
+"""How often `official_compat` resamples a batch of which some image has no context left."""
 
 CALIBRATION_DRAWS = 1000
 """Images that are simulated to choose the number of context patches."""
@@ -47,23 +47,24 @@ class MultiBlock:
 
     The size of the target block is drawn once per batch, so that all blocks stack; places are drawn per image, and
     every place at which a block fits is equally likely. How many context patches are left differs from image to
-    image. Public implementations stack them by cutting all to the least of the batch, in raster order: the lower right
+    image. Public implementations stack them by cutting all to the minimum of the batch, in raster order: the lower right
     of the image is then hardly ever seen, and the larger the batch, the smaller the context. Here the number kept, K,
-    depends on the size of the blocks alone: it is the quantile `resampling_fraction` of the number left. Images with more keep a
-    uniformly random part; those with fewer take further patches from beside the context block. Where all that lies outside
-    of the targets is too little, target blocks give way: the last ones move onto the first. To draw such images again
-    would make places at the corners rarer (by 8 % on 14 x 14 patches), since blocks far apart leave the least; but which
-    block moves onto which does not depend on where they lie, so that each is as likely at every place as before.
+    depends on the size of the blocks alone: it is the quantile `resampling_fraction` of the number left. Images with more
+    keep a uniformly random subset; those with fewer take further patches from outside of the context block. Where all that
+    lies outside of the targets is too little, target blocks overlap: the last ones move onto the first. To resample such
+    images would make places at the corners rarer (by 8 % on 14 x 14 patches), since blocks far apart leave the fewest; but
+    which block moves onto which does not depend on where they lie, so that each is as likely at every place as before.
 
     Args:
-        grid: (H, W) in patches.
-        num_targets: M, target blocks per image; they may overlap.
-        target_scale: Area of a target block, least and greatest fraction of the image.
-        target_aspect: Height over width of a target block, least and greatest.
-        context_scale: Area of the context block, which is as square as the image.
-        resampling_fraction: Fraction of images, in [0, 1), of whose context block too few patches are left.
-        more_target_scales: Further ranges: each batch takes its blocks from one of all the ranges, each as likely.
-        final_target_scale: `target_scale` at the end of training, for a curriculum that moves there linearly.
+        grid: Number of patches per column and per row, (H, W).
+        num_targets: Number of target blocks M per image; they may overlap.
+        target_scale: Area of a target block, minimum and maximum fraction of the image.
+        target_aspect: Height over width of a target block, minimum and maximum.
+        context_scale: Area of the context block, minimum and maximum fraction of the image; it has the image's aspect.
+        resampling_fraction: Fraction of images, in [0, 1), whose context block keeps fewer than K patches.
+        more_target_scales: Further ranges of `target_scale`: each batch takes its blocks from one of all the ranges, each
+            as likely.
+        final_target_scale: `target_scale` at the end of training, for a linear curriculum; constant by default.
         official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
             come from one random number, the last row and column are never used, and contexts are cut to the batch's
             minimum, first patches first.
@@ -93,7 +94,7 @@ class MultiBlock:
             raise ValueError(f"resampling_fraction={resampling_fraction}: choose a fraction in [0, 1).")
         self.target_scales = (target_scale, target_scale if final_target_scale is None else final_target_scale)
         self.more_target_scales = [(low, high) for low, high in more_target_scales]
-        greatest = max(scale[1] for scale in (*self.target_scales, *self.more_target_scales))
+        largest = max(scale[1] for scale in (*self.target_scales, *self.more_target_scales))
         for name, (low, high) in (
             ("target_scale", target_scale),
             ("final_target_scale", self.target_scales[1]),
@@ -102,19 +103,19 @@ class MultiBlock:
         ):
             if not 0 < low <= high <= 1:
                 raise ValueError(
-                    f"{name}=({low}, {high}): give the least and greatest fraction, 0 < least <= greatest <= 1."
+                    f"{name}=({low}, {high}): give the minimum and maximum fraction, 0 < minimum <= maximum <= 1."
                 )
         if not 0 < target_aspect[0] <= target_aspect[1]:
-            raise ValueError(f"target_aspect={target_aspect}: give the least and greatest ratio, 0 < least <= greatest.")
+            raise ValueError(f"target_aspect={target_aspect}: give the minimum and maximum ratio, 0 < minimum <= maximum.")
         self.grid, self.num_targets, self.target_aspect, self.context_scale = grid, num_targets, target_aspect, context_scale
         self.resampling_fraction, self.official_compat = resampling_fraction, official_compat
         self._kept: dict[tuple[int, int], int] = {}
         low, high = target_aspect
         for aspect in (low + part / 10 * (high - low) for part in range(11)):
-            size = block_size(grid, greatest, aspect)
+            size = block_size(grid, largest, aspect)
             if size == grid:
                 raise ValueError(
-                    f"A target block of scale {greatest} covers all of the {height} x {width} patches: lower the scale or "
+                    f"A target block of scale {largest} covers all of the {height} x {width} patches: lower the scale or "
                     "use smaller patches."
                 )
 
@@ -128,9 +129,9 @@ class MultiBlock:
         """Masks of one batch.
 
         Args:
-            batch_size: B.
-            generator: On the CPU; the masks are a function of its state.
-            progress: Part of the training that lies behind, in [0, 1], for the curriculum.
+            batch_size: Number of images B.
+            generator: Random generator on the CPU; the masks are a function of its state.
+            progress: Fraction of the training that is done, in [0, 1], for the curriculum.
             size_generator: Draws the sizes of the blocks, hence K and L, instead of `generator`: processes that share its
                 state get masks of one shape, as many tokens to work on, and features that can be gathered.
         """
@@ -144,8 +145,8 @@ class MultiBlock:
         u, v, w = torch.rand(3, generator=size_generator).tolist()
         aspect = self.target_aspect[0] + v * (self.target_aspect[1] - self.target_aspect[0])
         size = block_size(self.grid, low + u * (high - low), aspect)
-        least, greatest = self.context_scale
-        context_size = block_size(self.grid, least + w * (greatest - least), self.grid[0] / self.grid[1])
+        smallest, largest = self.context_scale
+        context_size = block_size(self.grid, smallest + w * (largest - smallest), self.grid[0] / self.grid[1])
         corners, block = self._place(batch_size, size, context_size, generator)
         kept = self._context_patches(size)
         covered = self._covered(corners, size)
@@ -157,7 +158,7 @@ class MultiBlock:
             # at every place as what stays.
             corners[crowded, last] = corners[crowded, 0]
             covered[crowded] = self._covered(corners[crowded], size)
-        # The greatest of random numbers are a uniformly random part: of the context block first, then of the rest.
+        # The largest of random numbers are a uniformly random subset: of the context block first, then of the rest.
         lots = torch.rand(covered.shape, generator=generator) + block
         context = lots.masked_fill_(covered, -1).topk(kept, dim=1).indices.sort(dim=1).values
         return Masks(context, self._patches(corners, size))
@@ -166,10 +167,10 @@ class MultiBlock:
         """K for a size of the target blocks: the same for all batches, whatever their size."""
         if size not in self._kept:
             generator = torch.Generator().manual_seed(0)
-            least, greatest = self.context_scale
+            smallest, largest = self.context_scale
             counts = []
             for part in torch.linspace(0, 1, 10).tolist():
-                context_size = block_size(self.grid, least + part * (greatest - least), self.grid[0] / self.grid[1])
+                context_size = block_size(self.grid, smallest + part * (largest - smallest), self.grid[0] / self.grid[1])
                 corners, block = self._place(CALIBRATION_DRAWS // 10, size, context_size, generator)
                 counts.append((block & ~self._covered(corners, size)).sum(dim=1))
             quantile = int(torch.cat(counts).float().quantile(self.resampling_fraction))
@@ -202,7 +203,7 @@ class MultiBlock:
 
 
 def block_size(grid: tuple[int, int], scale: float, aspect: float) -> tuple[int, int]:
-    """Height and width in patches of a block of a given part of the image and a given height over width.
+    """Height and width in patches of a block that covers a fraction of the image, with a given height over width.
 
     The area counts first: a block too tall for the grid is wider instead, and one too wide is cut.
     """
@@ -223,7 +224,7 @@ def _draw_like_the_released_code(
 ) -> Masks:
     """The distribution of facebookresearch/ijepa at 52c1ae9, for parity.
 
-    Differs from it where it would not end: a context with no patch left draws again, `MAX_DRAWS` times.
+    Differs from it where it would not end: a context with no patch left is resampled, `MAX_DRAWS` times.
 
     Raises:
         RuntimeError: Some image of the batch had no context patch left each time.
@@ -246,4 +247,4 @@ def _draw_like_the_released_code(
         if kept:
             first = free.int().argsort(dim=1, descending=True, stable=True)[:, :kept]  # in raster order
             return Masks(first, masks._patches(corners, target))
-    raise RuntimeError(f"No context is left beside targets of {target} patches on a {height} x {width} grid.")
+    raise RuntimeError(f"No context is left outside of targets of {target} patches on a {height} x {width} grid.")

@@ -1,25 +1,25 @@
 """Can a world model apply a transformation? Mean reciprocal rank, by a protocol of our own.
 
-For each image, a bank of 256 versions of it is made and encoded by the target encoder. From the clean image, all of it
-visible, the predictor is asked for the features of each version in turn, given the version's action. The prediction's
+For each image, 256 candidate versions of it are made and encoded by the target encoder. From the clean image, all of it
+visible, the predictor predicts the features of each version in turn, given the version's action. The prediction's
 similarity to the features of all versions ranks them, and the reciprocal of the right one's rank is averaged over versions
-and images. 1 means that every change is applied exactly. A predictor that does not listen gives the same answer to all
-256 questions, so that each version is first for exactly one of them: 1/256 (1 + 1/2 + ... + 1/256) = 0.0239 is chance.
+and images. 1 means that every change is applied exactly. A predictor that ignores the action gives the same answer to all
+256 queries, so that each version is first for exactly one of them: 1/256 (1 + 1/2 + ... + 1/256) = 0.0239 is chance.
 
 * The versions of "jitter" have other brightness, contrast, saturation and hue, drawn as the training's target views are;
-  those of "brightness" and the other three differ in that alone. Spoilt versions are never targets in training; so for
-  "grayscale", "blur" and "solarize" it is the source that is spoilt so, and the action says that this is to be undone, on
-  top of the jitter. "grayscale_untold" and so on is the control: the same, but the action does not say so. What grayscale
+  those of "brightness" and the other three differ in that alone. Degraded versions are never targets in training; so for
+  "grayscale", "blur" and "solarize" it is the source that is degraded, and the action says that this is to be undone, on
+  top of the jitter. "grayscale_untold" and so on is the baseline: the same, but the action does not say so. What grayscale
   took away can at best be guessed. Geometry is not ranked.
 * Features are layer-normalized as in training. Similarity is the cosine, averaged over patches ("patch") or of the average
   over patches ("pooled").
 * Equal similarities share the ranks that they cover: a right version among e equal ones, behind b better ones, gets the mean
   of 1/(b+1) ... 1/(b+e).
-* Two controls: "action_blind" asks with the zero action, "shuffled_actions" with the action of a random version.
+* Two baselines: "action_blind" predicts with the zero action, "shuffled_actions" with the action of a random version.
 
 The figure is not comparable with the paper's, whose protocol is not public (its action-blind models have 0.00).
 
-Shapes: V versions, N patches, D width, A scalars of an action, H W pixels.
+Shapes: V versions, Q queries, N patches, D embedding dimension, A scalars of an action, H W pixels.
 """
 
 from typing import NamedTuple, Protocol
@@ -53,7 +53,7 @@ CHUNK = 64
 
 
 class AppliesActions(Protocol):
-    """What is asked of a world model."""
+    """What the protocol needs of a world model."""
 
     context_encoder: nn.Module
 
@@ -65,12 +65,12 @@ class AppliesActions(Protocol):
 
 
 def draw_bank(views: Views, which: str, generator: torch.Generator) -> Tensor:
-    """Colors of a bank's versions: (V, 7).
+    """Colors of the candidate versions of an image: (V, 7).
 
     Args:
-        views: Says how far they reach.
+        views: Settings of the views, which say how far the colors reach.
         which: "jitter" for brightness, contrast, saturation and hue, or one of the four.
-        generator: On the CPU.
+        generator: Random generator on the CPU.
     """
     sampler = v2.ColorJitter(*views.ranges)
     with torch.random.fork_rng(devices=[]):
@@ -88,13 +88,13 @@ def make_versions(image: Tensor, colors: Tensor) -> Tensor:
 
 
 class Answers:
-    """What a world model says about the versions of one image.
+    """Predictions of a world model about the versions of one image.
 
     Args:
-        model: The world model.
-        image: uint8 (3, H, W), on the model's device.
-        colors: (V, 7) of the versions.
-        views: What the model was trained on: the way of making the source, and the blur.
+        model: World model to evaluate.
+        image: Image, uint8 (3, H, W), on the model's device.
+        colors: Colors of the versions, (V, 7).
+        views: Settings of the views that the model was trained on: how the source is made, and the blur.
     """
 
     def __init__(self, model: AppliesActions, image: Tensor, colors: Tensor, views: Views) -> None:
@@ -103,47 +103,47 @@ class Answers:
         features = torch.cat([model.encode_targets(part) for part in self.versions.split(CHUNK)])  # (V, N, D)
         self.directions = self._directions(features)
 
-    def predictions(self, actions: Tensor, spoilt: str | None = None) -> Tensor:
-        """Predicted features of the clean image, or of the spoilt one, after actions.
+    def predictions(self, actions: Tensor, degraded: str | None = None) -> Tensor:
+        """Predicted features after actions on the clean image, or on the degraded one.
 
         Args:
-            actions: (Q, 7).
-            spoilt: What is done to the source before: one of `DESTRUCTIVE`, or nothing.
+            actions: Actions, (Q, 7).
+            degraded: Degradation of the source, one of `DESTRUCTIVE`; none by default.
 
         Returns:
             (Q, N, D).
         """
-        source = self.model.context_encoder(make_versions(self.image, self.start(spoilt)[None]))  # (1, N, D)
+        source = self.model.context_encoder(make_versions(self.image, self.start(degraded)[None]))  # (1, N, D)
         parts = [
             self.model.apply_actions(source.expand(len(part), -1, -1), part)
             for part in actions.to(self.image.device).split(CHUNK)
         ]
         return torch.cat(parts)
 
-    def start(self, spoilt: str | None) -> Tensor:
+    def start(self, degraded: str | None) -> Tensor:
         """Colors of the source, (7,): a blur is as strong as it gets in training."""
-        strength = self.views.blur_sigma[1] / COLORS["blur"] if spoilt == "blur" else 1.0
-        return torch.tensor([strength * (name == spoilt) for name in COLORS])
+        strength = self.views.blur_sigma[1] / COLORS["blur"] if degraded == "blur" else 1.0
+        return torch.tensor([strength * (name == degraded) for name in COLORS])
 
-    def actions(self, spoilt: str | None = None) -> Tensor:
+    def actions(self, degraded: str | None = None) -> Tensor:
         """The actions that lead to all versions, (V, 7)."""
-        return action_to(self.colors, self.views) - self.start(spoilt)
+        return action_to(self.colors, self.views) - self.start(degraded)
 
     def similarities(self, predictions: Tensor) -> list[Tensor]:
-        """Of predictions (Q, N, D) to all versions, in the order of `SIMILARITIES`: (Q, V) each."""
+        """Similarities of predictions (Q, N, D) to all versions, in the order of `SIMILARITIES`: (Q, V) each."""
         return [mine @ theirs.T for mine, theirs in zip(self._directions(predictions), self.directions, strict=True)]
 
     @staticmethod
     def _directions(features: Tensor) -> list[Tensor]:
         """Vectors whose products are the similarities, in the order of `SIMILARITIES`: (V, N, D) -> (V, any) each."""
-        # In double precision: the cosines of similar versions differ by less than float32 can tell near 1.
+        # In double precision: the cosines of similar versions differ by less than float32 resolves near 1.
         features = features.double()
         patches = F.normalize(features, dim=-1).flatten(1) / features.shape[1] ** 0.5
         return [patches, F.normalize(features.mean(dim=1), dim=-1)]
 
 
 class Ranks(NamedTuple):
-    """Mean reciprocal ranks: kind of similarity -> question -> figure, of the questions that were asked."""
+    """Mean reciprocal ranks: kind of similarity -> question -> figure, of the questions that were evaluated."""
 
     mean: dict[str, dict[str, float]]
     standard_error: dict[str, dict[str, float]]
@@ -170,30 +170,30 @@ class MeanReciprocalRanks(WideMetric):
     def update(
         self, model: AppliesActions, image: Tensor, views: Views, generator: torch.Generator, each: bool = True
     ) -> None:
-        """Ask about one image.
+        """Evaluate one image.
 
         Args:
-            model: The world model.
-            image: uint8 (3, H, W), on the model's device.
-            views: Says how the versions differ.
-            generator: Draws the versions; on the CPU.
-            each: Each transformation on its own too, not the jitter and its controls alone.
+            model: World model to evaluate.
+            image: Image, uint8 (3, H, W), on the model's device.
+            views: Settings of the views, which say how the versions differ.
+            generator: Random generator on the CPU that draws the versions.
+            each: Evaluate each transformation on its own too, not the jitter and its baselines alone.
         """
         answers = Answers(model, image, draw_bank(views, "jitter", generator), views)
-        told = answers.similarities(answers.predictions(answers.actions()))
-        self._count("overall", told)
+        conditioned = answers.similarities(answers.predictions(answers.actions()))
+        self._count("overall", conditioned)
         blind = answers.similarities(answers.predictions(torch.zeros(1, len(COLORS))))
         self._count("action_blind", [row.expand(BANK_SIZE, -1) for row in blind])
         order = torch.randperm(BANK_SIZE, generator=generator).to(image.device)
-        self._count("shuffled_actions", [rows[order] for rows in told])
+        self._count("shuffled_actions", [rows[order] for rows in conditioned])
         if not each:
             return
         for name in DESTRUCTIVE:
             if getattr(views, f"{name}_probability") > 0:
                 for question, actions in ((name, answers.actions(name)), (f"{name}_untold", answers.actions())):
                     self._count(question, answers.similarities(answers.predictions(actions, name)))
-        for name, greatest in zip(JITTERED, views.ranges, strict=True):
-            if greatest > 0:  # or else all versions are the same
+        for name, maximum in zip(JITTERED, views.ranges, strict=True):
+            if maximum > 0:  # or else all versions are the same
                 answers = Answers(model, image, draw_bank(views, name, generator), views)
                 self._count(name, answers.similarities(answers.predictions(answers.actions())))
 
@@ -207,7 +207,7 @@ class MeanReciprocalRanks(WideMetric):
             self.count[row, column] += 1
 
     def compute(self) -> Ranks:
-        """What was asked so far."""
+        """The figures so far."""
         mean = self.total / self.count
         error = ((self.squares / self.count - mean.square()).clamp(min=0) / (self.count - 1)).sqrt()
         asked = [(column, question) for column, question in enumerate(QUESTIONS) if self.count[0, column] > 0]
@@ -222,21 +222,21 @@ class MeanReciprocalRanks(WideMetric):
 
 
 class ActionProbe(RidgeProbe):
-    """Is the change still in the features? A ridge regression of the action on the pooled features of two views.
+    """What embeddings keep of a transformation: ridge regression of the action on the pooled embeddings of two views.
 
-    Every other pair is learned from, the rest are judged. Invariant features have 0, or less where there are few pairs:
-    compare with the R2 of actions of other pairs.
+    Every other pair is for training, the rest are evaluated. Invariant embeddings have 0, or less where there are few
+    pairs: compare with the R2 of actions of other pairs.
 
     Args:
-        dim: D.
-        action_dim: A.
+        dim: Embedding dimension D.
+        action_dim: Number of scalars of an action, A.
     """
 
     def __init__(self, dim: int, action_dim: int) -> None:
         super().__init__(2 * dim, action_dim, ridge=1e-4)
 
     def update(self, sources: Tensor, targets: Tensor, actions: Tensor) -> None:  # type: ignore[override]
-        """Take in pooled features (B, D) of sources and targets, and the actions (B, A) between them."""
+        """Add pooled embeddings (B, D) of sources and targets, and the actions (B, A) between them."""
         both = torch.cat([sources, targets], dim=1)
         for half in (0, 1):
             RidgeProbe.update(self, both[half::2], actions[half::2], half == 0)
@@ -244,14 +244,14 @@ class ActionProbe(RidgeProbe):
 
 @torch.no_grad()
 def nearest_figure(model: AppliesActions, images: Tensor, views: Views, key: tuple[int, ...], count: int = 8) -> Figure:
-    """Images, versions that the predictor is asked for, and which of 256 versions its answer is most like.
+    """Images, versions that the predictor is to predict, and the nearest of 256 versions to each prediction.
 
     Args:
-        model: The world model.
-        images: (B, 3, H, W), normalized.
-        views: Says how the versions differ.
-        key: Of the random numbers.
-        count: Versions of each image.
+        model: World model to evaluate.
+        images: Normalized images, (B, 3, H, W).
+        views: Settings of the views, which say how the versions differ.
+        key: Key of the random numbers.
+        count: Number of versions of each image.
     """
     rows: dict[str, Tensor] = {}
     for number, (image, pixels) in enumerate(zip(images, denormalize(images), strict=True)):
@@ -267,13 +267,13 @@ def bank_generator(batch: ViewBatch, number: int, num_processes: int) -> torch.G
     """Random numbers for the versions of a held-out image, whatever the size of its batch and the number of processes.
 
     Args:
-        batch: Whose key ends with the index of its first image.
-        number: Of the image in the batch.
-        num_processes: Which take turns at the images.
+        batch: Batch whose key ends with the index of its first image.
+        number: Index of the image in the batch.
+        num_processes: Number of processes, which take turns at the images.
     """
     return seeded_generator(batch.key[0], BANK_STREAM, batch.key[-1] + number * num_processes)
 
 
 def chance(count: int = BANK_SIZE) -> float:
-    """Mean reciprocal rank of a predictor that does not listen: H_count / count."""
+    """Mean reciprocal rank of a predictor that ignores the action: H_count / count."""
     return sum(1 / rank for rank in range(1, count + 1)) / count

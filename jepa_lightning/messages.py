@@ -20,8 +20,8 @@ def readable(error: BaseException, causes: tuple[type[BaseException], ...]) -> s
     """The message of what a user can mend, without the wrapping that says which types were tried.
 
     Args:
-        error: As it was raised.
-        causes: Those that say what a user can mend, where they stand behind a wrapping.
+        error: Error as it was raised.
+        causes: Types of error that say what a user can mend, where they stand behind a wrapping.
 
     Returns:
         A line or a few, with what may have been meant where a name is not known.

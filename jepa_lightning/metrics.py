@@ -1,7 +1,7 @@
 """Measures of a representation and of a forecast.
 
 Those that are gathered over batches are `torchmetrics.Metric`s: their states are sums, so several processes give the
-figures of one. Shapes: N samples, D width, L labels, T times.
+figures of one. Shapes: N samples, D embedding dimension, L labels, T times.
 """
 
 import math
@@ -13,10 +13,10 @@ from jepa_lightning.wide import WideMetric
 
 
 class FeatureStatistics(WideMetric):
-    """Standard deviations and effective ranks of features, from their mean and covariance.
+    """Standard deviations and effective ranks of embeddings, from their mean and covariance.
 
     Args:
-        dim: D, width of the features.
+        dim: Embedding dimension D.
     """
 
     full_state_update = False
@@ -31,7 +31,7 @@ class FeatureStatistics(WideMetric):
         self.add_state("outer", torch.zeros(dim, dim, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor) -> None:
-        """Take in features of shape (..., D)."""
+        """Add embeddings (..., D)."""
         flat = features.detach().flatten(0, -2).to(self.total.dtype)
         self.count += len(flat)
         self.total += flat.sum(dim=0)
@@ -40,13 +40,13 @@ class FeatureStatistics(WideMetric):
     def compute(self) -> dict[str, Tensor]:
         """Figures by name, scalars.
 
-        feature_std, feature_std_min: mean and least standard deviation of a dimension.
+        feature_std, feature_std_min: mean and minimum standard deviation of a dimension.
         rankme: exp of the entropy of the normalized eigenvalues of the covariance, between 1 and D. (Garrido et al.
-            2023 use the singular values of the uncentred features, which the mean dominates.)
+            2023 use the singular values of the uncentered embeddings, which the mean dominates.)
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares, between 1 and D.
-        largest_eigenvalue_share: share of the greatest eigenvalue in their sum.
+        largest_eigenvalue_share: share of the largest eigenvalue in their sum.
 
-        All are NaN if a feature was not finite.
+        All are NaN if an embedding was not finite.
         """
         mean = self.total / self.count
         covariance = self.outer / self.count - torch.outer(mean, mean)
@@ -57,7 +57,7 @@ class FeatureStatistics(WideMetric):
             )
         std = covariance.diagonal().clamp(min=0).sqrt()
         eigenvalues = torch.linalg.eigvalsh(covariance).clamp(min=0)
-        # A constant feature has no directions at all; count it as one.
+        # A constant embedding has no directions at all; count it as one.
         share = eigenvalues / eigenvalues.sum().clamp(min=1e-30)
         return {
             "feature_std": std.mean(),
@@ -69,14 +69,14 @@ class FeatureStatistics(WideMetric):
 
 
 class ErrorOverMean(WideMetric):
-    """Squared error of predicted features over that of an answer that knows the mean of each place alone.
+    """Normalized error: squared error of predicted embeddings over that of predicting the mean of each place.
 
-    1 means that nothing was predicted but the mean. Where features differ by their place and by nothing else, which is one
-    way to collapse, an answer that is the same at all places is beaten with ease, and this one is not.
+    1 means that nothing was predicted but the mean. Where embeddings differ by their place and by nothing else, which is
+    one way to collapse, an answer that is the same at all places is beaten with ease, and this one is not.
 
     Args:
-        dim: D, width of the features.
-        num_places: P; 1 where places mean nothing.
+        dim: Embedding dimension D.
+        num_places: Number of places P, such as patches; 1 where places mean nothing.
     """
 
     full_state_update = False
@@ -91,7 +91,7 @@ class ErrorOverMean(WideMetric):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, predictions: Tensor, targets: Tensor, places: Tensor | None = None) -> None:
-        """Take in predictions and targets, (..., D) each, and the index of the place of each, (...)."""
+        """Add predictions and targets, (..., D) each, and the index of the place of each, (...)."""
         goals = targets.detach().flatten(0, -2).double()
         self.error += (predictions.detach().flatten(0, -2).double() - goals).square().sum()
         self.squares += goals.square().sum()
@@ -107,20 +107,20 @@ class ErrorOverMean(WideMetric):
 
 
 def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
-    """The share of a feature space that is not both used and predicted: what to choose a checkpoint by without labels.
+    """The share of an embedding space that is not both used and predicted: a label-free criterion for checkpoints.
 
-    A loss, or an error over that of some control, can be made small by features that hold little. So the share of the
-    variance that is predicted, 1 - ratio, counts for as many of the D dimensions as the features use, which is their RankMe:
-    the result is 1 - (1 - ratio) RankMe / D. Features that lie in r of D dimensions never get below 1 - r / D, however well
-    they are predicted; to multiply the error with D / RankMe instead would still let them win with an error of zero.
-    Features that collapsed to a constant have a RankMe that says nothing, that of their rounding errors, which may be large;
-    but nobody predicts those, so that the ratio is 1 and so is the result.
+    A loss, or an error over that of some baseline, can be made small by embeddings that hold little. So the share of the
+    variance that is predicted, 1 - ratio, counts for as many of the D dimensions as the embeddings use, which is their
+    RankMe: the result is 1 - (1 - ratio) RankMe / D. Embeddings that lie in r of D dimensions never get below 1 - r / D,
+    however well they are predicted; to multiply the error with D / RankMe instead would still let them win with an error
+    of zero. Embeddings that collapsed to a constant have a RankMe that says nothing, that of their rounding errors, which
+    may be large; but nobody predicts those, so that the ratio is 1 and so is the result.
 
     Args:
-        ratio: Prediction error over that of the best control that knows nothing: see `ErrorOverMean`. Between 0 and 1, or
-            more; NaN counts as nothing predicted.
-        rankme: Of the target features, see `FeatureStatistics`.
-        dim: D.
+        ratio: Prediction error over that of the best trivial baseline: see `ErrorOverMean`. Between 0 and 1, or more; NaN
+            counts as nothing predicted.
+        rankme: RankMe of the target embeddings, see `FeatureStatistics`.
+        dim: Embedding dimension D.
 
     Returns:
         Scalar in [0, 1]; lower is better.
@@ -130,15 +130,15 @@ def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
 
 
 class RidgeProbe(WideMetric):
-    """A linear probe in closed form: ridge regression from features to labels, fitted on some samples and judged on others.
+    """A linear probe in closed form: ridge regression from embeddings to labels, with samples to fit and to evaluate on.
 
-    Kept are the sums that the normal equations need, not the samples. Features are standardized, so `ridge` is relative
-    to a feature's variance.
+    Kept are the sums that the normal equations need, not the samples. Embeddings are standardized, so `ridge` is relative
+    to the variance of a dimension.
 
     Args:
-        dim: D, width of the features.
-        num_labels: L.
-        ridge: Penalty.
+        dim: Embedding dimension D.
+        num_labels: Number of labels L.
+        ridge: Ridge penalty, relative to the variance of a dimension.
     """
 
     full_state_update = False
@@ -148,18 +148,18 @@ class RidgeProbe(WideMetric):
     def __init__(self, dim: int, num_labels: int, ridge: float = 1e-5) -> None:
         super().__init__()
         self.dim, self.ridge = dim, ridge
-        size = 1 + dim + num_labels  # moments of (1, features, labels)
+        size = 1 + dim + num_labels  # moments of (1, embeddings, labels)
         for name in ("fit_moments", "test_moments"):
             self.add_state(name, torch.zeros(size, size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor, labels: Tensor, fit: bool) -> None:
-        """Take in features (N, D) and labels (N, L), to fit on or to judge by."""
+        """Add embeddings (N, D) and labels (N, L), to fit or to evaluate on."""
         rows = torch.cat([torch.ones_like(features[:, :1]), features, labels], dim=1).to(self.fit_moments.dtype)
         moments = self.fit_moments if fit else self.test_moments
         moments += rows.T @ rows
 
     def weights(self, ridge: float | None = None) -> Tensor:
-        """The fitted map from (1, features) to labels: (1 + D, L)."""
+        """The fitted map from (1, embedding) to labels: (1 + D, L)."""
         features, labels = slice(1, 1 + self.dim), slice(1 + self.dim, None)
         count = self.fit_moments[0, 0]
         mean = self.fit_moments[0] / count
@@ -171,7 +171,7 @@ class RidgeProbe(WideMetric):
         return torch.cat([(mean[labels] - mean[features] @ slopes)[None], slopes])
 
     def r2(self, weights: Tensor) -> Tensor:
-        """1 - squared error / variance of each label on the judging samples: (L,)."""
+        """1 - squared error / variance of each label on the evaluation samples: (L,)."""
         inputs, labels = slice(0, 1 + self.dim), slice(1 + self.dim, None)
         count, moments = self.test_moments[0, 0], self.test_moments
         squares = moments[labels, labels].diagonal()
@@ -181,7 +181,7 @@ class RidgeProbe(WideMetric):
         return 1 - error / (squares - moments[0, labels].square() / count)
 
     def compute(self) -> Tensor:
-        """R2 of each label on the judging samples: (L,)."""
+        """R2 of each label on the evaluation samples: (L,)."""
         return self.r2(self.weights())
 
 
@@ -189,8 +189,8 @@ def reciprocal_ranks(similarities: Tensor, right: Tensor) -> Tensor:
     """One over the rank of the right candidate, ties counted fairly: the mean over all orders of equal candidates.
 
     Args:
-        similarities: (Q, N) of each query to each candidate.
-        right: (Q,), indices of the right candidates.
+        similarities: Similarities of each query to each candidate, (Q, N).
+        right: Indices of the right candidates, (Q,).
 
     Returns:
         (Q,) in (0, 1].
@@ -214,8 +214,8 @@ def valid_prediction_time(errors: Tensor, threshold: float = 0.4) -> Tensor:
     """How long each forecast stays valid: the first step whose error exceeds the threshold.
 
     Args:
-        errors: (N, T), of predictions 1 ... T steps ahead, relative to the spread of the data.
-        threshold: 0.4 is usual for chaotic systems.
+        errors: Errors of predictions 1 ... T steps ahead, (N, T), relative to the spread of the data.
+        threshold: Error above which a forecast is no longer valid; 0.4 is usual for chaotic systems.
 
     Returns:
         (N,) in steps; T for forecasts that never fail.

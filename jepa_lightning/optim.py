@@ -59,8 +59,8 @@ class StepSchedule(LambdaLR):
     and the schedule's is made up for when it is loaded.
 
     Args:
-        optimizer: Holds the peak learning rates.
-        factor: From the number of a step, counted from 0, to the multiplier of the peak.
+        optimizer: Optimizer that holds the peak learning rates.
+        factor: Function from the number of a step, counted from 0, to the multiplier of the peak.
     """
 
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
@@ -94,12 +94,12 @@ def warmup_cosine_schedule(
     """The learning rate of every optimizer step, in the form that Lightning's `configure_optimizers` returns.
 
     Args:
-        optimizer: Holds the peak learning rates.
-        total_steps: Optimizer steps of the whole training.
-        warmup_fraction: Part of them, in [0, 1), over which the rate rises.
-        start: From where it rises, as a fraction of the peak.
-        end: Where the cosine ends, as a fraction of the peak.
-        offset: The first optimizer step takes the value of this one; the released I-JEPA counts from 1.
+        optimizer: Optimizer that holds the peak learning rates.
+        total_steps: Number of optimizer steps of the whole training.
+        warmup_fraction: Fraction of `total_steps` over which the learning rate rises, in [0, 1).
+        start: Learning rate at the start of the warm-up, as a fraction of the peak.
+        end: Learning rate at the end of the cosine decay, as a fraction of the peak.
+        offset: Number of the step whose value the first optimizer step takes; 1 as in the released I-JEPA, or 0.
     """
     warmup = int(warmup_fraction * total_steps)
 

@@ -1,6 +1,6 @@
-"""A JEPA of the double pendulum: predict the features of later windows from those of one window, and from what acts.
+"""A JEPA of the double pendulum: predict the embeddings of later windows from that of one, conditioned on the actions.
 
-Shapes: B batch, T windows in time, S starts, H horizon, D width, A scalars of an action.
+Shapes: B batch, T windows in time, S starts, H horizon, D embedding dimension, A scalars of an action.
 """
 
 from typing import Any, Literal, get_args
@@ -25,53 +25,54 @@ from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions
 TargetMode = Literal["default", "vjepa2", "none"]
 
 MODES = {
-    "default": "predicts from the target encoder's features to the target encoder's features: the prediction loss trains "
+    "default": "predicts from the target encoder's embeddings to the target encoder's: the prediction loss trains "
     "the predictor alone and sends no gradient to the encoder, which the auxiliary losses shape",
-    "vjepa2": "predicts from the context encoder's features to the target encoder's",
-    "none": "predicts from the context encoder's features to its own, detached; the target encoder is its copy after every "
-    "step, and momentum is not used",
+    "vjepa2": "predicts from the context encoder's embeddings to the target encoder's",
+    "none": "predicts from the context encoder's embeddings to its own, detached; the target encoder is its copy after "
+    "every step, and momentum is not used",
 }
 
 
 class PendulumJEPA(JEPA):
-    """Encode a few frames, predict the features of later ones by unrolling a residual predictor.
+    """Encode a few frames, predict the embeddings of later ones by rolling out a residual predictor in latent space.
 
-    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. Of a driven
-    pendulum, the predictor is told the action of each step.
+    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. For an actuated
+    (torque-controlled) pendulum, the predictor is conditioned on the action of each step.
 
     Args:
-        observation: "pixels" or "coordinates".
-        image_size: Height and width of the images; as in the data. With coordinates, of those in the report.
-        channels: 1 for gray, 3 for RGB; as in the data.
-        history: Frames per window; as in the data.
-        latent_dim: D, width of the features.
-        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.encoders`; if left out, "cnn" for pixels and "mlp" for
+        observation: Kind of observations, "pixels" or "coordinates".
+        image_size: Height and width of the images in pixels; as in the data. With coordinates, of those in the report.
+        channels: Number of channels, 1 for gray, 3 for RGB; as in the data.
+        history: Number of frames per window; as in the data.
+        latent_dim: Embedding dimension D.
+        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.encoders`; by default "cnn" for pixels and "mlp" for
             coordinates.
-        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; if
-            left out, 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
+        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; by
+            default 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
         predictor_width: Width of the predictor's two hidden layers.
-        predictor_dropout: After each of them, in [0, 1). With dropout a resumed run is not the uncut one bit for bit.
-        action_dim: A, scalars of an action, 2 of an actuated pendulum; 0 if nothing acts.
-        action_width: Width that a linear layer gives an action.
-        target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's features of each
+        predictor_dropout: Dropout probability after each hidden layer of the predictor, in [0, 1). With dropout a resumed
+            run is not the uncut one bit for bit.
+        action_dim: Number of scalars of an action, A: 2 for an actuated pendulum, 0 for a free one.
+        action_width: Width of the linear embedding of an action.
+        target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's embeddings of each
             start to the target encoder's of the later windows; the regularizer sees the starts. "default": from the target
-            encoder's features to the target encoder's, so that the prediction loss sends **no gradient to the encoder**,
-            which the auxiliary losses on the context encoder's features of all windows shape alone. "none": from the
-            context encoder's features to its own, detached, without an average: the target encoder is a copy.
-        inverse_dynamics: Weight of the error of telling the action between two consecutive windows from their features
-            (context encoder, a hidden layer of `predictor_width`), >= 0.
-        horizon: H, prediction steps in the loss.
-        step_decay: Step k of the horizon weighs k ** -step_decay in the loss, >= 0. At 0 all weigh alike, and the error of
-            the far steps, many times that of the first, is nearly all that is learned from.
-        learning_rate: Peak of the schedule, at the end of the warm-up.
-        warmup_fraction: Part of all optimizer steps over which the learning rate rises, in [0, 1).
-        weight_decay: Of kernels and matrices; biases and norms have none.
-        final_weight_decay: Where a cosine takes the weight decay by the last step; `weight_decay` if left out.
-        momentum: Of the first target update, in [0, 1]. Not used with `target_mode` "none".
-        final_momentum: What the momentum approaches at the last step, in [momentum, 1].
-        momentum_schedule: Way from the one to the other.
-        regularizer: What keeps the features apart, see `jepa_lightning.regularizers.Regularizer`; None for nothing.
-        regularizer_weights: Weight of each of its terms.
+            encoder's embeddings to the target encoder's, so that the prediction loss sends **no gradient to the encoder**,
+            which the auxiliary losses on the context encoder's embeddings of all windows shape alone. "none": from the
+            context encoder's embeddings to its own with a stop-gradient, without EMA: the target encoder is a copy.
+        inverse_dynamics: Weight of the loss of the inverse dynamics model (IDM), >= 0: the error of the action between two
+            consecutive windows, from their embeddings (context encoder, a hidden layer of `predictor_width`).
+        horizon: Number of prediction steps H in the loss.
+        step_decay: Exponent of the loss weights of the steps, >= 0: step k weighs k ** -step_decay. At 0 all weigh alike,
+            and the error of the far steps, many times that of the first, is nearly all that is learned from.
+        learning_rate: Peak learning rate, reached at the end of the warm-up.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
+        weight_decay: Weight decay of kernels and matrices; biases and norms have none.
+        final_weight_decay: Weight decay at the last step, reached along a cosine; `weight_decay` if None.
+        momentum: EMA momentum of the first target update, in [0, 1]. Not used with `target_mode` "none".
+        final_momentum: EMA momentum approached at the last step, in [momentum, 1].
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        regularizer: Anti-collapse regularizer, see `jepa_lightning.regularizers.Regularizer`; None for nothing.
+        regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -118,17 +119,17 @@ class PendulumJEPA(JEPA):
         }
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+                raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
         if observation not in ("pixels", "coordinates"):
             raise ValueError(f"model.observation={observation!r}: choose 'pixels' or 'coordinates'.")
         if target_mode not in MODES:
             raise ValueError(f"model.target_mode={target_mode!r}: choose one of {', '.join(get_args(TargetMode))}.")
         if not 0 <= predictor_dropout < 1:
-            raise ValueError(f"model.predictor_dropout={predictor_dropout}: choose a part of the units in [0, 1).")
+            raise ValueError(f"model.predictor_dropout={predictor_dropout}: choose a fraction of the units in [0, 1).")
         if action_dim < 0 or not inverse_dynamics >= 0:
             raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
         if inverse_dynamics and not action_dim:
-            raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to tell: set model.action_dim.")
+            raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to predict: set model.action_dim.")
         if target_mode == "default" and regularizer is None and not inverse_dynamics:
             raise ValueError(
                 "model.target_mode='default' without a regularizer or inverse_dynamics: nothing would train the encoder, "
@@ -168,7 +169,7 @@ class PendulumJEPA(JEPA):
         return window_encoder(self.encoder_name, frame, self.encoder_widths, self.latent_dim)
 
     def build_predictor(self) -> nn.Module:
-        """A freshly initialized predictor: (..., D), and (..., A) if something acts -> (..., D)."""
+        """A freshly initialized predictor: (..., D), and (..., A) if action-conditioned -> (..., D)."""
         return ResidualPredictor(self.latent_dim, *self._predictor)
 
     def trained_networks(self) -> list[nn.Module]:
@@ -257,7 +258,7 @@ class PendulumJEPA(JEPA):
         return self.encode_windows(self.target_encoder, observations)
 
     def forecast(self, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-        """Predicted features 1 ... H steps later: (..., D), and actions (..., H, A) if something acts -> (..., H, D)."""
+        """Embeddings rolled out 1 ... H steps: (..., D), and actions (..., H, A) if action-conditioned -> (..., H, D)."""
         return unroll(self.predictor, features, horizon, actions)
 
     def on_fit_start(self) -> None:
@@ -282,7 +283,7 @@ class PendulumJEPA(JEPA):
         return TargetPairs(predictions, later_features(target, horizon), context, target)
 
     def auxiliary_loss(self, batch: PendulumBatch, pairs: TargetPairs) -> Tensor:
-        """The regularizer, and how badly actions are told from the features around them."""
+        """The anti-collapse regularizer, and the loss of the inverse dynamics model."""
         loss = super().auxiliary_loss(batch, pairs)
         if self.inverse_dynamics_model is not None:
             assert batch.actions is not None
@@ -302,11 +303,11 @@ class PendulumJEPA(JEPA):
 
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> TargetPairs:
         pairs = super().validation_step(batch, batch_idx)
-        # Judged from target features to target features, as every later use of the model goes.
+        # Evaluated from target embeddings to target embeddings, as every later use of the model goes.
         starts, actions = pairs.target_features[:, : -self.horizon], next_actions(batch.actions, self.horizon)
         self.forecast_errors.update(lambda z, a: self.forecast(z, self.horizon, a), starts, pairs.targets, actions)
         labels = state_labels(batch.states)
-        for fit in (True, False):  # every other trajectory fits the probe, the rest judge it
+        for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
             rows = slice(0 if fit else 1, None, 2)
             self.probe.update(pairs.target_features[rows].flatten(0, 1), labels[rows].flatten(0, 1), fit=fit)
         return pairs
@@ -317,7 +318,7 @@ class PendulumJEPA(JEPA):
         ratios = self.forecast_errors.compute()
         for name, ratio in ratios.items():
             self.log(f"val/{name}", ratio, prog_bar=name == "persistence_ratio")
-        # Of the two controls the better: features that hardly change are predicted by no change, noise by its mean.
+        # The stronger of the two baselines: persistence predicts embeddings that hardly change, their mean predicts noise.
         ratio = torch.maximum(ratios["persistence_ratio"], ratios["normalized_error"])
         self.log("val/guarded_error", guarded_error(ratio, rankme, self.latent_dim))
         if not self.trainer.sanity_checking:

@@ -1,6 +1,6 @@
-"""Planning: sample sequences of actions, ask a model what they lead to, keep what comes nearest to the goal.
+"""Planning in latent space: sample action sequences, roll them out, keep those that come nearest to the goal.
 
-Shapes: E episodes, N sampled sequences, H steps, A scalars of an action in [-1, 1], D width.
+Shapes: E episodes, N sampled sequences, H steps, A scalars of an action in [-1, 1], D embedding dimension.
 """
 
 from collections.abc import Callable
@@ -11,36 +11,36 @@ import torch
 from torch import Tensor, nn
 
 Cost = Callable[[Tensor], Tensor]
-"""What sequences of actions (E, N, H, A) lead to, the less the better: (E, N)."""
+"""Cost of action sequences (E, N, H, A), the lower the better: (E, N)."""
 
 Method = Literal["cem", "mppi"]
 CostName = Literal["last", "summed"]
 
 ROWS = 1024
-"""Sequences that are imagined at a time on a CPU: more would leave its cache (4096 take a quarter longer)."""
+"""Sequences that are rolled out at a time on a CPU: more would leave its cache (4096 take a quarter longer)."""
 
-LEAST_STD = 0.02
+MIN_STD = 0.02
 """Below this, samples are all alike and nothing can be found."""
 
 
 @dataclass
 class Planner:
-    """A search for the best sequence of actions, for many episodes at once.
+    """A search for the best action sequence, for many episodes at once.
 
-    In each round, sequences are drawn from a normal distribution around the best guess, cut off at the limits, and judged.
-    "cem", the cross-entropy method (Rubinstein 1999), makes mean and deviation those of the best few; "mppi", model
-    predictive path integral control (Williams et al. 2017), those of all samples under the weights
-    exp(-(cost - least cost) / (temperature * deviation of the costs)), so that the temperature has no unit.
+    In each round, sequences are drawn from a normal distribution around the best guess, clipped to the limits, evaluated.
+    "cem", the cross-entropy method (Rubinstein 1999), takes mean and standard deviation from the elites; "mppi", model
+    predictive path integral control (Williams et al. 2017), from all samples under the weights
+    exp(-(cost - lowest cost) / (temperature * standard deviation of the costs)), so that the temperature has no unit.
 
     Args:
-        method: "cem" or "mppi".
-        num_samples: N, sequences per round and episode.
-        num_iterations: Rounds of a plan from scratch.
-        num_further_iterations: Rounds where the plan of the step before is at hand.
-        num_elites: How many samples count as the best, for "cem".
-        temperature: For "mppi": small looks at the best samples alone.
-        initial_std: Deviation of the actions in the first round.
-        cost: "last" judges the features of the last step, "summed" those of all steps.
+        method: Planning method, "cem" or "mppi".
+        num_samples: Number of sequences N per round and episode.
+        num_iterations: Number of rounds of a plan from scratch.
+        num_further_iterations: Number of rounds of a plan that starts from that of the step before.
+        num_elites: Number of elites, the best samples, for "cem".
+        temperature: Temperature of the weights, for "mppi": a low one weighs the best samples alone.
+        initial_std: Standard deviation of the actions in the first round.
+        cost: "last" takes the distance from the goal at the last step, "summed" that at all steps.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -61,7 +61,7 @@ class Planner:
                 raise ValueError(f"planner.{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}.")
         for name in ("num_samples", "num_iterations", "num_further_iterations"):
             if getattr(self, name) < 1:
-                raise ValueError(f"planner.{name}={getattr(self, name)}: give a whole number of at least 1.")
+                raise ValueError(f"planner.{name}={getattr(self, name)}: give an integer of at least 1.")
         if not 2 <= self.num_elites <= self.num_samples:
             raise ValueError(f"planner.num_elites={self.num_elites}: choose 2 to num_samples={self.num_samples}.")
         for name in ("temperature", "initial_std"):
@@ -73,9 +73,9 @@ class Planner:
         """The best sequences found.
 
         Args:
-            cost: What sequences lead to.
-            guess: (E, H, A), where to look first.
-            generator: On the device of `guess`; same generator, same plan.
+            cost: Cost of action sequences.
+            guess: Initial mean of the sequences, (E, H, A).
+            generator: Random generator on the device of `guess`; same generator, same plan.
             further: Whether the guess is a plan already.
 
         Returns:
@@ -92,30 +92,30 @@ class Planner:
         return mean
 
     def _improve(self, samples: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the next round, (E, H, A) each, from samples (E, N, H, A) and their costs (E, N)."""
+        """Mean and standard deviation of the next round, (E, H, A) each, of samples (E, N, H, A) with costs (E, N)."""
         if self.method == "cem":
             best = costs.topk(self.num_elites, dim=1, largest=False).indices
             elites = samples.gather(1, best[..., None, None].expand(-1, -1, *samples.shape[2:]))
-            return elites.mean(dim=1), elites.std(dim=1).clamp_(min=LEAST_STD)
+            return elites.mean(dim=1), elites.std(dim=1).clamp_(min=MIN_STD)
         above = costs - costs.amin(dim=1, keepdim=True)
         scale = self.temperature * costs.std(dim=1, keepdim=True).clamp(min=1e-12)
         weights = (-above / scale).softmax(dim=1)[..., None, None]  # (E, N, 1, 1)
         mean = (weights * samples).sum(dim=1)
         variance = (weights * (samples - mean[:, None]).square()).sum(dim=1)
-        return mean, variance.sqrt().clamp_(min=LEAST_STD)
+        return mean, variance.sqrt().clamp_(min=MIN_STD)
 
 
 def latent_cost(predictor: nn.Module, start: Tensor, goal: Tensor, kind: CostName) -> Cost:
-    """Mean squared difference of imagined features from those of the goal.
+    """Mean squared distance in embedding space of rolled-out embeddings from the goal's.
 
     Args:
-        predictor: Features (..., D) and actions (..., A) -> features one step later.
-        start: (E, D).
-        goal: (E, D).
-        kind: "last" looks at the last step, "summed" at all of them.
+        predictor: Predictor of the embedding one step later: (..., D) and actions (..., A) -> (..., D).
+        start: Embeddings to start from, (E, D).
+        goal: Embeddings of the goals, (E, D).
+        kind: "last" takes the distance at the last step, "summed" the sum over all of them.
     """
 
-    def imagine(actions: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    def rollout_cost(actions: Tensor, features: Tensor, target: Tensor) -> Tensor:
         features = features[:, None].expand(-1, actions.shape[1], -1)
         total = features.new_zeros(actions.shape[:2])
         for step in range(actions.shape[2]):
@@ -127,6 +127,6 @@ def latent_cost(predictor: nn.Module, start: Tensor, goal: Tensor, kind: CostNam
     def cost(actions: Tensor) -> Tensor:
         episodes = max(1, ROWS // actions.shape[1]) if actions.device.type == "cpu" else len(actions)
         parts = (part.split(episodes) for part in (actions, start, goal))
-        return torch.cat([imagine(*part) for part in zip(*parts, strict=True)])
+        return torch.cat([rollout_cost(*part) for part in zip(*parts, strict=True)])
 
     return cost

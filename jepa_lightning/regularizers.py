@@ -1,7 +1,8 @@
-"""What keeps features from collapsing: terms on the context encoder's output, where they have a gradient.
+"""Anti-collapse regularizers: terms on the context encoder's output, where they have a gradient.
 
 Placed on the EMA targets they would be constants, and placed on predictions they shape the predictor alone.
-Statistics are taken in float32 over all samples of all processes. Shapes: B samples, T times, D width, P projections.
+Statistics are taken in float32 over all samples of all processes. Shapes: B samples, T times, D embedding dimension,
+P projections.
 """
 
 from typing import Literal
@@ -13,17 +14,17 @@ from torch.nn import functional as F
 RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "dino_centering"]
 
 CENTER_MOMENTUM = 0.9
-"""Of the center of `dino_centering`, as in Caron et al. 2021."""
+"""EMA momentum of the center of `dino_centering`, as in Caron et al. 2021."""
 
 NUM_PROJECTIONS = 256
-"""Directions in which `sigreg` looks at the features, new ones each optimizer step."""
+"""Directions along which `sigreg` tests the embeddings, new ones each optimizer step."""
 
 
 def variance_hinge(features: Tensor) -> Tensor:
-    """Mean over dimensions of ReLU(1 - std): zero as soon as each feature has a standard deviation of 1.
+    """Mean over dimensions of ReLU(1 - std): zero as soon as each dimension has a standard deviation of 1.
 
     Args:
-        features: (N, D), N >= 2.
+        features: Embeddings, (N, D), N >= 2.
 
     Returns:
         Scalar. The 1e-4 inside the root keeps the gradient finite and alive in a collapsed dimension.
@@ -37,24 +38,24 @@ def covariance_penalty(features: Tensor) -> Tensor:
     Other code averages over the D (D - 1) entries; a weight of w here is w (D - 1) there.
 
     Args:
-        features: (N, D), N >= 2.
+        features: Embeddings, (N, D), N >= 2.
 
     Returns:
         Scalar.
     """
-    centerd = features - features.mean(dim=0)
-    covariance = centerd.T @ centerd / (len(features) - 1)
+    centered = features - features.mean(dim=0)
+    covariance = centered.T @ centered / (len(features) - 1)
     return (covariance.square().sum() - covariance.diagonal().square().sum()) / features.shape[1]
 
 
 def curvature(features: Tensor) -> Tensor:
-    """Mean squared second difference in time: how far the features are from moving along straight lines.
+    """Mean squared second difference in time: how far the embeddings are from moving along straight lines.
 
-    Among all sets of features that carry the state, it prefers those that change slowly and smoothly: sines and cosines
-    of the angles themselves rather than of their multiples, which is what makes the state linear in the features.
+    Among all sets of embeddings that carry the state, it prefers those that change slowly and smoothly: sines and cosines
+    of the angles themselves rather than of their multiples, which is what makes the state linear in the embeddings.
 
     Args:
-        features: (B, T, D).
+        features: Embeddings of a sequence, (B, T, D).
 
     Returns:
         Scalar; zero if T < 3.
@@ -65,10 +66,10 @@ def curvature(features: Tensor) -> Tensor:
 
 
 def similarity_in_time(features: Tensor) -> Tensor:
-    """Mean squared difference of consecutive features, VICReg's invariance with the next time as the other view.
+    """Temporal similarity: mean squared difference of consecutive embeddings, VICReg's invariance between times.
 
     Args:
-        features: (B, T, D).
+        features: Embeddings of a sequence, (B, T, D).
 
     Returns:
         Scalar; zero if T < 2.
@@ -81,11 +82,11 @@ def similarity_in_time(features: Tensor) -> Tensor:
 def cross_correlation_penalties(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Barlow Twins (Zbontar et al. 2021, equation 1) divided by D: how far the cross-correlation is from the identity.
 
-    It knows nothing of the features' scale: a prediction loss may shrink them as long as they stay above 0.01.
+    It knows nothing of the embeddings' scale: a prediction loss may shrink them as long as they stay above 0.01.
 
     Args:
-        first: (N, D), N >= 2.
-        second: (N, D), other views of the same samples.
+        first: Embeddings, (N, D), N >= 2.
+        second: Embeddings of other views of the same samples, (N, D).
 
     Returns:
         Mean of (1 - C_ii)^2, and sum of C_ij^2 off the diagonal over D.
@@ -97,18 +98,18 @@ def cross_correlation_penalties(first: Tensor, second: Tensor) -> tuple[Tensor, 
 
 
 def gaussian_distance(features: Tensor, projections: Tensor) -> Tensor:
-    """How far the features are from a standard normal distribution, seen along lines (SIGReg, Balestriero & LeCun 2025).
+    """How far the embeddings are from a standard normal distribution, seen along lines (SIGReg, Balestriero & LeCun 2025).
 
     Along each line, the squared distance of the empirical characteristic function from exp(-t^2 / 2), under the weight
     exp(-t^2 / 2): the statistic of Epps and Pulley over the number of samples, which is left out so that its weight does
     not depend on the batch. The integral is a trapezoid rule of 17 knots from -5 to 5, which are folded onto 9.
 
     Args:
-        features: (N, D).
-        projections: (D, P), unit vectors.
+        features: Embeddings, (N, D).
+        projections: Directions to project on, (D, P), unit vectors.
 
     Returns:
-        Scalar: the mean over P; 0.41 where all features are zero.
+        Scalar: the mean over P; 0.41 where all embeddings are zero.
     """
     knots = torch.linspace(0, 5, 9, device=features.device)
     goal = (-knots.square() / 2).exp()
@@ -135,20 +136,20 @@ DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
 
 
 class Regularizer(nn.Module):
-    """A weighted sum of terms over the encoded sequence.
+    """An anti-collapse regularizer: a weighted sum of terms over the encoded sequence.
 
     * "variance_hinge" is the recipe of the first pendulum JEPA, `std`: 0.1 * ReLU(1 - std).
-    * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `std` (the hinge),
-      `cov` (covariance, divided by D), `sim` (difference of consecutive features, 0 unless asked for: it penalizes fast
-      motion) and `curvature` (second difference in time), which VICReg does not have.
+    * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `std` (variance,
+      the hinge), `cov` (covariance, divided by D), `sim` (temporal similarity, the difference of consecutive embeddings, 0
+      by default: it penalizes fast motion) and `curvature` (second difference in time), which VICReg does not have.
     * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
-    * "sigreg": `gauss`, the distance from a standard normal distribution along random lines.
+    * "sigreg": `gauss`, the SIGReg statistic, the distance from a standard normal distribution along random lines.
     * "dino_centering": `centering`, the squared distance of the batch mean from its own moving average. It does **not**
-      prevent collapse, a constant feature satisfies it, and is here to show that: the collapse alarm must catch it.
+      prevent collapse, a constant embedding satisfies it; it is an ablation that the collapse alarm must catch.
 
     Args:
-        name: One of these.
-        dim: D.
+        name: Name of the regularizer, one of these.
+        dim: Embedding dimension D.
         weights: Weight of each term, >= 0; terms left out keep their default.
 
     Raises:
@@ -176,7 +177,7 @@ class Regularizer(nn.Module):
 
     @property
     def needed_times(self) -> int:
-        """T that the terms compare."""
+        """Number of times T that the terms compare."""
         if self.name == "vicreg":
             return 3 if self.weights["curvature"] else 2 if self.weights["sim"] else 1
         return 2 if self.name == "barlow_twins" else 1
@@ -185,7 +186,7 @@ class Regularizer(nn.Module):
         """Weighted sum and the unweighted terms.
 
         Args:
-            features: (B, T, D) from the context encoder, of all processes.
+            features: Embeddings from the context encoder, of all processes, (B, T, D).
             step: Optimizer step, which random directions are a function of.
         """
         with torch.autocast(features.device.type, enabled=False):

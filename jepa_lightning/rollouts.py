@@ -1,6 +1,6 @@
-"""Roll-outs: a predictor applied to its own output, what it should have said, and how far it is off.
+"""Roll-outs in latent space: a predictor applied to its own output, its targets, and its errors.
 
-Shapes: B batch, T windows in time, H horizon, D width, A scalars of an action.
+Shapes: B batch, T windows in time, H horizon, D embedding dimension, A scalars of an action.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from jepa_lightning.wide import WideMean
 
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-    """Apply the predictor to its own output, again and again.
+    """Roll out the predictor: apply it to its own output, autoregressively.
 
     Args:
-        predictor: Features one step later: (..., D), and (..., A) if something acts -> (..., D).
-        features: (..., D) to start from.
-        horizon: H steps.
-        actions: (..., H, A), the first acting on `features`; None of a free pendulum.
+        predictor: Predictor of the embedding one step later: (..., D), and (..., A) if action-conditioned -> (..., D).
+        features: Embeddings to start from, (..., D).
+        horizon: Number of steps H.
+        actions: Actions, (..., H, A), the first acting on `features`; None for a free pendulum.
 
     Returns:
-        (..., H, D), the features 1 ... H steps later.
+        (..., H, D), the embeddings 1 ... H steps later.
     """
     steps = []
     for step in range(horizon):
@@ -42,11 +42,11 @@ def next_actions(actions: Tensor | None, horizon: int) -> Tensor | None:
 
 
 class ForecastErrors(nn.Module):
-    """Squared errors of forecasts one step and H steps ahead, beside those of predicting no change and of other actions.
+    """Squared errors of forecasts one and H steps ahead, compared with persistence (no change) and with other actions.
 
     Args:
-        acted: Whether something acts.
-        dim: D.
+        acted: Whether the pendulum is actuated.
+        dim: Embedding dimension D.
     """
 
     def __init__(self, acted: bool, dim: int) -> None:
@@ -59,13 +59,13 @@ class ForecastErrors(nn.Module):
     def update(
         self, forecast: Callable[[Tensor, Tensor | None], Tensor], starts: Tensor, targets: Tensor, actions: Tensor | None
     ) -> None:
-        """Judge forecasts.
+        """Evaluate forecasts.
 
         Args:
-            forecast: Starts and actions -> (B, S, H, D).
-            starts: (B, S, D).
-            targets: (B, S, H, D), what the features will be.
-            actions: (B, S, H, A), or None of a free pendulum.
+            forecast: Function from starts and actions to forecasts, (B, S, H, D).
+            starts: Embeddings to start from, (B, S, D).
+            targets: Embeddings that follow, (B, S, H, D).
+            actions: Actions, (B, S, H, A); None for a free pendulum.
         """
         forecasts = forecast(starts, actions)
         error = forecasts - targets
@@ -74,7 +74,7 @@ class ForecastErrors(nn.Module):
             self.errors[name].update(error[:, :, step].square().mean())
             self.errors[f"{name}_still"].update(change[:, :, step].square().mean())
         self.over_mean.update(forecasts[:, :, -1], targets[:, :, -1])
-        if actions is not None and len(actions) > 1:  # another trajectory's, and none
+        if actions is not None and len(actions) > 1:  # those of another trajectory, and none
             for name, others in (("shuffled", actions.roll(1, dims=0)), ("zero", torch.zeros_like(actions))):
                 self.errors[name].update((forecast(starts, others) - targets)[:, :, -1].square().mean())
 
@@ -82,7 +82,7 @@ class ForecastErrors(nn.Module):
         """Ratios by name, and start anew.
 
         persistence_ratio, persistence_ratio_first: over the error of predicting no change, at the last and first step.
-        normalized_error: over the error of predicting the mean of all targets, at the last step. Of features that have
+        normalized_error: over the error of predicting the mean of all targets, at the last step. Of embeddings that have
             become noise, predicting no change has twice that error, and a constant beats it.
         shuffled_over_true, zero_over_true: error under other actions over that under the true ones, at the last step.
         """

@@ -1,7 +1,7 @@
 """Networks that are sharded over the processes: FSDP2 through Lightning's ModelParallelStrategy.
 
-Under DDP every process holds all parameters, their gradients, the average and the optimizer's two moments. Sharded, each
-holds its part of them, and gathers the parameters of one block at a time while the block computes.
+Under DDP every process holds all parameters, their gradients, the EMA and the optimizer's two moments. Sharded, each holds
+its share of them, and gathers the parameters of one block at a time while the block computes.
 """
 
 import os
@@ -31,7 +31,7 @@ SUPPORTED = "one device, any variant of ddp, and, for networks that are to be sh
 class FSDP2Strategy(ModelParallelStrategy):
     """`--trainer.strategy fsdp2`: Lightning's ModelParallelStrategy over the data alone, on all devices of all nodes.
 
-    A checkpoint is a folder, in which each process writes its shards. It is written beside the destination and renamed, so
+    A checkpoint is a folder, in which each process writes its shards. It is written next to the destination and renamed, so
     that a folder under its final name is complete.
 
     Args:
@@ -65,7 +65,7 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Shards networks o
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse what would leave the average behind: it is taken parameter by parameter, which other engines flatten or hide.
+    """Refuse what would leave the EMA behind: it is taken parameter by parameter, which other engines flatten or hide.
 
     Raises:
         ValueError: A strategy that is not supported, or tensor parallelism.
@@ -91,9 +91,9 @@ def shard(network: nn.Module, mesh: DeviceMesh, device: torch.device, methods: I
     Networks of one shape are sharded alike. Parameters become `DTensor`s, whose names and global shapes stay.
 
     Args:
-        network: On any device.
-        mesh: One-dimensional, of the processes.
-        device: Of this process.
+        network: Network on any device.
+        mesh: One-dimensional mesh of the processes.
+        device: Device of this process.
         methods: Names of methods other than `forward` that use the network's parameters.
     """
     for unit in [*blocks(network), network]:
@@ -126,17 +126,17 @@ def check_even_batches(count: int, device: torch.device) -> None:
     """Compare with the other processes: whoever has one batch more would wait forever for the others' shards.
 
     Args:
-        count: Held-out batches of this process.
-        device: Of this process.
+        count: Number of held-out batches of this process.
+        device: Device of this process.
 
     Raises:
         ValueError: Numbers that differ.
     """
     ends = torch.tensor([count, -count], device=device)
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-    most, least = int(ends[0]), -int(ends[1])
-    if most != least:
+    most, fewest = int(ends[0]), -int(ends[1])
+    if most != fewest:
         raise ValueError(
-            f"The held-out samples make {most} batches in one process and {least} in another, and sharded networks need as "
+            f"The held-out samples make {most} batches in one process and {fewest} in another, and sharded networks need as "
             "many in all: change data.batch_size or the number of held-out samples by one."
         )

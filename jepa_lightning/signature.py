@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 FORMAT_VERSION = 1
-"""Of our checkpoints. A file of a later version is refused; one without a number is from before there was one."""
+"""Format version of our checkpoints. A later one is refused; a file without a number is from before there was one."""
 
 
 def class_name(cls: type) -> str:

@@ -192,4 +192,4 @@ def test_table_shows_baselines_next_to_the_model_and_dashes_for_nothing() -> Non
     lines = markdown_table(report).splitlines()
     assert lines[0] == "| figure | JEPA | random encoder | persistence |"
     assert lines[2] == "| linear R2 of omega1 | 0.900 | 0.100 | - |"
-    assert lines[3] == "| feature error / persistence, 1 frames ahead | 0.123 | 0.500 | 1.000 |"
+    assert lines[3] == "| embedding error / persistence, 1 frames ahead | 0.123 | 0.500 | 1.000 |"

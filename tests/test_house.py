@@ -37,11 +37,8 @@ PRIVATE = {
 }
 """What this project once said -> what the field says."""
 
-KEPT = re.compile(
-    r"at least|control_steps|MLPReadout|LinearReadout|\bstates? of\b",
-    re.IGNORECASE,
-)
-"""What may stay: names that people's scripts and reports use."""
+KEPT = re.compile(r"\"judged\"|\.paint\b")
+"""What may stay: a key of reports, and a name in checkpoints."""
 
 
 def texts() -> list[Path]:
@@ -61,5 +58,6 @@ def test_the_field_s_words_are_used(file: Path) -> None:
     found = []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         for pattern, better in PRIVATE.items():
+            line = KEPT.sub("", line)
             found += [f"{number}: {match.group()!r}: {better}" for match in re.finditer(pattern, line, re.IGNORECASE)]
     assert not found, "\n" + "\n".join(found)

@@ -160,7 +160,7 @@ def test_a_completion_never_sees_the_hidden_pixels(checkpoint: str) -> None:
     probe = CompletionProbe(checkpoint, width=64, depth=1).eval()
     images = torch.randn(2, 3, 16, 16)
     first = probe.complete(images, torch.Generator().manual_seed(0))
-    assert not (first.visible & first.judged).any() and first.judged.any(dim=1).all()
+    assert not (first.visible & first.targets).any() and first.targets.any(dim=1).all()
     hidden = (~first.visible).float().view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     changed = images * (1 - hidden) + 9 * hidden
     second = probe.complete(changed, torch.Generator().manual_seed(0))

@@ -243,7 +243,7 @@ def test_dropout_acts_in_training_alone() -> None:
         ({"regularizer": "barlow"}, "model.regularizer='barlow': choose one of"),
         ({"predictor_dropout": 1.0}, "model.predictor_dropout=1.0"),
         ({"action_dim": -1}, "model.action_dim=-1"),
-        ({"action_dim": 0, "inverse_dynamics": 1.0}, "needs actions to tell"),
+        ({"action_dim": 0, "inverse_dynamics": 1.0}, "needs actions to predict"),
         ({"encoder": "resnet"}, "model.encoder='resnet': choose one of cnn, mlp, vit"),
         ({"encoder": "vit"}, "reads images, and observation is 'coordinates'"),
         ({"encoder": "vit", "observation": "pixels", "encoder_widths": (32, 64)}, "all of one width"),

@@ -214,7 +214,7 @@ def test_a_perfect_world_model_reaches_goals() -> None:
     for step in range(5):
         world.act(controller(world, step))
     assert (distances(data, world.states, task.goals[:, -1]).amax(dim=-1) < 0.25).double().mean() >= 0.8
-    predicted = torch.cat(controller.imagined, dim=1)
+    predicted = torch.cat(controller.predicted, dim=1)
     torch.testing.assert_close(predicted[:, -1].double(), world.states, rtol=1e-2, atol=2e-2)
 
 
@@ -247,7 +247,7 @@ def test_probe_writes_what_its_report_promises(tmp_path: Path) -> None:
     assert report["data"]["torque_limits"] == [10.0, 5.0] and report["planner"]["num_samples"] == 8
     # A predictor whose last layer is near zero hardly listens to actions.
     assert report["actions"]["shuffled_over_true"] == pytest.approx(1, abs=0.2)
-    assert (tmp_path / "rollouts.png").exists() and "true dynamics" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "rollouts.png").exists() and "oracle (known physics)" in (tmp_path / "report.md").read_text()
     assert not (tmp_path / "plan.mp4").exists(), "there is no decoder"
 
 
@@ -380,7 +380,7 @@ def test_what_cannot_be_planned_or_decoded_is_refused(tmp_path: Path) -> None:
     for probe in (ImageDecoder, PlanningProbe):
         with pytest.raises(ValueError, match=f"without actions, and {probe.__name__} needs them"):
             probe(saved_free(tmp_path))
-    with pytest.raises(ValueError, match="StateProbe judges forecasts of a free one"):
+    with pytest.raises(ValueError, match="StateProbe evaluates forecasts of a free one"):
         StateProbe(saved(tmp_path))
     with pytest.raises(ValueError, match="data.stride=2: the report counts in frames"):
         trainer(tmp_path, max_epochs=1).fit(StateProbe(saved_free(tmp_path, stride=2)), small_data(stride=2))

@@ -67,9 +67,9 @@ def test_pca_equals_an_exact_decomposition() -> None:
     pca = PCA(12, 4)
     pca.fit(inputs.view(300, 3, 4))
     found = pca(inputs.view(300, 3, 4))
-    centerd = inputs - inputs.mean(0)
-    _, _, directions = torch.linalg.svd(centerd, full_matrices=False)
-    exact = centerd @ directions[:4].T
+    centered = inputs - inputs.mean(0)
+    _, _, directions = torch.linalg.svd(centered, full_matrices=False)
+    exact = centered @ directions[:4].T
     # The same subspace: each explains the other completely, up to one common factor.
     fitted = found @ torch.linalg.lstsq(found, exact).solution
     torch.testing.assert_close(fitted, exact, rtol=1e-2, atol=1e-2)

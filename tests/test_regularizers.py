@@ -98,8 +98,8 @@ def test_cross_correlation_by_hand() -> None:
     second = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 1.0]])
     units = []
     for views in (first, second):
-        centerd = views - views.mean(dim=0)
-        units.append(centerd / (centerd.square().mean(dim=0) + 1e-4).sqrt())
+        centered = views - views.mean(dim=0)
+        units.append(centered / (centered.square().mean(dim=0) + 1e-4).sqrt())
     c = torch.einsum("ni,nj->ij", *units) / 3
     invariance, redundancy = cross_correlation_penalties(first, second)
     assert invariance.item() == pytest.approx((((1 - c[0, 0]) ** 2 + (1 - c[1, 1]) ** 2) / 2).item(), rel=1e-5)

@@ -55,7 +55,7 @@ def test_each_figure_stands_in_its_row_under_its_forecaster() -> None:
     expected = {
         "linear R2 of omega1": "{}.111",
         "MLP R2 of omega2": "{}.122",
-        "feature error / persistence, 8 frames ahead": "{}.133",
+        "embedding error / persistence, 8 frames ahead": "{}.133",
         "valid-prediction time, median frames (capped at 100)": "2{}",
         "valid-prediction time, mean": "3{}.1",
         "its standard error": "{}.3",
@@ -168,7 +168,7 @@ def test_the_report_of_a_pendulum_says_what_it_was_made_of(tmp_path: Path, train
     assert text.startswith(
         "# Report\n\nHeld-out trajectories: 11 of 22 windows each; forecasts start at window 8."
         + sentence
-        + " Readouts, decoders"
+        + " Probes, decoders"
     )
     assert "for 44 steps of 256 roll-outs" in text and markdown_table(report) in text
     assert json.loads((tmp_path / "report.json").read_text())["vpt_frames"] == 21.4
@@ -191,13 +191,13 @@ def test_what_actions_are_worth() -> None:
 
 
 PLANNERS = {
-    "success": "world model, a new plan at each window",
-    "one_plan": "world model, the first plan to its end",
+    "success": "world model, receding horizon (a new plan at each window)",
+    "one_plan": "world model, open loop (the first plan to its end)",
     "zero_torque": "zero torque",
     "random_torque": "random torque",
-    "oracle": "true dynamics, one plan",
-    "noisy_oracle": "true dynamics, one plan, from a noisy state (0.05 rad, 0.5 rad/s)",
-    "noisy_oracle_replanning": "the same, a new plan at each window",
+    "oracle": "oracle (known physics), open loop",
+    "noisy_oracle": "oracle, open loop, from a noisy state (0.05 rad, 0.5 rad/s)",
+    "noisy_oracle_replanning": "the same, receding horizon",
 }
 
 
@@ -236,11 +236,11 @@ def test_each_planner_has_its_row_and_no_other() -> None:
         assert row == [PLANNERS[name], f"{rate:.2f} ({error:.2f})", *radii]
     header, rule, row = cells(second)
     assert header[0] == "tip to (0, 1.5) m, from hanging" and header[1:4] == ["success", "zero torque", "random torque"]
-    assert header[4:] == ["median of the highest tip, m", "median of its least distance, m"]
+    assert header[4:] == ["median of the highest tip, m", "median of its minimum distance, m"]
     assert rule == [":--", *["--:"] * 5]
     assert row == ["9 episodes", "0.66 (0.05)", "0.01", "0.02", "1.25", "0.75"]
     assert cells(third) == [
-        ["error of features, steps ahead", "1", "2", "5", "10"],
+        ["error of embeddings, steps ahead", "1", "2", "5", "10"],
         [":--", "--:", "--:", "--:", "--:"],
         ["under the true actions, over persistence", "0.010", "0.020", "0.050", "0.100"],
         ["under the true actions, over that under another trajectory's", "0.020", "0.040", "0.100", "0.200"],

@@ -14,10 +14,10 @@ class ConvEncoder(nn.Module):
     kernel does not.
 
     Args:
-        image_size: S.
-        inputs: Channels of a window, history * C.
-        widths: Channels of the convolutions. The first divides the image's size by 4, the others by 2.
-        output_dim: D.
+        image_size: Height and width S of the images in pixels; a multiple of the strides.
+        inputs: Number of channels of a window, history * C.
+        widths: Number of channels of each convolution. The first divides the image's size by 4, the others by 2.
+        output_dim: Embedding dimension D.
 
     Raises:
         ValueError: An image too small for the number of convolutions, or not divisible by their strides.

@@ -1,7 +1,7 @@
-"""Decoders from features to what was observed.
+"""Decoders from embeddings to what was observed.
 
-Their outputs are not squashed into [0, 1]. Almost every pixel of the pendulum's images is black, and under a squared
-error a sigmoid is driven so far towards zero in the first steps that its gradient never brings the pendulum back.
+Their outputs are not squashed into [0, 1]. Almost every pixel of the pendulum's images is black, and a squared error pushes
+a sigmoid so far towards zero in the first steps that its gradient never brings the pendulum back.
 """
 
 import math
@@ -19,10 +19,10 @@ class ConvDecoder(nn.Module):
     """A hidden layer, a linear map to an 8 x 8 feature map, then transposed convolutions that double it to an image.
 
     Args:
-        dim: D, width of the feature.
-        image_size: S, a power of two of at least 16.
-        channels: C of the image.
-        width: Channels of the last feature map; each earlier one has twice as many.
+        dim: Embedding dimension D.
+        image_size: Height and width S of the image in pixels, a power of two of at least 16.
+        channels: Number of channels C of the image.
+        width: Number of channels of the last feature map; each earlier one has twice as many.
 
     Raises:
         ValueError: An image size that doubling does not reach.
@@ -49,8 +49,8 @@ class MLPDecoder(nn.Module):
     """Fully connected layers to a vector or an image.
 
     Args:
-        dim: D, width of the feature.
-        output_shape: Of one sample, (4,) or (C, S, S).
+        dim: Embedding dimension D.
+        output_shape: Shape of one sample, (4,) or (C, S, S).
         hidden_dims: Widths of the hidden layers.
     """
 
@@ -70,15 +70,15 @@ def tiled(patches: Tensor, grid: tuple[int, int], channels: int, size: int) -> T
 
 
 class PatchDecoder(nn.Module):
-    """A small vision transformer that paints an image from the features of its patches.
+    """A small vision transformer that decodes an image from its patch features.
 
     Args:
-        grid: (H, W) patches of the image.
-        dim: D, width of the features.
+        grid: Number of patches per column and per row of the image, (H, W).
+        dim: Dimension D of the patch features.
         patch_size: Height and width of a patch in pixels.
-        width: Of the transformer.
+        width: Token dimension of the transformer.
         depth: Number of blocks.
-        channels: C of the image.
+        channels: Number of channels C of the image.
     """
 
     def __init__(self, grid: tuple[int, int], dim: int, patch_size: int, width: int, depth: int, channels: int = 3) -> None:
@@ -107,19 +107,19 @@ class PatchDecoder(nn.Module):
 
 
 class LatentDecoder(nn.Module):
-    """A transformer that paints an image from a single feature.
+    """A transformer that decodes an image from a single embedding.
 
-    A learned query per patch asks what lies there; the feature answers through several memory tokens. With one token, as an
-    earlier system had it, the attention would have nothing to choose from.
+    A learned query per patch asks what lies there; the embedding answers through several memory tokens. With one token, as
+    an earlier system had it, the attention would have nothing to choose from.
 
     Args:
-        dim: D, width of the feature.
-        image_size: S, a multiple of `patch_size`.
-        channels: C of the image.
-        width: Of the transformer.
-        depth: Number of its layers.
+        dim: Embedding dimension D.
+        image_size: Height and width S of the image in pixels, a multiple of `patch_size`.
+        channels: Number of channels C of the image.
+        width: Token dimension of the transformer, a multiple of 32.
+        depth: Number of layers of the transformer.
         patch_size: Height and width of a patch in pixels.
-        num_memory_tokens: What the feature is spread over.
+        num_memory_tokens: Number of memory tokens that the embedding is mapped to.
 
     Raises:
         ValueError: Patches that do not tile the image.
@@ -138,7 +138,7 @@ class LatentDecoder(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(
-                f"image_size={image_size}: this decoder paints patches of {patch_size} pixels; choose a multiple."
+                f"image_size={image_size}: this decoder draws patches of {patch_size} pixels; choose a multiple."
             )
         self.channels, self.patch_size, self.side = channels, patch_size, image_size // patch_size
         self.remember = nn.Sequential(nn.Linear(dim, num_memory_tokens * width), nn.Unflatten(1, (num_memory_tokens, width)))

@@ -1,4 +1,4 @@
-"""Encoders of a window: a few consecutive images of the pendulum, or coordinates of its bobs, become one feature."""
+"""Encoders of a window: a few consecutive images of the pendulum, or coordinates of its bobs, become one embedding."""
 
 import math
 from functools import partial
@@ -14,7 +14,7 @@ from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 EncoderName = Literal["cnn", "mlp", "vit"]
 
 PATCH_SIZE, HEAD_WIDTH = 8, 32
-"""Of the vision transformer, in pixels and in channels."""
+"""Patch size of the vision transformer in pixels, and width of its attention heads in channels."""
 
 DEFAULT_WIDTHS = {"cnn": (16, 32, 64), "mlp": (512, 512), "vit": (96, 96, 96, 96)}
 
@@ -25,10 +25,10 @@ def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int,
     Args:
         name: "cnn" for strided convolutions, "mlp" for fully connected layers, "vit" for a vision transformer on patches
             of 8 pixels, averaged over the patches.
-        shape: Of one window: (history * C, S, S) in pixels, or (history * 4,) coordinates.
+        shape: Shape of one window: (history * C, S, S) in pixels, or (history * 4,) coordinates.
         widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of the transformer,
-            all alike; if left out, those of `DEFAULT_WIDTHS`.
-        output_dim: D.
+            all alike; those of `DEFAULT_WIDTHS` by default.
+        output_dim: Embedding dimension D.
 
     Raises:
         ValueError: An unknown name, an encoder of images for coordinates, or widths that it cannot have.
@@ -37,7 +37,7 @@ def window_encoder(name: EncoderName, shape: tuple[int, ...], widths: tuple[int,
         raise ValueError(f"model.encoder={name!r}: choose one of {', '.join(get_args(EncoderName))}.")
     widths = DEFAULT_WIDTHS[name] if widths is None else widths
     if not widths or min(widths) < 1:
-        raise ValueError(f"model.encoder_widths={widths}: give whole numbers of at least 1, one a layer.")
+        raise ValueError(f"model.encoder_widths={widths}: give integers of at least 1, one a layer.")
     if name == "mlp":
         layers = mlp(math.prod(shape), widths, output_dim)
         return layers if len(shape) == 1 else nn.Sequential(nn.Flatten(), layers)

@@ -1,6 +1,6 @@
-"""Predictors: of later features, and of the features of hidden patches.
+"""Predictors: of later embeddings, and of the features of hidden patches.
 
-Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D width.
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
 import math
@@ -18,17 +18,17 @@ from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 
 class ResidualPredictor(nn.Module):
-    """The features one step later: z + f(LayerNorm(z), action).
+    """The embedding one step later: z + f(LayerNorm(z), action).
 
     The last layer of f starts at zero, so that an untrained predictor says "nothing changes" and its unrolled
     predictions stay finite at any horizon.
 
     Args:
-        dim: D, width of the features.
+        dim: Embedding dimension D.
         hidden_dim: Width of the two hidden layers.
-        action_dim: A, scalars of an action; 0 where nothing acts.
-        action_width: Width that a linear layer gives an action before it joins the features.
-        dropout: After each hidden layer.
+        action_dim: Number of scalars of an action, A; 0 without actions.
+        action_width: Width of the linear embedding of an action, which is joined to the input.
+        dropout: Dropout probability after each hidden layer.
     """
 
     def __init__(self, dim: int, hidden_dim: int, action_dim: int = 0, action_width: int = 32, dropout: float = 0.0) -> None:
@@ -41,7 +41,7 @@ class ResidualPredictor(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
-        """(..., D), and (..., A) if something acts -> (..., D)."""
+        """(..., D), and (..., A) if conditioned on actions -> (..., D)."""
         inputs = self.norm(features)
         if actions is not None:
             inputs = torch.cat([inputs, self.embed_action(actions)], dim=-1)
@@ -55,13 +55,13 @@ class MaskedPredictor(nn.Module):
     and each other but no other block.
 
     Args:
-        grid: (H, W) patches of the image.
-        dim: D, width of the encoder's features.
-        width: Of the predictor.
+        grid: Number of patches per column and per row of the image, (H, W).
+        dim: Dimension D of the encoder's features.
+        width: Token dimension of the predictor.
         depth: Number of blocks.
-        num_heads: Of each block; divides `width`.
-        dropout: After the linear layers and in the attention's output.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        num_heads: Number of attention heads of each block; divides `width`.
+        dropout: Dropout probability after the linear layers and in the attention's output.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
 
     Raises:
         ValueError: A width that the heads do not divide.
@@ -111,9 +111,9 @@ class MaskedPredictor(nn.Module):
         """Predicted features of the target blocks.
 
         Args:
-            features: (B, K, D) of the visible patches.
-            context: (B, K), their raster indices.
-            targets: (B, M, L), raster indices of the patches to predict.
+            features: Features of the visible patches, (B, K, D).
+            context: Raster indices of the visible patches, (B, K).
+            targets: Raster indices of the patches to predict, (B, M, L).
 
         Returns:
             (B, M, L, D).
@@ -126,7 +126,7 @@ class MaskedPredictor(nn.Module):
         return (self.embed(features) + self.positions[context]).repeat_interleave(targets.shape[1], dim=0)
 
     def _predict(self, others: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        """What becomes of the hidden patches' tokens (B * M, L, width) beside all other tokens: (B, M, L, D)."""
+        """Features predicted at the mask tokens (B * M, L, width), which attend to all other tokens: (B, M, L, D)."""
         tokens = torch.cat([others, hidden], dim=1)
         if self.gradient_checkpointing and self.training:
             tokens = checkpoint_seq(self.blocks, tokens)
@@ -140,19 +140,19 @@ Conditioning = Literal["feature", "sequence", "none"]
 
 
 class WorldModel(MaskedPredictor):
-    """A masked predictor that is told an action: what a change does to the features of an image (Garrido et al. 2024).
+    """An action-conditioned masked predictor: what a change does to the features of an image (Garrido et al. 2024).
 
     Args:
-        grid: (H, W) patches of the image.
-        dim: D, width of the encoder's features.
-        action_dim: A, scalars of an action.
+        grid: Number of patches per column and per row of the image, (H, W).
+        dim: Dimension D of the encoder's features.
+        action_dim: Number of scalars of an action, A.
         conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;
             "sequence" makes a token of each scalar, with a projection of its own; "none" leaves the action out.
-        width: Of the predictor.
+        width: Token dimension of the predictor.
         depth: Number of blocks.
-        num_heads: Of each block; divides `width`.
-        dropout: After the linear layers and in the attention's output.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        num_heads: Number of attention heads of each block; divides `width`.
+        dropout: Dropout probability after the linear layers and in the attention's output.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
 
     Raises:
         ValueError: A width that the heads do not divide, or an unknown conditioning.
@@ -192,11 +192,11 @@ class WorldModel(MaskedPredictor):
         """Predicted features of the target blocks after an action.
 
         Args:
-            features: (B, K, D) of the visible patches.
-            context: (B, K), their raster indices.
-            targets: (B, M, L), raster indices of the patches to predict.
-            actions: (B, A); no change if left out.
-            further: (E, width), tokens that stand beside all others, such as one that names a task.
+            features: Features of the visible patches, (B, K, D).
+            context: Raster indices of the visible patches, (B, K).
+            targets: Raster indices of the patches to predict, (B, M, L).
+            actions: Actions, (B, A); no change by default.
+            further: Further tokens that all others attend to, such as one that names a task, (E, width).
 
         Returns:
             (B, M, L, D).

@@ -1,6 +1,6 @@
-"""timm's vision transformers, made to see a part of their patches.
+"""timm's vision transformers, made to see a subset of the patches.
 
-Shapes: B batch, C channels, H W pixels, N patches, K kept patches, D width.
+Shapes: B batch, C channels, H W pixels, N patches, K kept patches, D embedding dimension.
 """
 
 from functools import partial
@@ -23,8 +23,8 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
     """Fixed two-dimensional sine and cosine positions, laid out like those of the released I-JEPA weights: (N, D).
 
     Args:
-        grid: Patches per column and per row.
-        dim: D, divisible by 4.
+        grid: Number of patches per column and per row.
+        dim: Dimension D of the position embeddings, divisible by 4.
 
     Raises:
         ValueError: D not divisible by 4.
@@ -60,14 +60,14 @@ class ViTEncoder(nn.Module):
     """A vision transformer of timm without class token and head, with fixed sine-cosine positions.
 
     Args:
-        name: Of the timm model: "vit_tiny_patch16_224" ... "vit_giant_patch14_224". Sizes of image and patch in the
+        name: Name of the timm model: "vit_tiny_patch16_224" ... "vit_giant_patch14_224". Sizes of image and patch in the
             name are overruled by those below.
-        image_size: H and W in pixels.
+        image_size: Height and width H, W of the images in pixels.
         patch_size: Height and width of a patch in pixels.
-        depth: Number of blocks; that of the name if left out.
-        channels: C.
-        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them: less memory, a
-            third more time.
+        depth: Number of blocks; that of the named model by default.
+        channels: Number of channels C of the images.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them: less memory, a third
+            more time.
 
     Raises:
         ValueError: No such model, one that is no plain vision transformer, or patches that do not tile the image.
@@ -120,8 +120,8 @@ class ViTEncoder(nn.Module):
         """Features of all patches, or of those kept.
 
         Args:
-            images: (B, C, H, W), normalized.
-            keep: (B, K), raster indices of the patches to see; the others cost nothing.
+            images: Normalized images, (B, C, H, W).
+            keep: Raster indices of the patches to see, (B, K); the others cost nothing. All patches by default.
 
         Returns:
             (B, N, D) or (B, K, D).

@@ -1,4 +1,4 @@
-"""The second phase: freeze what was learned and ask what is in it."""
+"""Evaluation of the frozen encoder (the second-phase module): probes, decoders, fine-tuning and planning."""
 
 from jepa_lightning.probes.dynamics.decoder import DecoderProbe
 from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
@@ -18,10 +18,10 @@ __all__ = [
     "DecoderProbe",
     "EquivarianceProbe",
     "FineTuning",
-    "LinearProbe",
+    "ImageDecoder",
     "KNNProbe",
+    "LinearProbe",
     "PlanningProbe",
     "PredictorFineTuning",
-    "ImageDecoder",
     "StateProbe",
 ]

@@ -1,21 +1,21 @@
-"""Encoders that a trained one must beat: the same network untrained, and principal components.
+"""Baselines that a trained encoder must beat: random initialization, and principal components.
 
-Shapes: N samples, D width.
+Shapes: N samples, D embedding dimension.
 """
 
 import torch
 from torch import Tensor, nn
 
 BASELINE_SEED = 12345
-"""Of the initialization of networks that are never trained."""
+"""Seed of the initialization of networks that are never trained."""
 
 
 class RandomEncoder(nn.Module):
-    """The network of the trained encoder as initialized, its output scaled to unit variance.
+    """The random-initialization baseline: the trained encoder's network as initialized, scaled to unit variance.
 
     Args:
-        encoder: Freshly initialized, (N, ...) -> (N, D).
-        dim: D.
+        encoder: Freshly initialized encoder, (N, ...) -> (N, D).
+        dim: Embedding dimension D.
     """
 
     mean: Tensor
@@ -43,8 +43,8 @@ class PCA(nn.Module):
     """The first D principal components of the flattened input, scaled to unit variance on average.
 
     Args:
-        input_size: Numbers per sample.
-        dim: D; components beyond `input_size` are zero.
+        input_size: Number of input values per sample.
+        dim: Embedding dimension D; components beyond `input_size` are zero.
     """
 
     mean: Tensor

@@ -1,4 +1,4 @@
-"""The report of a run: figures beside their controls, as JSON for programs and as a table for people."""
+"""The report of a run: figures next to those of their baselines, as JSON for programs and as a table for people."""
 
 import json
 import math
@@ -19,7 +19,7 @@ COLUMNS = {
 ROWS = (
     (("probe", "linear_r2", "*"), "linear R2 of {}", 3),
     (("probe", "mlp_r2", "*"), "MLP R2 of {}", 3),
-    (("rollout", "ratio_to_persistence", "*"), "feature error / persistence, {} frames ahead", 3),
+    (("rollout", "ratio_to_persistence", "*"), "embedding error / persistence, {} frames ahead", 3),
     (("vpt_frames",), "valid-prediction time, median frames (capped at 100)", 0),
     (("vpt_frames_mean",), "valid-prediction time, mean", 1),
     (("vpt_frames_standard_error",), "its standard error", 1),
@@ -36,11 +36,11 @@ def save_report(directory: Path, report: dict[str, Any], title: str, notes: str,
     """Write report.json and report.md with the command that made them, and print the table and what lies there.
 
     Args:
-        directory: The run directory.
+        directory: Run directory.
         report: Figures for report.json.
-        title: Of report.md.
-        notes: A paragraph above the table.
-        table: In Markdown.
+        title: Title of report.md.
+        notes: Paragraph above the table.
+        table: Table in Markdown.
     """
     command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
     directory.mkdir(parents=True, exist_ok=True)
@@ -62,13 +62,13 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], judged: str) -> None:
-    """The report of a classifier: accuracies of the I-JEPA's features and of controls, written by the first process.
+def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], evaluated: str) -> None:
+    """The report of a classifier: accuracies on the JEPA's embeddings and on baselines, written by the first process.
 
     Args:
-        probe: With a trainer, its `checkpoint`, and `names`: kind of features -> title of its row.
+        probe: Probe with a trainer, its `checkpoint`, and `names`: kind of features -> title of its row.
         figures: Kind of features -> "accuracy", "standard_error", and what was chosen.
-        judged: What the accuracies were taken on.
+        evaluated: What the accuracies were taken on.
     """
     if not probe.trainer.is_global_zero:
         return
@@ -82,23 +82,23 @@ def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], judged: st
     ]
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    report = {"probe": name, "accuracy": figures, "judged": judged, "checkpoint": checkpoint}
-    save_report(directory, report, name, f"Of `{checkpoint}`, {judged}.", table)
+    report = {"probe": name, "accuracy": figures, "judged": evaluated, "checkpoint": checkpoint}
+    save_report(directory, report, name, f"Of `{checkpoint}`, {evaluated}.", table)
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
     """Write the report of a pendulum JEPA, and print its table.
 
     Args:
-        directory: The run directory.
-        report: Figures of the JEPA at the top, of the controls under "baselines".
+        directory: Run directory.
+        report: Figures of the JEPA at the top, of the baselines under "baselines".
     """
     test_set, seconds = report["test_set"], report["seconds"]
     trained = "" if seconds["training"] is None else f" The JEPA was trained for {seconds['training']:.0f} s."
     notes = (
         f"Held-out trajectories: {test_set['trajectories']} of {test_set['windows']} windows each; forecasts start at "
-        f"window {test_set['forecast_start']}.{trained} Readouts, decoders and the controls' predictors were fitted on "
-        "training trajectories; a control's predictor is of the JEPA's kind, trained on its frozen features for "
+        f"window {test_set['forecast_start']}.{trained} Probes, decoders and the baselines' predictors were fitted on "
+        "training trajectories; a baseline's predictor is of the JEPA's kind, trained on its frozen embeddings for "
         f"{report['control_steps']} steps of 256 roll-outs. Constant velocity starts from the true state."
     )
     save_report(directory, report, "Report", notes, markdown_table(report))

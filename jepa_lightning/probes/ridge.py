@@ -1,6 +1,6 @@
-"""Maps from features to the pendulum's state: ridge regression in closed form, and a small MLP.
+"""Probes of the pendulum's state on embeddings: ridge regression in closed form, and a small MLP.
 
-Shapes: N samples, D width, L labels.
+Shapes: N samples, D embedding dimension, L labels.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,11 +25,11 @@ def mean_and_scale(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LinearReadout(nn.Module):
-    """An affine map, fitted by ridge regression in float64 with the penalty that does best on validation samples.
+    """Ridge probe: an affine map, fitted in float64 with the penalty that does best on validation samples.
 
     Args:
-        dim: D.
-        num_labels: L.
+        dim: Embedding dimension D.
+        num_labels: Number of labels L.
     """
 
     weights: Tensor
@@ -54,11 +54,11 @@ class LinearReadout(nn.Module):
 
 
 class MLPReadout(nn.Module):
-    """A small MLP between standardized features and standardized labels.
+    """MLP probe: a small MLP between standardized embeddings and standardized labels.
 
     Args:
-        dim: D.
-        num_labels: L.
+        dim: Embedding dimension D.
+        num_labels: Number of labels L.
         hidden_dim: Width of the two hidden layers.
     """
 
@@ -102,16 +102,16 @@ def fit_predictor(
     learning_rate: float,
     batch_size: int = 256,
 ) -> None:
-    """Teach a predictor the dynamics of frozen features, by the loss that a JEPA trains its own with.
+    """Train a predictor on the dynamics of frozen embeddings, with the prediction loss of a JEPA.
 
     Args:
-        predictor: Features one frame later, (..., D) -> (..., D).
-        unroll: (predictor, features (N, D), H) -> (N, H, D).
-        features: (N, T, D) with T > H.
-        horizon: H.
-        num_steps: Optimizer steps.
-        learning_rate: Peak.
-        batch_size: Roll-outs per step.
+        predictor: Predictor of the embedding one frame later, (..., D) -> (..., D).
+        unroll: Roll-out function: predictor, embeddings (N, D) and H -> (N, H, D).
+        features: Embeddings of a sequence, (N, T, D) with T > H.
+        horizon: Number of prediction steps H in the loss.
+        num_steps: Number of optimizer steps.
+        learning_rate: Peak learning rate.
+        batch_size: Number of roll-outs per step.
     """
     last_start = features.shape[1] - horizon
     if last_start < 1:

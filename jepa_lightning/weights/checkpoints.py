@@ -51,8 +51,8 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
     """The JEPA in a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        path: Written by `jepa-lightning fit`, whichever family the model is of. With `DESCRIBED` behind the path of a
-            probe, the JEPA that it was fitted on as it was built, whose weights come with the probe.
+        path: Path of a checkpoint written by `jepa-lightning fit`, whichever family the model is of. With `DESCRIBED` behind
+            the path of a probe, the JEPA that it was fitted on as it was built, whose weights come with the probe.
 
     Raises:
         FileNotFoundError: There is no such file.

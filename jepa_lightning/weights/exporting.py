@@ -23,12 +23,12 @@ def export_weights(
     """Write the weights of an I-JEPA, or of an IWM's encoder, for other programs.
 
     Args:
-        checkpoint: Written by `fit`.
-        destination: The file to write; with layout huggingface, the folder.
+        checkpoint: Path of a checkpoint written by `fit`.
+        destination: Path of the file to write; with layout huggingface, of the folder.
         layout: "official" is a .pth.tar with both encoders and the predictor; "timm" a dictionary written by
             torch.save; "safetensors" the same in that format, with the architecture as metadata; "huggingface" a folder
             for transformers' IJepaModel, with the preprocessing of I-JEPA.
-        encoder: Which one to export; the paper evaluates the target encoder. Official has both.
+        encoder: Which encoder to export; the paper evaluates the target encoder. Official has both.
     """
     jepa = load_jepa(checkpoint)
     if not isinstance(jepa, ImageJEPA) or (layout == "official" and not isinstance(jepa, IJEPA)):
@@ -86,7 +86,7 @@ def _hugging_face_config(jepa: ImageJEPA) -> dict[str, Any]:
 
 
 def _hugging_face_preprocessing(jepa: ImageJEPA) -> dict[str, Any]:
-    """What transformers' ViTImageProcessor must do: its own defaults are not the mean and deviation of I-JEPA."""
+    """What transformers' ViTImageProcessor must do: its defaults are not the mean and standard deviation of I-JEPA."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": jepa.image_size[0], "width": jepa.image_size[1]},

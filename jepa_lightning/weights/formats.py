@@ -25,7 +25,7 @@ WIDTHS = {
 """Encoder width -> name in timm, and number of heads: no layout stores the latter with the weights."""
 
 PREDICTOR = {"predictor_embed": "embed", "predictor_blocks": "blocks", "predictor_norm": "norm", "predictor_proj": "project"}
-"""Parts of the predictor in the release -> in `networks.MaskedPredictor`; the mask token has one name in both."""
+"""Modules of the predictor in the release -> in `networks.MaskedPredictor`; the mask token has one name in both."""
 
 HUGGING_FACE_OUTSIDE = {
     "pos_embed": "embeddings.position_embeddings",

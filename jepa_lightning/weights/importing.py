@@ -20,8 +20,8 @@ def load_official(path: str | os.PathLike[str], image_size: tuple[int, int] | No
     """An I-JEPA with the weights of a released checkpoint: context encoder, predictor and target encoder.
 
     Args:
-        path: A .pth.tar of facebookresearch/ijepa.
-        image_size: H and W in pixels; the square that the number of patches makes if left out.
+        path: Path of a .pth.tar of facebookresearch/ijepa.
+        image_size: Height and width in pixels; the square that the number of patches makes by default.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -43,8 +43,8 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
     """An I-JEPA whose encoders both have weights in the layout of timm or Hugging Face; its predictor is untrained.
 
     Args:
-        path: A .safetensors, .bin or .pth file, or a folder with model.safetensors as Hugging Face writes it.
-        image_size: H and W in pixels; the square that the number of patches makes if left out.
+        path: Path of a .safetensors, .bin or .pth file, or of a folder with model.safetensors as Hugging Face writes it.
+        image_size: Height and width in pixels; the square that the number of patches makes by default.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -118,9 +118,9 @@ def import_weights(source: str, destination: str, image_size: tuple[int, int] | 
     """Make a checkpoint of this application, for probes, of weights from elsewhere.
 
     Args:
-        source: A .pth.tar of the released I-JEPA, or an encoder in timm's or Hugging Face's layout.
-        destination: The .ckpt to write.
-        image_size: H and W in pixels, where the patches make no square.
+        source: Path of a .pth.tar of the released I-JEPA, or of an encoder in timm's or Hugging Face's layout.
+        destination: Path of the .ckpt to write.
+        image_size: Height and width in pixels; needed where the patches make no square.
     """
     official = Path(source).is_file() and not source.endswith(".safetensors") and "target_encoder" in read_file(Path(source))
     jepa = load_official(source, image_size) if official else load_encoder(source, image_size)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write beside the destination, flush to the disk, then rename.
+    """Write next to the destination, flush to the disk, then rename.
 
     Lightning's own writer makes the whole file in memory first, and goes through the system's temporary directory; where
     that is another file system, the last step is a copy, and a kill in the middle of it leaves half a file in the place of

@@ -1,6 +1,6 @@
-"""What the probes of the second phase share: a frozen JEPA, and the encoders that it must beat.
+"""What the probes of the pendulum share: a frozen JEPA, and the baselines that it must beat.
 
-Shapes: B batch, T windows, N samples, D width.
+Shapes: B batch, T windows, N samples, D embedding dimension.
 """
 
 from abc import ABC
@@ -20,14 +20,14 @@ BASELINE_FIT_TRAJECTORIES = 1_000
 
 
 class PendulumProbe(LightningModule, ABC):
-    """Freeze a pendulum JEPA and learn to read its features.
+    """Freeze a pendulum JEPA and fit a probe on its embeddings.
 
-    What is learned is learned side by side, from the same samples, for the JEPA ("jepa") and for two controls:
-    "random_encoder", the same network untrained, and "pca", the first D principal components of the same input.
+    All is learned side by side, from the same samples, for the JEPA ("jepa") and for two baselines: "random_encoder", the
+    same network at random initialization, and "pca", the first D principal components of the same input.
 
     Args:
-        checkpoint: Of a pendulum JEPA, written by `fit`.
-        encoder: Whose features are read: the target encoder's or the context encoder's.
+        checkpoint: Path of the checkpoint of a pendulum JEPA, written by `fit`.
+        encoder: Which encoder's embeddings are read, "target" or "context".
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -76,7 +76,7 @@ class PendulumProbe(LightningModule, ABC):
             self.jepa.check_data(data)
 
     def on_fit_start(self) -> None:
-        """Fit the controls on the first training trajectories, the same ones in every process."""
+        """Fit the baselines on the first training trajectories, the same ones in every process."""
         windows = self.fit_batch().observations.flatten(0, 1)
         for name in ("random_encoder", "pca"):
             self.encoders[name].fit(windows)

@@ -1,6 +1,6 @@
-"""Phase two, images: decode frozen features to what was observed.
+"""Evaluation of the pendulum's JEPA: decode frozen embeddings to what was observed.
 
-Shapes: B batch, T windows, N samples, D width, C channels, S image size.
+Shapes: B batch, T windows, N samples, D embedding dimension, C channels, S image size.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from jepa_lightning.weights.checkpoints import load_probe
 
 
 class StandardizedDecoder(nn.Module):
-    """A decoder that sees each feature with zero mean and unit variance, whatever encoder it came from."""
+    """A decoder that sees each dimension with zero mean and unit variance, whatever encoder it came from."""
 
     mean: Tensor
     scale: Tensor
@@ -35,7 +35,7 @@ class StandardizedDecoder(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def fit_scale(self, features: Tensor) -> None:
-        """Take mean and standard deviation from features (N, D)."""
+        """Take mean and standard deviation from embeddings (N, D)."""
         mean, scale = mean_and_scale(features)
         self.mean.copy_(mean)
         self.scale.copy_(scale)
@@ -46,19 +46,19 @@ class StandardizedDecoder(nn.Module):
 
 
 class DecoderProbe(PendulumProbe):
-    """Decode the newest frame of each window from frozen features, by the squared error of its pixels.
+    """Decode the newest frame of each window from frozen embeddings, by the squared error of its pixels.
 
-    The decoders of the JEPA and of both controls are trained on the same samples for the same number of steps. Frames of
+    The decoders of the JEPA and of both baselines are trained on the same samples for the same number of steps. Frames of
     all times are decoded, because the data module cuts its clips anywhere in a trajectory.
 
     Args:
-        checkpoint: Of a pendulum JEPA, written by `fit`.
-        encoder: Whose features are decoded: the target encoder's or the context encoder's.
-        decoder: "conv" for transposed convolutions (pixels only), "mlp" for fully connected layers; if left out, "conv"
-            for pixels and "mlp" for coordinates.
+        checkpoint: Path of the checkpoint of a pendulum JEPA, written by `fit`.
+        encoder: Which encoder's embeddings are decoded, "target" or "context".
+        decoder: "conv" for transposed convolutions (pixels only), "mlp" for fully connected layers; by default "conv" for
+            pixels and "mlp" for coordinates.
         width: Channels of the last feature map (conv), or width of the two hidden layers (mlp).
-        learning_rate: Peak of the schedule.
-        weight_decay: Of matrices and kernels.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay of matrices and kernels.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -77,7 +77,7 @@ class DecoderProbe(PendulumProbe):
         super().__init__(checkpoint, encoder)
         self.save_hyperparameters()
         if width < 1:
-            raise ValueError(f"model.width={width}: give a whole number of at least 1.")
+            raise ValueError(f"model.width={width}: give an integer of at least 1.")
         if not learning_rate > 0:
             raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -99,13 +99,13 @@ class DecoderProbe(PendulumProbe):
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is not None:
-            return  # a resumed run has its controls and scales
+            return  # a resumed run has its baselines and scales
         super().on_fit_start()
         for name, features in self.features(self.fit_batch()).items():
             self.decoders[name].fit_scale(features.flatten(0, 1))
 
     def decode(self, features: Tensor, name: str = "jepa") -> Tensor:
-        """Observations from features of one encoder: (..., D) -> (..., C, S, S) or (..., 4)."""
+        """Observations from embeddings of one encoder: (..., D) -> (..., C, S, S) or (..., 4)."""
         return self.decoders[name](features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
     def training_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:

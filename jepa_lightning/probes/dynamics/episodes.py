@@ -1,6 +1,6 @@
 """Episodes of an actuated pendulum: true physics, seen as the data module shows it, under a controller.
 
-Shapes: E episodes, F frames, N sampled sequences, H steps, A scalars of an action, D width.
+Shapes: E episodes, F frames, N sampled sequences, H steps, A scalars of an action, D embedding dimension.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.planner import Cost, Planner, latent_cost
 
 ORACLE_SUBSTEPS = 2
-"""Runge-Kutta steps per frame of a planner that knows the physics; the world itself takes more."""
+"""Runge-Kutta steps per frame of the oracle, a planner that knows the physics; the world itself takes more."""
 
 
-MOST_DRAWS = 20
+MAX_DRAWS = 20
 """How often as many motions as there are episodes are drawn in search of goals that are not where they start."""
 
 
@@ -35,8 +35,8 @@ class World:
     """Pendulums that do what physics says.
 
     Args:
-        data: A driven `DoublePendulum`.
-        starts: (E, history, 4), float64.
+        data: `DoublePendulum` data module with actions (actuated).
+        starts: States of the frames seen at the beginning, (E, history, 4), float64.
     """
 
     def __init__(self, data: Any, starts: Tensor) -> None:
@@ -66,7 +66,7 @@ def windows_of(data: Any, frames: Tensor) -> Tensor:
 
 
 class Controller(Protocol):
-    """Says what to do next."""
+    """Chooses the actions."""
 
     def __call__(self, world: World, step: int) -> Tensor:
         """Actions (E, A) of step `step`, counted from 0."""
@@ -93,15 +93,15 @@ class Random:
 
 
 class Planning:
-    """Plans, and follows the plan for some steps before it plans anew (receding horizon).
+    """Receding-horizon control (MPC): plans, and follows the plan for some steps before it plans anew.
 
     Args:
-        planner: How to search.
-        look: What the world looks like now -> the cost of sequences that start there.
-        horizon: H, steps of a plan.
-        generator: Of the samples.
+        planner: Planner that searches for action sequences.
+        look: Function from the current world to the cost of action sequences that start there.
+        horizon: Number of steps H of a plan.
+        generator: Random generator of the samples.
         deadline: Number of steps of the episode if the goal is to be met at its end; plans then do not reach beyond it.
-        every: Steps between two plans.
+        every: Number of steps between two plans.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Planning:
         self.planner, self.look, self.horizon = planner, look, horizon
         self.generator, self.deadline, self.every = generator, deadline, every
         self.plan = torch.empty(0)
-        self.imagined: list[Tensor] = []
-        """What a world model expected of the actions that were taken, (E, `every`, D) a plan."""
+        self.predicted: list[Tensor] = []
+        """Embeddings that a world model predicted under the actions that were taken, (E, `every`, D) a plan."""
 
     def __call__(self, world: World, step: int) -> Tensor:
         if step % self.every == 0:
@@ -128,17 +128,17 @@ class Planning:
                 guess[:, : left.shape[1]] = left
             self.plan = self.planner.plan(self.look(world), guess, self.generator, further=step > 0)
             if isinstance(self.look, Imagination):
-                self.imagined.append(self.look.imagine(self.plan[:, : self.every]))
+                self.predicted.append(self.look.predict(self.plan[:, : self.every]))
         return self.plan[:, step % self.every]
 
 
 class Imagination:
-    """A world model that looks at the world: the cost of actions is the distance of imagined features from the goal's.
+    """Cost by a world model: the distance of predicted embeddings from that of the goal.
 
     Args:
-        jepa: With actions.
-        goals: (E, 1, ...) windows.
-        planner: For its kind of cost.
+        jepa: World model, an action-conditioned JEPA.
+        goals: Windows of the goals, (E, 1, ...).
+        planner: Planner whose kind of cost is used.
     """
 
     def __init__(self, jepa: PendulumJEPA, goals: Tensor, planner: Planner) -> None:
@@ -150,18 +150,18 @@ class Imagination:
         return latent_cost(self.jepa.predictor, self.start, self.goal, self.kind)
 
     @torch.no_grad()
-    def imagine(self, actions: Tensor) -> Tensor:
-        """What actions (E, H, A) lead to from where it looked last: features (E, H, D)."""
+    def predict(self, actions: Tensor) -> Tensor:
+        """Embeddings (E, H, D) rolled out under actions (E, H, A) from the state of the last call."""
         return self.jepa.forecast(self.start, actions.shape[1], actions)
 
 
 class Oracle:
-    """A planner that knows the physics, and the state up to some noise: the cost is the distance of the bobs.
+    """The oracle, a planner that knows the physics, and the state up to some noise: the cost is the distance of the bobs.
 
     Args:
-        goals: (E, 4) states.
-        noise: Deviation of what it believes of the state, in radians and radians per second; two zeros for the truth.
-        generator: Of the noise.
+        goals: States of the goals, (E, 4).
+        noise: Standard deviations of the noise on angles (rad) and angular velocities (rad/s); zeros for the true state.
+        generator: Random generator of the noise.
     """
 
     def __init__(self, goals: Tensor, noise: tuple[float, float], generator: torch.Generator) -> None:
@@ -174,7 +174,7 @@ class Oracle:
 
 
 def true_cost(world: World, states: Tensor, goals: Tensor) -> Cost:
-    """Squared distance of both bobs from their places in the goal, by the true dynamics: (E, 4) twice."""
+    """Squared distance of both bobs from their places in the goal, simulated by the oracle: states (E, 4) twice."""
     data = world.data
     places = data.pendulum.positions(goals)[:, None]  # (E, 1, 4)
 
@@ -207,24 +207,24 @@ def distances(data: Any, states: Tensor, goals: Tensor) -> Tensor:
 
 
 def reaching_task(data: Any, num_episodes: int, num_steps: int, radius: float, generator: torch.Generator) -> Task:
-    """Goals that other torques reached: a pendulum hung, was driven at random, and is then driven further.
+    """Goals that other torques reached: a hanging pendulum moved under random torques, and then moves on under others.
 
     The goal is where it is after `num_steps` actions. Episodes that start at their goal, both bobs within `radius` of it,
-    are drawn again.
+    are resampled.
 
     Args:
-        data: A driven `DoublePendulum`.
-        num_episodes: E.
-        num_steps: Actions between start and goal.
-        radius: In meters.
-        generator: On the CPU.
+        data: `DoublePendulum` data module with actions (actuated).
+        num_episodes: Number of episodes E.
+        num_steps: Number of actions between start and goal.
+        radius: Radius around the goal in meters.
+        generator: Random generator on the CPU.
 
     Raises:
         ValueError: Random torques lead nowhere.
     """
     history, length = data.history, data.history + num_steps * data.stride
     found: list[Tensor] = []
-    for _ in range(MOST_DRAWS):
+    for _ in range(MAX_DRAWS):
         frames = torch.full((num_episodes,), WARM_UP_FRAMES)
         begin = after_warm_up(data.pendulum, data.torque_limits, frames, data.action_repeat, generator)
         actions = random_actions(num_episodes, length - 1, data.action_repeat, generator, first=history - 1)
@@ -235,7 +235,7 @@ def reaching_task(data: Any, num_episodes: int, num_steps: int, radius: float, g
             paths = torch.cat(found)[:num_episodes]
             return Task(paths[:, :history], paths[:, -history:])
     raise ValueError(
-        f"Of {MOST_DRAWS * num_episodes} random motions hardly any leads more than {radius} m away: with data.lengths="
+        f"Of {MAX_DRAWS * num_episodes} random motions hardly any leads more than {radius} m away: with data.lengths="
         f"{data.pendulum.lengths} and data.torque_limits={data.torque_limits} there is nothing to reach."
     )
 
@@ -244,10 +244,10 @@ def standing_task(data: Any, num_episodes: int, tip: tuple[float, float], genera
     """From hanging nearly at rest to a still image of the pendulum with its tip at a place.
 
     Args:
-        data: A driven `DoublePendulum`.
-        num_episodes: E. They differ by a hundredth of a radian and of a radian per second.
-        tip: x and y in meters.
-        generator: On the CPU.
+        data: `DoublePendulum` data module with actions (actuated).
+        num_episodes: Number of episodes E. They differ by a hundredth of a radian and of a radian per second.
+        tip: Place of the tip, x and y in meters.
+        generator: Random generator on the CPU.
     """
     nudge = 0.01 * torch.randn(num_episodes, 4, generator=generator, dtype=torch.float64)
     starts = data.pendulum.simulate(nudge, data.history)

@@ -1,10 +1,10 @@
-"""What a trained pendulum JEPA is worth, on held-out trajectories and beside its controls.
+"""Evaluation of a trained pendulum JEPA on held-out trajectories, compared with its baselines.
 
-Every figure of the JEPA stands next to those of an untrained encoder and of principal components (each with readouts,
-decoder and predictor trained on the same data), of persistence (nothing moves) and of constant angular velocity (both
-angles go on as they do at the start, known exactly).
+Every figure of the JEPA stands next to those of the random-initialization baseline and of principal components (each with
+probes, decoder and predictor trained on the same data), of persistence (nothing moves) and of constant angular velocity
+(both angles go on as they do at the start, known exactly).
 
-Shapes: N trajectories, T windows, K steps ahead, D width.
+Shapes: N trajectories, T windows, K steps ahead, D embedding dimension.
 """
 
 import math
@@ -71,7 +71,7 @@ def validity_figures(errors: Tensor) -> dict[str, Any]:
 
 
 class FittedProbe(Protocol):
-    """What the report asks of a `StateProbe`."""
+    """What the report needs of a `StateProbe`."""
 
     trainer: Any
     jepa: PendulumJEPA
@@ -83,15 +83,15 @@ class FittedProbe(Protocol):
     control_steps: int
 
     def forecast(self, features: Tensor, horizon: int, name: str = "jepa") -> Tensor:
-        """Predicted features of one encoder 1 ... H frames later: (..., D) -> (..., H, D)."""
+        """Predicted embeddings of one encoder 1 ... H frames later: (..., D) -> (..., H, D)."""
 
 
 def evaluate(probe: FittedProbe, collected: dict[str, Tensor]) -> None:
     """Compute the report of a fitted state probe and write it into the run directory.
 
     Args:
-        probe: With its decoder, if there is one.
-        collected: Test features of each encoder (N, T, D), and "states" (N, T, 4).
+        probe: Fitted state probe, with its decoder if there is one.
+        collected: Test embeddings of each encoder, (N, T, D), and "states", (N, T, 4).
 
     Raises:
         ValueError: Test trajectories too short to forecast from.
@@ -161,9 +161,9 @@ class Scene:
     """The test trajectories as forecasts see them: what is true k steps after the start.
 
     Args:
-        pendulum: Its constants.
-        image_size: S.
-        states: (N, T, 4).
+        pendulum: Pendulum with the constants of the data.
+        image_size: Height and width S of the images in pixels.
+        states: States of the trajectories, (N, T, 4).
     """
 
     def __init__(self, pendulum: Pendulum, image_size: int, states: Tensor) -> None:
@@ -175,7 +175,7 @@ class Scene:
         return render(states, self.image_size, self.pendulum.lengths)
 
     def image(self, decoded: Tensor) -> Tensor:
-        """What a decoder made, as images: (N, C, S, S) as it is, coordinates x1, y1, x2, y2 (N, 4) drawn."""
+        """What a decoder returned, as images: (N, C, S, S) as it is, coordinates x1, y1, x2, y2 (N, 4) drawn."""
         if decoded.ndim == 4:
             return decoded
         x1, y1, x2, y2 = decoded.unbind(-1)
@@ -194,21 +194,21 @@ class Scene:
 def readout_figures(
     probe: FittedProbe, name: str, features: Tensor, forecast: Tensor, states: Tensor
 ) -> dict[str, dict[str, Any]]:
-    """R2 of each label from encoded features, and of the same readouts on forecast features."""
+    """R2 of each label on encoded embeddings, and of the same probes on forecast embeddings."""
     labels = state_labels(states)
     figures: dict[str, dict[str, Any]] = {}
-    for kind, readout in (("linear", probe.linear[name]), ("mlp", probe.mlp[name])):
-        scores = r2_score(readout(features).flatten(0, 1), labels.flatten(0, 1))
+    for kind, regressor in (("linear", probe.linear[name]), ("mlp", probe.mlp[name])):
+        scores = r2_score(regressor(features).flatten(0, 1), labels.flatten(0, 1))
         figures[f"{kind}_r2"] = dict(zip(LABELS, scores.tolist(), strict=True))
         figures[f"{kind}_r2_forecast"] = {
-            str(k): dict(zip(LABELS, r2_score(readout(forecast[:, k - 1]), labels[:, START + k]).tolist(), strict=True))
+            str(k): dict(zip(LABELS, r2_score(regressor(forecast[:, k - 1]), labels[:, START + k]).tolist(), strict=True))
             for k in (1, 8, 16)
         }
     return figures
 
 
 def ratios_to_persistence(features: Tensor, forecast: Tensor) -> dict[str, float]:
-    """Squared forecast error over the squared change of the features, k steps ahead."""
+    """Squared forecast error over the squared change of the embeddings, k steps ahead."""
     start = features[:, START]
     ratios = {}
     for k in RATIO_STEPS:
@@ -217,17 +217,17 @@ def ratios_to_persistence(features: Tensor, forecast: Tensor) -> dict[str, float
     return ratios
 
 
-def energy_figures(readout: nn.Module, scene: Scene, features: Tensor, forecast: Tensor) -> dict[str, float]:
-    """Median error of the energy read from features k steps ahead, as a fraction of the energy above rest.
+def energy_figures(regressor: nn.Module, scene: Scene, features: Tensor, forecast: Tensor) -> dict[str, float]:
+    """Median error of the energy regressed from embeddings k steps ahead, as a fraction of the energy above rest.
 
-    At k = 0 it is the error of the readout; later, the change since k = 0, which physics forbids.
+    At k = 0 it is the error of the regression; later, the change since k = 0, which physics forbids.
     """
     true = scene.pendulum.energy(scene.states[:, START])
     scale = true - scene.pendulum.lowest_energy
-    first = scene.pendulum.energy(state_from_labels(readout(features[:, START])))
+    first = scene.pendulum.energy(state_from_labels(regressor(features[:, START])))
     errors = {"0": ((first - true).abs() / scale).median().item()}
     for k in ENERGY_STEPS:
-        later = scene.pendulum.energy(state_from_labels(readout(forecast[:, k - 1])))
+        later = scene.pendulum.energy(state_from_labels(regressor(forecast[:, k - 1])))
         errors[str(k)] = ((later - first).abs() / scale).median().item()
     return errors
 
@@ -242,7 +242,7 @@ def rankme(features: Tensor) -> float:
 def decoder_figures(
     decoder: DecoderProbe, name: str, scene: Scene, data: Any, features: Tensor, forecast: Tensor
 ) -> dict[str, Any]:
-    """Overlap with the truth of what is decoded from encoded (k = 0) and forecast features, and the error at k = 0."""
+    """Overlap with the truth of what is decoded from encoded (k = 0) and forecast embeddings, and the error at k = 0."""
     overlap = {}
     for k in DECODE_STEPS:
         decoded = decoder.decode(features[:, START] if k == 0 else forecast[:, k - 1], name)

@@ -1,6 +1,6 @@
-"""Phase two of an actuated pendulum: what does a feature, or a predicted one, show?
+"""Evaluation of an actuated pendulum's JEPA: what image does an embedding, or a predicted one, decode to?
 
-Shapes: B batch, T windows, N samples, D width, C channels, S image size.
+Shapes: B batch, T windows, N samples, D embedding dimension, C channels, S image size.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def actuated_jepa(checkpoint: str, reader: str) -> PendulumJEPA:
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no pendulum JEPA, or one that knows no actions.
+        ValueError: It cannot be read, holds no pendulum JEPA, or one without actions.
     """
     jepa = load_jepa(checkpoint)
     if not isinstance(jepa, PendulumJEPA):
@@ -55,20 +55,20 @@ def true_images(jepa: PendulumJEPA, data: Any, states: Tensor) -> Tensor:
 
 
 class ImageDecoder(LightningModule):
-    """Decode frozen features of an actuated pendulum to the image of the newest frame, with a small transformer.
+    """Decode frozen embeddings of an actuated pendulum to the image of the newest frame, with a small transformer.
 
-    `fit` also writes reconstruction.png, with the truth above what is decoded from the features of each kind, one step
-    predicted ones included. The error stands beside that of the mean image ("val/mse_over_mean"), the overlap beside that
-    of the image one step before ("val/iou_still").
+    `fit` also writes reconstruction.png, with the truth above what is decoded from the embeddings of each kind, one step
+    predictions included. The error is compared with that of the mean image ("val/mse_over_mean"), the overlap with that of
+    the image one step before ("val/iou_still").
 
     Args:
-        checkpoint: Of a pendulum JEPA with actions, written by `fit`.
-        embedding_source: What is decoded in training: features of the context encoder ("online"), of the target encoder, or
-            those that the predictor makes of the target encoder's one step before.
-        width: Of the transformer.
-        depth: Number of its layers.
-        learning_rate: Peak of the schedule.
-        weight_decay: Of matrices.
+        checkpoint: Path of the checkpoint of a pendulum JEPA with actions, written by `fit`.
+        embedding_source: What is decoded in training: embeddings of the context encoder ("online"), of the target encoder
+            ("target"), or those that the predictor makes of the target encoder's one step before ("predicted").
+        width: Token dimension of the transformer, a multiple of 32.
+        depth: Number of layers of the transformer.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay of matrices.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -92,7 +92,7 @@ class ImageDecoder(LightningModule):
             )
         for name, value in (("width", width), ("depth", depth)):
             if value < 1:
-                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+                raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
         if width % 32:
             raise ValueError(f"model.width={width}: give a multiple of 32, the width of an attention head.")
         if not learning_rate > 0:
@@ -188,5 +188,5 @@ class ImageDecoder(LightningModule):
 
 
 def load_state_decoder(path: str) -> ImageDecoder:
-    """The state decoder in a checkpoint. Raises ValueError or FileNotFoundError if there is none."""
+    """The image decoder in a checkpoint. Raises ValueError or FileNotFoundError if there is none."""
     return load_probe(path, ImageDecoder)

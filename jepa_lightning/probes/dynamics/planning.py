@@ -1,6 +1,6 @@
-"""Phase two of an actuated pendulum: is the world model good for something? Planning, and what its actions are worth.
+"""Evaluation of an actuated pendulum's world model: planning, and whether it listens to its actions.
 
-Shapes: E episodes, B batch, T windows, S starts, K steps ahead, D width, A scalars of an action.
+Shapes: E episodes, B batch, T windows, S starts, K steps ahead, D embedding dimension, A scalars of an action.
 """
 
 import math
@@ -56,29 +56,29 @@ TASK_STREAM, CONTROL_STREAM = 2**30, 2**30 + 1
 
 
 class PlanningProbe(LightningModule):
-    """Let a world model of the actuated pendulum act: reach goal images, swing up, and say what its actions are worth.
+    """Plan with a world model of the actuated pendulum: reach goal images, swing up; and compare actions.
 
     There is nothing to fit: `test` alone writes report.json, report.md, rollouts.png and, with a decoder, plan.mp4,
     plan.png and rollouts_decoded.png.
 
     * Reaching: from the motion after three seconds of random torques to an image of where other torques led 25 frames
-      later, in feature space; a new plan at each window, of what pixels then show. An episode succeeds if both bobs are
-      within 0.25 m of the goal in its last frame. Beside it: the first plan carried out to the end, zero and random
-      torques, and the same search on the true dynamics, from the true state and from a noisy one.
+      later, in embedding space, with a receding horizon: a new plan at each window, of what pixels then show. An episode
+      succeeds if both bobs are within 0.25 m of the goal in its last frame. Baselines: the first plan carried out to the
+      end, zero and random torques, and the same search by an oracle, from the true state and from a noisy one.
     * Swing-up: from hanging to a still image of the pendulum upright, for 6 seconds, with plans 8 steps ahead. It
-      succeeds if the tip gets half of the pendulum's length above the pivot. (Holding it there is not asked: even who
-      knows the physics seldom does.)
-    * Actions: the error of features 10 steps ahead on test trajectories under the true actions, under those of another
+      succeeds if the tip gets half of the pendulum's length above the pivot. (Holding it there is not asked: even the
+      oracle seldom does.)
+    * Actions: the error of embeddings 10 steps ahead on test trajectories under the true actions, under those of another
       trajectory and under none.
 
     Args:
-        checkpoint: Of a pendulum JEPA with actions, written by `fit`.
-        decoder: Checkpoint of a `ImageDecoder` on the same JEPA, for the video and the images; none if left out.
-        planner: How plans are searched for.
-        num_episodes: Of reaching.
-        num_swing_ups: Episodes of swinging up.
-        goal: x and y of another place for the tip than straight up, in meters from the pivot, y pointing up; the episode
-            then succeeds if the tip comes within 0.25 m of it.
+        checkpoint: Path of the checkpoint of a pendulum JEPA with actions, written by `fit`.
+        decoder: Path of the checkpoint of an `ImageDecoder` on the same JEPA, for the video and the images; none by default.
+        planner: Planner that searches for action sequences; one with its defaults if None.
+        num_episodes: Number of episodes of reaching.
+        num_swing_ups: Number of episodes of swinging up.
+        goal: Another place for the tip than straight up, x and y in meters from the pivot, y pointing up; the episode then
+            succeeds if the tip comes within 0.25 m of it.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -98,7 +98,7 @@ class PlanningProbe(LightningModule):
         self.save_hyperparameters(ignore=["planner"])
         for name, value in (("num_episodes", num_episodes), ("num_swing_ups", num_swing_ups)):
             if value < 1:
-                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
+                raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
         self.checkpoint, self.planner, self.goal = checkpoint, planner or Planner(), goal
         self.num_episodes, self.num_swing_ups = num_episodes, num_swing_ups
         self.jepa = actuated_jepa(checkpoint, "PlanningProbe")
@@ -150,22 +150,22 @@ class PlanningProbe(LightningModule):
         """Mean squared errors 1 ... K steps ahead: kind of actions, or "still" for persistence -> (K,).
 
         Args:
-            features: (N, T, D) of all test trajectories.
-            actions: (N, T - 1, A).
+            features: Embeddings of all test trajectories, (N, T, D).
+            actions: Actions of all test trajectories, (N, T - 1, A).
         """
         chosen = next_actions(actions, ROLLOUT_STEPS)  # (N, S, K, A)
         assert chosen is not None
         kinds = {"true": chosen, "shuffled": chosen.roll(1, dims=0), "zero": torch.zeros_like(chosen)}
         starts, truth = features[:, :-ROLLOUT_STEPS], later_features(features, ROLLOUT_STEPS)  # (N, S, D), (N, S, K, D)
         errors = {"still": (starts[:, :, None] - truth).square().mean(dim=(0, 1, 3))}
-        for name, told in kinds.items():
-            parts = zip(starts.split(CHUNK), told.split(CHUNK), truth.split(CHUNK), strict=True)
+        for name, given in kinds.items():
+            parts = zip(starts.split(CHUNK), given.split(CHUNK), truth.split(CHUNK), strict=True)
             squares = [(self.jepa.forecast(z, ROLLOUT_STEPS, a) - goal).square().sum(dim=(0, 1, 3)) for z, a, goal in parts]
             errors[name] = torch.stack(squares).sum(dim=0) / truth[..., 0, :].numel()
         if self.decoder is not None:
             strip = {"true frames": self._draw(self._first_states[1 : 1 + ROLLOUT_STEPS])}
-            for name, told in kinds.items():
-                forecast = self.jepa.forecast(starts[0, 0], ROLLOUT_STEPS, told[0, 0])
+            for name, given in kinds.items():
+                forecast = self.jepa.forecast(starts[0, 0], ROLLOUT_STEPS, given[0, 0])
                 strip[f"{name} actions"] = self.decoder.decode(forecast)
             figure = rows_figure(strip)
             figure.savefig(self._directory / "rollouts_decoded.png")
@@ -188,7 +188,7 @@ class PlanningProbe(LightningModule):
         features, actions = (torch.cat(parts) for parts in zip(*self._collected, strict=True))
         self._collected = []
         errors = self.rollout_errors(features, actions)
-        figure = steps_figure(errors, f"steps ahead ({data.stride * FRAME_SECONDS:g} s each)", "squared error of features")
+        figure = steps_figure(errors, f"steps ahead ({data.stride * FRAME_SECONDS:g} s each)", "squared error of embeddings")
         figure.savefig(self._directory / "rollouts.png")
         show(self.trainer, "roll-outs/error", figure)
         reached, films = self.reaching(data)
@@ -261,7 +261,7 @@ class PlanningProbe(LightningModule):
             rank_zero_info(f"reaching, {name}: {figures[name]:.2f} of {self.num_episodes} ({seconds[name]:.0f} s)")
             if name == "one_plan" and self.decoder is not None:
                 self._show_plan(data, world, task, once)
-                films = [self._film(data, world, task, once, e, "imagined at frame 0") for e in range(min(4, len(goals)))]
+                films = [self._film(data, world, task, once, e, "predicted at frame 0") for e in range(min(4, len(goals)))]
         figures["standard_error"] = standard_errors.pop("success")
         figures |= {"standard_errors": standard_errors, "at_radius": at_radius}
         figures["seconds_per_plan"] = seconds["one_plan"] / self.num_episodes
@@ -292,29 +292,29 @@ class PlanningProbe(LightningModule):
                 figures["standard_error"] = math.sqrt(figures[name] * (1 - figures[name]) / self.num_swing_ups)
                 figures |= {"median_highest": highest.median().item(), "median_nearest": away.median().item()}
                 if self.decoder is not None:
-                    film = self._film(data, world, task, planning, 0, "imagined a step before")
+                    film = self._film(data, world, task, planning, 0, "predicted a step before")
         return figures, film
 
     def _images(
         self, data: Any, world: World, task: Task, planning: Planning, episode: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What happened in an episode (F, C, S, S), what was imagined of each window (T, C, S, S), the goal (C, S, S)."""
+        """Frames of an episode (F, C, S, S), decoded predictions of each window (T, C, S, S), the goal (C, S, S)."""
         assert self.decoder is not None
         happened = self._draw(world.frames[episode, data.history - 1 :])
         begin = self.jepa.encode(windows_of(data, task.starts[episode : episode + 1]).to(self.device))[0]  # (1, D)
-        imagined = self.decoder.decode(torch.cat([begin, *(part[episode] for part in planning.imagined)]))
-        return happened, imagined, self._draw(task.goals[episode, -1])
+        predicted = self.decoder.decode(torch.cat([begin, *(part[episode] for part in planning.predicted)]))
+        return happened, predicted, self._draw(task.goals[episode, -1])
 
     def _film(self, data: Any, world: World, task: Task, planning: Planning, episode: int, title: str) -> np.ndarray:
-        """Three panels; what was imagined stands still until the next window."""
-        happened, imagined, goal = self._images(data, world, task, planning, episode)
+        """Three panels; the prediction stands still until the next window."""
+        happened, predicted, goal = self._images(data, world, task, planning, episode)
         shown = torch.arange(len(happened)) // data.stride
-        return side_by_side({"what happened": happened, title: imagined[shown], "goal": goal.expand_as(happened)})
+        return side_by_side({"what happened": happened, title: predicted[shown], "goal": goal.expand_as(happened)})
 
     def _show_plan(self, data: Any, world: World, task: Task, planning: Planning) -> None:
         """Write plan.png, the first episode at each window, and show the same figure."""
-        happened, imagined, goal = self._images(data, world, task, planning, 0)
-        rows = {"what happened": happened[:: data.stride], "imagined": imagined, "goal": goal.expand_as(imagined)}
+        happened, predicted, goal = self._images(data, world, task, planning, 0)
+        rows = {"what happened": happened[:: data.stride], "predicted": predicted, "goal": goal.expand_as(predicted)}
         figure = rows_figure(rows)
         figure.savefig(self._directory / "plan.png")
         show(self.trainer, "plan/first episode", figure)

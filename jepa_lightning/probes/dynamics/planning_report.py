@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 RADII = (0.15, 0.25, 0.5)
-"""In meters. An episode succeeds if both bobs end within the second."""
+"""Radii around the goal in meters. An episode succeeds if both bobs end within the second."""
 
 
 def action_figures(errors: dict[str, Tensor]) -> dict[str, Any]:
-    """What actions are worth, from errors (K,) under each kind of them and of persistence ("still")."""
+    """Sensitivity to actions, from errors (K,) under each kind of them and of persistence ("still")."""
     true = errors["true"]
     return {
         "steps": len(true),
@@ -24,13 +24,13 @@ def action_figures(errors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 TITLES = {
-    "success": "world model, a new plan at each window",
-    "one_plan": "world model, the first plan to its end",
+    "success": "world model, receding horizon (a new plan at each window)",
+    "one_plan": "world model, open loop (the first plan to its end)",
     "zero_torque": "zero torque",
     "random_torque": "random torque",
-    "oracle": "true dynamics, one plan",
-    "noisy_oracle": "true dynamics, one plan, from a noisy state (0.05 rad, 0.5 rad/s)",
-    "noisy_oracle_replanning": "the same, a new plan at each window",
+    "oracle": "oracle (known physics), open loop",
+    "noisy_oracle": "oracle, open loop, from a noisy state (0.05 rad, 0.5 rad/s)",
+    "noisy_oracle_replanning": "the same, receding horizon",
 }
 
 
@@ -49,13 +49,13 @@ def planning_table(report: dict[str, Any]) -> str:
     lines += [
         "",
         f"| tip to ({', '.join(f'{place:g}' for place in swing['goal'])}) m, from hanging | success | zero torque | "
-        "random torque | median of the highest tip, m | median of its least distance, m |",
+        "random torque | median of the highest tip, m | median of its minimum distance, m |",
         "| :-- | --: | --: | --: | --: | --: |",
         f"| {swing['episodes']} episodes | {planning['swing_up']:.2f} ({swing['standard_error']:.2f}) | "
         f"{swing['zero_torque']:.2f} | {swing['random_torque']:.2f} | {swing['median_highest']:.2f} | "
         f"{swing['median_nearest']:.2f} |",
         "",
-        "| error of features, steps ahead | 1 | 2 | 5 | 10 |",
+        "| error of embeddings, steps ahead | 1 | 2 | 5 | 10 |",
         "| :-- | --: | --: | --: | --: |",
     ]
     for key, title in (

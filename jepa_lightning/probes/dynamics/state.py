@@ -1,6 +1,6 @@
-"""Phase two, physics: read the pendulum's state from frozen features, and judge the forecasts by it.
+"""Evaluation of the pendulum's JEPA: regress the state from frozen embeddings, and evaluate forecasts by it.
 
-Shapes: B batch, N trajectories, T windows, H horizon, D width, L labels.
+Shapes: B batch, N trajectories, T windows, H horizon, D embedding dimension, L labels.
 """
 
 from typing import Literal
@@ -20,21 +20,21 @@ from jepa_lightning.rollouts import unroll
 
 
 class StateProbe(PendulumProbe):
-    """Read sine and cosine of both angles, and both angular velocities, from frozen features.
+    """Ridge and MLP probes of sine and cosine of both angles, and of both angular velocities, on frozen embeddings.
 
-    `fit` makes one pass over the training trajectories (so set `trainer.max_epochs: 1`) to collect features, then
-    solves the ridge regressions, trains the MLPs and, for the controls, a predictor like the JEPA's own. `test` judges
-    all of it on held-out trajectories, also the same readouts, not refitted, on predicted features, and writes
+    `fit` makes one pass over the training trajectories (so set `trainer.max_epochs: 1`) to collect embeddings, then
+    solves the ridge regressions, trains the MLPs and, for the baselines, a predictor like the JEPA's own. `test` evaluates
+    all of it on held-out trajectories, also the same probes, not refitted, on predicted embeddings, and writes
     report.json, report.md and, with a decoder, forecast.mp4.
 
     Args:
-        checkpoint: Of a pendulum JEPA, written by `fit`.
-        decoder: Checkpoint of a `DecoderProbe` on the same JEPA, for the report's images; none if left out.
-        encoder: Whose features are read: the target encoder's or the context encoder's.
+        checkpoint: Path of the checkpoint of a pendulum JEPA, written by `fit`.
+        decoder: Path of the checkpoint of a `DecoderProbe` on the same JEPA, for the report's images; none by default.
+        encoder: Which encoder's embeddings are read, "target" or "context".
         hidden_dim: Width of the MLP's two hidden layers.
-        num_steps: Optimizer steps of each MLP.
-        control_steps: Optimizer steps of the predictor of each control.
-        learning_rate: Peak for MLPs and control predictors.
+        num_steps: Number of optimizer steps of each MLP.
+        control_steps: Number of optimizer steps of the predictor of each baseline.
+        learning_rate: Peak learning rate of the MLPs; that of the baselines' predictors is a third of it.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -55,13 +55,14 @@ class StateProbe(PendulumProbe):
         self.save_hyperparameters()
         if self.jepa.action_dim:
             raise ValueError(
-                f"{checkpoint} holds a model of an actuated pendulum, and StateProbe judges forecasts of a free one. Its "
-                "linear readouts stand in the validation; PlanningProbe (configs/probes/planning.yaml) judges what it predicts."
+                f"{checkpoint} holds a model of an actuated pendulum, and StateProbe evaluates forecasts of a free one. Its "
+                "linear probes stand in the validation, and PlanningProbe (configs/probes/planning.yaml) evaluates "
+                "what it predicts."
             )
         for name, value in (("hidden_dim", hidden_dim), ("num_steps", num_steps), ("control_steps", control_steps)):
             if value < 1:
-                raise ValueError(f"model.{name}={value}: give a whole number of at least 1.")
-        self.automatic_optimization = False  # one pass to collect features, then closed forms and short loops
+                raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
+        self.automatic_optimization = False  # one pass to collect embeddings, then closed forms and short loops
         self.checkpoint, self.num_steps, self.control_steps = checkpoint, num_steps, control_steps
         self.learning_rate = learning_rate
         self.decoder = None if decoder is None else load_decoder(decoder).requires_grad_(False)
@@ -70,12 +71,12 @@ class StateProbe(PendulumProbe):
         dim = self.jepa.latent_dim
         self.linear = nn.ModuleDict({name: LinearReadout(dim, len(LABELS)) for name in self.encoders})
         self.mlp = nn.ModuleDict({name: MLPReadout(dim, len(LABELS), hidden_dim) for name in self.encoders})
-        controls = [name for name in self.encoders if name != "jepa"]
-        self.predictors = nn.ModuleDict({name: self.jepa.build_predictor() for name in controls})
+        baselines = [name for name in self.encoders if name != "jepa"]
+        self.predictors = nn.ModuleDict({name: self.jepa.build_predictor() for name in baselines})
         self._collected: dict[str, list[Tensor]] = {}
 
     def _check_decoder(self, path: str) -> None:
-        """Raise a ValueError if the decoder reads the features of another network than this probe."""
+        """Raise a ValueError if the decoder reads the embeddings of another network than this probe."""
         assert self.decoder is not None
         mine, theirs = self.encoders["jepa"].state_dict(), self.decoder.encoders["jepa"].state_dict()
         if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
@@ -85,7 +86,7 @@ class StateProbe(PendulumProbe):
         if self.decoder is None:
             super().on_fit_start()
             return
-        for name in ("random_encoder", "pca"):  # the very controls that the decoders were trained on
+        for name in ("random_encoder", "pca"):  # the very baselines that the decoders were trained on
             self.encoders[name].load_state_dict(self.decoder.encoders[name].state_dict())
 
     def setup(self, stage: str) -> None:
@@ -103,7 +104,7 @@ class StateProbe(PendulumProbe):
         return None
 
     def forecast(self, features: Tensor, horizon: int, name: str = "jepa") -> Tensor:
-        """Predicted features of one encoder 1 ... H frames later: (..., D) -> (..., H, D)."""
+        """Predicted embeddings of one encoder 1 ... H frames later: (..., D) -> (..., H, D)."""
         return unroll(self.jepa.predictor if name == "jepa" else self.predictors[name], features, horizon)
 
     def training_step(self, batch: PendulumBatch, batch_idx: int) -> None:
@@ -139,9 +140,9 @@ class StateProbe(PendulumProbe):
             rank_zero_info(f"Fitting the probes of {name} on {len(features)} windows")
             ridge = self.linear[name].fit(features, labels, val_features, val_labels)
             self.mlp[name].fit(features, labels, self.num_steps, self.learning_rate)
-            for kind, readout in (("linear", self.linear[name]), ("mlp", self.mlp[name])):
+            for kind, regressor in (("linear", self.linear[name]), ("mlp", self.mlp[name])):
                 with torch.no_grad():
-                    scores = r2_score(readout(val_features), val_labels)
+                    scores = r2_score(regressor(val_features), val_labels)
                 self.log_dict({f"val/{kind}_r2_{name}_{k}": s for k, s in zip(LABELS, scores, strict=True)})
             self.log(f"val/ridge_{name}", ridge)
             if name in self.predictors:

@@ -1,6 +1,6 @@
-"""Phase two, images: a classifier that chooses where to look.
+"""Evaluation of the frozen encoder: attentive probing.
 
-Shapes: B batch, N patches, D width.
+Shapes: B batch, N patches, D embedding dimension.
 """
 
 from typing import Any, Literal
@@ -21,9 +21,9 @@ class AttentivePool(nn.Module):
     """A learned query attends to all patches: the average becomes a choice of where to look.
 
     Args:
-        dim: D.
-        num_heads: Of the attention.
-        num_classes: Of the linear layer behind it.
+        dim: Dimension D of the patch features.
+        num_heads: Number of attention heads.
+        num_classes: Number of classes of the linear layer.
     """
 
     def __init__(self, dim: int, num_heads: int, num_classes: int) -> None:
@@ -47,25 +47,25 @@ class AttentivePool(nn.Module):
 
 
 class AttentiveProbe(ClassificationProbe):
-    """Classifiers that attend to the patches of frozen encoders, the I-JEPA's and the same network untrained.
+    """Classifiers that attend to the patch features of frozen encoders: the I-JEPA's and the random-initialization baseline.
 
     One learned query, one cross-attention with an MLP behind it, one linear layer: what average pooling hides. `test`
     writes report.json and report.md.
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        num_classes: Classes of the data.
-        encoder: Whose features are read: the target encoder's or the context encoder's.
-        learning_rates: Peaks of the grid, for AdamW.
-        weight_decays: Of the grid.
-        baselines: Beside it the same on the untrained network's patches.
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        num_classes: Number of classes of the data.
+        encoder: Which encoder's features are read, "target" or "context".
+        learning_rates: Peak learning rates of the grid, for AdamW.
+        weight_decays: Weight decays of the grid.
+        baselines: Whether to evaluate the random-initialization baseline.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
-    names = {"attentive": "attention over the patches", "untrained": "untrained encoder, the same"}  # noqa: RUF012
+    names = {"attentive": "attention over the patches", "untrained": "randomly initialized encoder, the same"}  # noqa: RUF012
     own = ("attentive",)
 
     def __init__(

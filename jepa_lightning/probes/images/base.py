@@ -1,6 +1,6 @@
-"""What the probes of images share: a frozen I-JEPA or IWM, and the same network untrained.
+"""What the probes of images share: a frozen I-JEPA or IWM, and the random-initialization baseline.
 
-Shapes: B batch, N patches, H W pixels, D width.
+Shapes: B batch, N patches, H W pixels, D embedding dimension.
 """
 
 from abc import ABC
@@ -19,13 +19,13 @@ from jepa_lightning.weights.checkpoints import RECORD, load_jepa, record
 
 
 class ImageProbe(LightningModule, ABC):
-    """Freeze an I-JEPA or IWM and learn to read its patch features, beside those of the same network untrained.
+    """Freeze an I-JEPA or IWM and fit a probe on its patch features, compared with the random-initialization baseline.
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
-        num_classes: Classes of the data, by task if there are several; None for a probe that needs no labels.
-        baselines: Whether the untrained network, and whatever else a subclass compares with, is there.
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        encoder: Which encoder's features are read, "target" as in the paper, or "context".
+        num_classes: Number of classes of the data, by task if there are several; None for a probe that needs no labels.
+        baselines: Whether to evaluate the random-initialization baseline, and whatever else a subclass compares with.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -126,7 +126,7 @@ class ImageProbe(LightningModule, ABC):
         self.fitted.fill_(True)
 
     def on_test_start(self) -> None:
-        """Refuse to judge what was never fitted.
+        """Refuse to evaluate what was never fitted.
 
         Raises:
             ValueError: The weights are random.

@@ -1,6 +1,6 @@
-"""Phase two, images: decode patch features to pixels, and with that show what the predictor expects where nothing is seen.
+"""Evaluation of an image JEPA: decode patch features to pixels, and inpaint what is hidden from predicted ones.
 
-Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, H W pixels, D width.
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, H W pixels, D embedding dimension.
 """
 
 from pathlib import Path
@@ -31,16 +31,16 @@ SHOWN = 8
 """Images in the figure."""
 
 STEPS = 9
-"""Positions of a action sweep, from one unit less to one unit more; see `datamodules.views.COLORS`."""
+"""Positions of an action sweep, from one unit less to one unit more; see `datamodules.views.COLORS`."""
 
 
 class Completion(NamedTuple):
-    """Images, what was visible of them, and what was made of that; normalized pixels (B, 3, H, W)."""
+    """Which patches were visible and which were targets, and decoded images: normalized pixels (B, 3, H, W)."""
 
     visible: Tensor
     """(B, N), bool: patches that the context encoder saw."""
 
-    judged: Tensor
+    targets: Tensor
     """(B, N), bool: patches of the target blocks."""
 
     completed: Tensor
@@ -51,25 +51,26 @@ class Completion(NamedTuple):
 
 
 class CompletionProbe(ImageProbe):
-    """Decode pixels from frozen patch features, and complete images of which a part is hidden.
+    """Decode pixels from frozen patch features, and inpaint (complete) images whose patches are hidden in blocks.
 
-    A small transformer learns to paint the image from the layer-normalized features of the target encoder, the space in
-    which I-JEPA predicts; another one learns the same from the untrained encoder. Neither ever sees a prediction. Then
-    the visible patches are encoded, the hidden ones predicted, and all of them painted. Validation writes completion.png:
-    image, what was visible, the completion, and the painting of the true features. `test` adds report.json and
-    report.md, with the squared errors (normalized pixels) on the target blocks beside those of the mean visible color.
+    A small transformer learns to decode the image from the layer-normalized features of the target encoder, the space in
+    which I-JEPA predicts; another one learns the same from the randomly initialized encoder. Neither ever sees a prediction.
+    Then the visible patches are encoded, the hidden ones predicted, and all of them decoded. Validation writes
+    completion.png: image, what was visible, the completion, and the reconstruction from true features. `test` adds
+    report.json and report.md, with the squared errors (normalized pixels) on the target blocks compared with those of the
+    mean visible color.
 
-    A deterministic prediction in feature space is painted as an average of what may be there: blurred, not invented.
+    A deterministic prediction in embedding space is decoded as an average of what may be there: blurred, not invented.
 
-    Of an IWM, which predicts all that is hidden at once, validation also writes action_sweep.png: an image with more and less
-    brightness, contrast, saturation and hue, as it would be and as the world model imagines it.
+    For an IWM, which predicts all that is hidden at once, validation also writes action_sweep.png: an image with more and
+    less brightness, contrast, saturation and hue, true and as decoded from the world model's predictions.
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        width: Of the decoder.
-        depth: Its number of blocks.
-        learning_rate: Peak of the schedule.
-        weight_decay: Of matrices.
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        width: Token dimension of the decoder, a multiple of 64.
+        depth: Number of blocks of the decoder.
+        learning_rate: Peak learning rate.
+        weight_decay: Weight decay of matrices.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -77,9 +78,9 @@ class CompletionProbe(ImageProbe):
     """
 
     titles = {  # noqa: RUF012
-        "reconstruction": "painted from the true features",
-        "completion": "painted from predicted features",
-        "untrained_reconstruction": "painted from true features of the untrained encoder",
+        "reconstruction": "decoded from the true features",
+        "completion": "decoded from predicted features",
+        "untrained_reconstruction": "decoded from true features of the randomly initialized encoder",
         "mean_color": "mean color of the visible patches",
     }
 
@@ -107,7 +108,7 @@ class CompletionProbe(ImageProbe):
     def take(self, jepa: ImageJEPA) -> None:
         self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
         self.predicts_normalized = jepa.normalize_targets
-        self.imagine = jepa.apply_actions if isinstance(jepa, IWM) else None
+        self.apply_actions = jepa.apply_actions if isinstance(jepa, IWM) else None
         self.views = Views(**(getattr(jepa, "trained_on", None) or {}))
         pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
         if all(torch.equal(context, target) for context, target in pairs):
@@ -129,20 +130,20 @@ class CompletionProbe(ImageProbe):
 
     @torch.no_grad()
     def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
-        """Hide a part of images, predict its features, and paint.
+        """Hide blocks of images, predict their features, and decode.
 
         Args:
-            images: (B, 3, H, W), normalized.
-            generator: On the CPU, of the masks.
+            images: Normalized images, (B, 3, H, W).
+            generator: Random generator of the masks, on the CPU.
         """
         masks = self.masks.draw(len(images), generator, 1.0).to(images.device)
         count = self.encoder.grid[0] * self.encoder.grid[1]
         visible = torch.zeros(len(images), count, dtype=torch.bool, device=images.device).scatter_(1, masks.context, True)
-        judged = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
+        targets = torch.zeros_like(visible).scatter_(1, masks.targets.flatten(1), True)
         context = self.context_encoder(images, masks.context)  # (B, K, D)
         # All that is not seen is predicted at once, as IWM is trained, and then each block on its own, as I-JEPA is.
         rest = masks.hidden(count)  # (B, N - K)
-        blocks = masks.targets if self.imagine is None else masks.targets[:, :0]
+        blocks = masks.targets if self.apply_actions is None else masks.targets[:, :0]
         features = images.new_zeros(len(images), count, self.encoder.dim)
         predicted = [self._predict(context, masks.context, rest[:, None])[:, 0]]  # (B, N - K, D)
         if blocks.shape[1]:
@@ -152,8 +153,8 @@ class CompletionProbe(ImageProbe):
         # One after the other, since blocks may overlap: the last one counts.
         for indices, values in zip([masks.context, *places], [normalized, *predicted], strict=True):
             features.scatter_(1, indices[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
-        paint = self.decoders["jepa"]
-        return Completion(visible, judged, paint(features), paint(self.features(images)))
+        decoder = self.decoders["jepa"]
+        return Completion(visible, targets, decoder(features), decoder(self.features(images)))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         losses = {}
@@ -167,15 +168,15 @@ class CompletionProbe(ImageProbe):
         found = self.complete(images, batch_generator(batch))
         truth = self.decoders["jepa"].patches(images)  # (B, N, pixels)
         mean = take(truth, found.visible.nonzero()[:, 1].view(len(images), -1)).unflatten(2, (3, -1)).mean(dim=(1, 3))
-        painted = {
+        decoded = {
             "reconstruction": found.reconstructed,
             "completion": found.completed,
             "untrained_reconstruction": self.decoders["untrained"](self.features(images, "untrained")),
             "mean_color": mean[..., None, None].expand_as(images),
         }
-        for name, pixels in painted.items():
+        for name, pixels in decoded.items():
             error = (self.decoders["jepa"].patches(pixels) - truth).square().mean(dim=2)  # (B, N)
-            self.errors[name].update(error[found.judged].mean(), len(images))
+            self.errors[name].update(error[found.targets].mean(), len(images))
         if batch_idx == 0:
             self._show(images[:SHOWN], Completion(*(part[:SHOWN] for part in found)))
 
@@ -222,25 +223,25 @@ class CompletionProbe(ImageProbe):
         directory.mkdir(parents=True, exist_ok=True)
         figure.savefig(directory / "completion.png")
         show(self.trainer, "completion", figure, self.global_step)
-        if self.imagine is not None:
+        if self.apply_actions is not None:
             action_sweep = self._action_sweep(images[:1])
             action_sweep.savefig(directory / "action_sweep.png")
             show(self.trainer, "action_sweep", action_sweep, self.global_step)
 
     @torch.no_grad()
     def _action_sweep(self, image: Tensor) -> Figure:
-        """What actions of one scalar make of a normalized image (1, 3, H, W): the truth, and what is imagined."""
-        assert self.imagine is not None
+        """What actions of one scalar make of a normalized image (1, 3, H, W): the truth, and decoded predictions."""
+        assert self.apply_actions is not None
         context = self.context_encoder(image)  # (1, N, D)
         rows = {}
         for number, name in enumerate(JITTERED):
             colors = torch.zeros(STEPS, len(COLORS))
             colors[:, number] = torch.linspace(-1, 1, STEPS)
-            imagined = self.imagine(context.expand(STEPS, -1, -1), action_to(colors, self.views).to(image.device))
+            predicted = self.apply_actions(context.expand(STEPS, -1, -1), action_to(colors, self.views).to(image.device))
             if not self.predicts_normalized:
-                imagined = F.layer_norm(imagined, imagined.shape[-1:])
+                predicted = F.layer_norm(predicted, predicted.shape[-1:])
             rows[f"{name},\ntrue"] = to_colors(make_versions(denormalize(image)[0], colors))
-            rows[f"{name},\nimagined"] = to_colors(self.decoders["jepa"](imagined))
+            rows[f"{name},\npredicted"] = to_colors(self.decoders["jepa"](predicted))
         return rows_figure(rows)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,6 +1,6 @@
-"""Phase two, world models: can it apply a transformation, and what do its features keep of one?
+"""Evaluation of an image world model: can it apply a transformation, and what do its embeddings keep of one?
 
-Shapes: B batch, H W pixels, D width, A scalars of an action.
+Shapes: B batch, H W pixels, D embedding dimension, A scalars of an action.
 """
 
 from dataclasses import asdict
@@ -31,24 +31,25 @@ SHOWN = 3
 """Images in the figure."""
 
 READERS = ("encoder", "untrained", "other_pairs")
-"""Whose features, and what is read from them: the actions, but for the last, which are those of other pairs."""
+"""Whose embeddings, and what is regressed from them: the actions, but for the last, which are those of other pairs."""
 
 
 class EquivarianceProbe(ImageProbe):
-    """Judge a world model: is it equivariant, and what is it invariant to?
+    """Evaluate a world model: is it equivariant, and what is it invariant to?
 
     There is nothing to fit: `test` alone writes report.json, report.md and nearest_versions.png.
 
-    * Mean reciprocal rank by the protocol of `jepa_lightning.mean_reciprocal_rank`, beside chance, an action-blind predictor and
-      shuffled actions, and for each transformation.
-    * R2 of the action, read from the pooled features of a pair of views (ridge regression), beside that of the untrained
-      encoder, and beside that of the actions of other pairs.
-    * Squared change of the pooled features under a color jitter, relative to that between two images, beside that of the
-      untrained encoder: 0 would be invariance. (With geometric views, the change includes the other crop.)
+    * Mean reciprocal rank by the protocol of `jepa_lightning.mean_reciprocal_rank`, compared with chance, an action-blind
+      predictor and shuffled actions, and for each transformation.
+    * R2 of the action, regressed from the pooled embeddings of a pair of views (ridge regression), compared with that of
+      the random-initialization baseline, and with that of the actions of other pairs.
+    * Squared change of the pooled embeddings under a color jitter, relative to that between two images, compared with that
+      of the random-initialization baseline: 0 would be invariance. (With geometric views, the change includes the other
+      crop.)
 
     Args:
-        checkpoint: Of an IWM, written by `fit`.
-        num_images: Held-out images whose versions are ranked, with 256 versions each.
+        checkpoint: Path of the checkpoint of an IWM, written by `fit`.
+        num_images: Number of held-out images whose versions are ranked, with 256 versions each.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -74,12 +75,12 @@ class EquivarianceProbe(ImageProbe):
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The encoders that are judged."""
+        """The encoders that are evaluated."""
         return {"encoder": self.encoder, "untrained": self.untrained}
 
     def take(self, jepa: ImageJEPA) -> None:
         if not isinstance(jepa, IWM):
-            raise ValueError(f"{self.checkpoint} holds a {type(jepa).__name__}; EquivarianceProbe judges an IWM.")
+            raise ValueError(f"{self.checkpoint} holds a {type(jepa).__name__}; EquivarianceProbe evaluates an IWM.")
         self.jepa = jepa
 
     def setup(self, stage: str) -> None:
@@ -154,8 +155,8 @@ class EquivarianceProbe(ImageProbe):
         report |= {"views": asdict(data.views), "trained_on_views": self.jepa.trained_on}
         notes = (
             f"Of `{self.checkpoint}`, on {counted} held-out images with 256 versions each; R2 and change on all held-out "
-            "pairs of views. The protocol stands in jepa_lightning/mean_reciprocal_rank.py; grayscale, blur and solarize are to be "
-            f"undone, the others to be applied. Jitter of strength {data.views.ranges}; trained on "
+            "pairs of views. The protocol is in jepa_lightning/mean_reciprocal_rank.py; grayscale, blur and solarize are "
+            f"to be undone, the others to be applied. Jitter of strength {data.views.ranges}; trained on "
             f"{self.jepa.trained_on}. Figure: nearest_versions.png."
         )
         save_report(Path(self.trainer.default_root_dir), report, "Equivariance", notes, equivariance_table(report))
@@ -164,7 +165,7 @@ class EquivarianceProbe(ImageProbe):
 def equivariance_table(report: dict[str, Any]) -> str:
     """The figures of an `EquivarianceProbe` in Markdown."""
     patch, pooled = report["mrr"], report["mrr_pooled"]
-    lines = ["| mean reciprocal rank | patch features | pooled features |", "| :-- | --: | --: |"]
+    lines = ["| mean reciprocal rank | patch features | pooled embeddings |", "| :-- | --: | --: |"]
 
     def row(title: str, *values: float) -> None:
         lines.append(f"| {title} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
@@ -177,11 +178,11 @@ def equivariance_table(report: dict[str, Any]) -> str:
     for name, value in patch["per_transformation"].items():
         row(name, value, pooled["per_transformation"][name])
     for name, value in patch["untold"].items():
-        row(f"{name}, not told", value, pooled["untold"][name])
+        row(f"{name}, action withheld", value, pooled["untold"][name])
     r2 = report["action_r2"]
     lines += [
         "",
-        "| what features keep | encoder | untrained encoder | actions of other pairs |",
+        "| what embeddings keep | encoder | randomly initialized encoder | actions of other pairs |",
         "| :-- | --: | --: | --: |",
     ]
     for name in r2["encoder"]:

@@ -1,4 +1,4 @@
-"""Phase two, images: train the encoder on, with labels."""
+"""Evaluation of the encoder by end-to-end fine-tuning with labels."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,10 +19,10 @@ from jepa_lightning.probes.images.base import ImageProbe
 from jepa_lightning.probes.report import save_accuracies
 
 
-def arm_accuracies(accuracies: Mapping[str, Any], judged: Any) -> tuple[dict[str, dict[str, float]], int]:
-    """Accuracy and its standard error by arm, and how many images were judged; the metrics are reset."""
-    count = max(1, int(judged.compute()))
-    judged.reset()
+def arm_accuracies(accuracies: Mapping[str, Any], evaluated: Any) -> tuple[dict[str, dict[str, float]], int]:
+    """Accuracy and its standard error by arm, and how many images were evaluated; the metrics are reset."""
+    count = max(1, int(evaluated.compute()))
+    evaluated.reset()
     figures = {}
     for name, metric in accuracies.items():
         accuracy = float(metric.compute())
@@ -47,21 +47,21 @@ class EncoderClassifier(nn.Module):
 
 
 class FineTuning(ImageProbe):
-    """Train an I-JEPA's encoder and a linear layer on labels, beside the same network from scratch.
+    """Fine-tune an I-JEPA's encoder and a linear layer on labels, compared with the same network from scratch.
 
     Both see the same images for the same number of steps. Blocks nearer to the pixels learn more slowly, by
     `layer_decay` a block; from scratch, all learn alike. `test` writes report.json and report.md. (Assran et al. 2023,
     appendix A and D; they take 50 or 100 epochs and stronger augmentation.)
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        num_classes: Classes of the data.
-        encoder: Which one is trained on: the target encoder or the context encoder.
-        learning_rate: Peak of the schedule, for the linear layer and the last block.
-        warmup_fraction: Part of all optimizer steps over which it rises, in [0, 1).
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        num_classes: Number of classes of the data.
+        encoder: Which encoder is fine-tuned, "target" or "context".
+        learning_rate: Peak learning rate of the linear layer and the last block.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
         layer_decay: Learning rate of a block over that of the next, in (0, 1].
-        weight_decay: Of matrices.
-        label_smoothing: Part of the target that all classes share, in [0, 1).
+        weight_decay: Weight decay of matrices.
+        label_smoothing: Fraction of the target that all classes share, in [0, 1).
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -94,7 +94,7 @@ class FineTuning(ImageProbe):
             )
         self.learning_rate, self.warmup_fraction, self.layer_decay = learning_rate, warmup_fraction, layer_decay
         self.weight_decay, self.label_smoothing = weight_decay, label_smoothing
-        self.judged = SumMetric()
+        self.evaluated = SumMetric()
         if num_classes is not None:
             self.set_classes(num_classes)
 
@@ -126,7 +126,7 @@ class FineTuning(ImageProbe):
         return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        self.judged.update(len(batch.labels))
+        self.evaluated.update(len(batch.labels))
         for name, network in self.networks.items():
             logits = network(batch.images)
             self.accuracies[name].update(logits, batch.labels)
@@ -137,11 +137,11 @@ class FineTuning(ImageProbe):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        for name, figures in arm_accuracies(dict(self.accuracies.items()), self.judged)[0].items():
+        for name, figures in arm_accuracies(dict(self.accuracies.items()), self.evaluated)[0].items():
             self.log(f"val/accuracy_{name}", figures["accuracy"], prog_bar=True)
 
     def on_test_epoch_end(self) -> None:
-        figures, count = arm_accuracies(dict(self.accuracies.items()), self.judged)
+        figures, count = arm_accuracies(dict(self.accuracies.items()), self.evaluated)
         save_accuracies(self, figures, f"on {count} held-out images")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,4 +1,4 @@
-"""Phase two, images: the vote of the nearest training images, which needs no training of its own."""
+"""Evaluation of the frozen encoder: k-NN classification, which needs no training of its own."""
 
 from typing import Any, Literal
 
@@ -16,29 +16,33 @@ from jepa_lightning.probes.report import save_accuracies
 
 
 class KNNProbe(ImageProbe):
-    """k-NN on frozen, average-pooled features: which training images look alike, and what are they?
+    """k-NN on frozen, average-pooled embeddings: which training images look alike, and what are they?
 
     There is nothing to fit: `test` alone encodes the training images without crops, lets the k most similar vote on each
     held-out one, each vote weighted by exp(cosine similarity / temperature) (Wu et al. 2018), and writes report.json and
-    report.md. The same on features of the untrained network and on pixels stands beside it.
+    report.md. Baselines: the same on embeddings of the randomly initialized encoder and on pixels.
 
-    Processes share the training images out among them: each encodes and keeps its part, in the host's memory, 4 bytes per
+    Processes share the training images out among them: each encodes and keeps its share, in the host's memory, 4 bytes per
     number. Of ImageNet that is 6.6 GB over all processes for a ViT-H, and 22 GB more with the baselines.
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        num_classes: Classes of the data.
-        encoder: Whose features are read: the target encoder's or the context encoder's.
-        num_neighbors: k.
-        temperature: Of the weights.
-        baselines: Beside it the same on the untrained network's features and on pixels.
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        num_classes: Number of classes of the data.
+        encoder: Which encoder's embeddings are read, "target" or "context".
+        num_neighbors: Number of neighbors k.
+        temperature: Temperature of the weights of the votes.
+        baselines: Whether to evaluate the randomly initialized encoder and pixels, too.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
-    names = {"features": "average of the last block", "untrained": "untrained encoder", "pixels": "pixels"}  # noqa: RUF012
+    names = {  # noqa: RUF012
+        "features": "average of the last block",
+        "untrained": "randomly initialized encoder",
+        "pixels": "pixels",
+    }
     own = ("features",)
 
     def __init__(
@@ -59,7 +63,7 @@ class KNNProbe(ImageProbe):
             )
         self.num_neighbors, self.temperature = num_neighbors, temperature
         self.right = nn.ModuleDict({name: SumMetric() for name in self.names})
-        self.judged = SumMetric()
+        self.evaluated = SumMetric()
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -81,8 +85,8 @@ class KNNProbe(ImageProbe):
             batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, self.device, 0), 0)
             with self.trainer.precision_plugin.test_step_context():
                 features = self.features(batch.images)
-            for name, bank in self._banks.items():
-                bank.add(features[name], batch.labels)
+            for name, memory_bank in self._banks.items():
+                memory_bank.add(features[name], batch.labels)
         self._queries: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self._answers: list[Tensor] = []
 
@@ -94,18 +98,18 @@ class KNNProbe(ImageProbe):
 
     def on_test_epoch_end(self) -> None:
         answers, figures = torch.cat(self._answers), {}
-        self.judged.update(len(answers))
-        count = int(self.judged.compute())
-        for name, bank in self._banks.items():
-            members = bank.close()
+        self.evaluated.update(len(answers))
+        count = int(self.evaluated.compute())
+        for name, memory_bank in self._banks.items():
+            members = memory_bank.close()
             queries = torch.cat(self._queries.pop(name)).to(self.device)
             with torch.autocast(self.device.type, enabled=False):
-                votes = bank.vote(queries, self.num_neighbors, self.temperature)
+                votes = memory_bank.vote(queries, self.num_neighbors, self.temperature)
             self.right[name].update((votes == answers).sum())
             accuracy = float(self.right[name].compute()) / count
             error = (accuracy * (1 - accuracy) / count) ** 0.5
             figures[name] = {"accuracy": accuracy, "standard_error": error, "num_neighbors": self.num_neighbors}
-        for metric in (self.judged, *self.right.values()):
+        for metric in (self.evaluated, *self.right.values()):
             metric.reset()
         self._banks, self._answers = {}, []
         save_accuracies(self, figures, f"on {count} held-out images, against {members} training images")

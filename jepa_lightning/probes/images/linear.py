@@ -1,6 +1,6 @@
-"""Phase two, images: classifiers on frozen features, beside those on what they must beat.
+"""Evaluation of the frozen encoder: classifiers on frozen embeddings, compared with the baselines that they must beat.
 
-Shapes: B batch, H W pixels, N patches, D width, G heads of the grid.
+Shapes: B batch, H W pixels, N patches, D embedding dimension, G heads of the grid.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from jepa_lightning.probes.images.base import ImageProbe
 from jepa_lightning.probes.report import save_accuracies
 
 PIXEL_GRID = 32
-"""Images larger than this are shrunk to it for the control that sees pixels alone."""
+"""Images larger than this are shrunk to it for the baseline on pixels."""
 
 
 def shrunk_pixels(images: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class HalvesAccuracy(Metric):
         self.add_state("seen", torch.zeros(2, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predicted: Tensor, labels: Tensor) -> None:
-        """Take in class indices of every classifier (B, count) and the right ones (B,); samples take turns."""
+        """Add class indices of every classifier (B, count) and the right ones (B,); samples take turns."""
         right = predicted == labels[:, None]
         for half in (0, 1):
             self.right[half] += right[half::2].sum(dim=0)
@@ -93,7 +93,7 @@ class ClassificationProbe(ImageProbe):
 
     @abstractmethod
     def make_head(self, name: str, num_classes: int) -> nn.Module:
-        """A classifier of one kind of features."""
+        """A classifier on one kind of features."""
 
     @abstractmethod
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -101,12 +101,12 @@ class ClassificationProbe(ImageProbe):
 
     @abstractmethod
     def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Of all heads: a group per pair of the grid, with its own "lr" and "weight_decay"."""
+        """Optimizer of all heads: a group per pair of the grid, with its own "lr" and "weight_decay"."""
 
     def logits(self, images: Tensor) -> Tensor:
-        """Of every classifier, in the order of `names` and the grid: (B, names * G, classes)."""
+        """Logits of every classifier, in the order of `names` and the grid: (B, names * G, classes)."""
         inputs = {name: value.float() for name, value in self.inputs(images).items()}
-        # In float32 where it is judged: rounded to bfloat16, the scores of two classes are now and then the same.
+        # In float32 where it is evaluated: rounded to bfloat16, the scores of two classes are now and then the same.
         with torch.autocast(images.device.type, enabled=self.training and torch.is_autocast_enabled(images.device.type)):
             scores = [self.heads[f"{name}_{place}"](inputs[name]) for name in self.names for place in range(len(self.grid))]
         return torch.stack(scores, dim=1)
@@ -156,8 +156,8 @@ class ClassificationProbe(ImageProbe):
 
     def on_test_epoch_end(self) -> None:
         figures, count = self.chosen()
-        judged = f"on {count} held-out images; learning rate and weight decay were chosen on others"
-        save_accuracies(self, figures, judged)
+        evaluated = f"on {count} held-out images; learning rate and weight decay were chosen on others"
+        save_accuracies(self, figures, evaluated)
         self.accuracy.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -176,20 +176,20 @@ class ClassificationProbe(ImageProbe):
 
 
 class LinearProbe(ClassificationProbe):
-    """Linear classifiers on frozen, average-pooled features: how good is a representation?
+    """Linear probing on frozen, average-pooled embeddings: how good is a representation?
 
-    On the last block and on the last four blocks (the paper reports the better), on the same network untrained, and on
-    pixels, each behind a batch normalization. `test` writes report.json and report.md.
+    On the last block and on the last four blocks (the paper reports the better), on the randomly initialized encoder, and
+    on pixels, each behind a batch normalization. `test` writes report.json and report.md.
 
     Differs from the paper: momentum SGD with a cosine instead of LARS with steps, which was made for batches of 16,384.
 
     Args:
-        checkpoint: Of an I-JEPA or IWM, written by `fit` or imported.
-        num_classes: Classes of the data.
-        encoder: Whose features are read: the target encoder's, as in the paper, or the context encoder's.
-        learning_rates: Peaks of the grid.
-        weight_decays: Of the grid.
-        baselines: Beside them the same on the untrained network's features and on pixels.
+        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        num_classes: Number of classes of the data.
+        encoder: Which encoder's embeddings are read, "target" as in the paper, or "context".
+        learning_rates: Peak learning rates of the grid.
+        weight_decays: Weight decays of the grid.
+        baselines: Whether to evaluate the randomly initialized encoder and pixels, too.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -199,8 +199,8 @@ class LinearProbe(ClassificationProbe):
     names = {  # noqa: RUF012
         "last": "average of the last block",
         "last_four": "averages of the last four blocks",
-        "untrained_last": "untrained encoder, last block",
-        "untrained_last_four": "untrained encoder, last four blocks",
+        "untrained_last": "randomly initialized encoder, last block",
+        "untrained_last_four": "randomly initialized encoder, last four blocks",
         "pixels": "pixels",
     }
     own = ("last", "last_four")
@@ -232,7 +232,7 @@ class LinearProbe(ClassificationProbe):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """Pooled features and pixels, by name: normalized images (B, 3, H, W) -> (B, width) each."""
+        """Pooled embeddings and pixels, by name: normalized images (B, 3, H, W) -> (B, width) each."""
         found: dict[str, Tensor] = {}
         networks = {"": self.encoder} | ({"untrained_": self.untrained} if self.baselines else {})
         for prefix, network in networks.items():

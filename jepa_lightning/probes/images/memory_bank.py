@@ -1,6 +1,6 @@
-"""Training images whose classes are known, shared out over the processes, and the search among all of them.
+"""The memory bank: embeddings of labeled training images, sharded over the processes, and the search among all of them.
 
-Shapes: N images of this process, Q queries, D width, k neighbors, P processes.
+Shapes: N images of this process, Q queries, D embedding dimension, k neighbors, P processes.
 """
 
 import torch
@@ -11,19 +11,19 @@ from jepa_lightning.classifiers import BANK_ROWS, QUERY_ROWS, best_of, direction
 
 
 class MemoryBank:
-    """Features of this process's share of the training images, and the vote of the most similar ones of all processes.
+    """Embeddings of this process's share of the training images, and the vote of the most similar ones of all processes.
 
-    The share lies in the host's memory in float32, 4 N D bytes; the device sees a part at a time. `close` and `vote` are to
-    be called by all processes together.
+    The share lies in the host's memory in float32, 4 N D bytes; the device sees a chunk at a time. `close` and `vote` are
+    to be called by all processes together.
 
     Args:
-        capacity: Greatest N.
-        rank: Of this process.
-        num_ranks: P.
+        capacity: Maximum number of images N of this process.
+        rank: Rank of this process.
+        num_ranks: Number of processes P.
     """
 
     mean: Tensor
-    """Of the features of all processes, (D,)."""
+    """Mean of the embeddings of all processes, (D,)."""
 
     def __init__(self, capacity: int, rank: int = 0, num_ranks: int = 1) -> None:
         self.capacity, self.rank, self.num_ranks = capacity, rank, num_ranks
@@ -31,7 +31,7 @@ class MemoryBank:
         self._labels = torch.empty(capacity, dtype=torch.int64)
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Take in features (B, D) and classes (B,)."""
+        """Add embeddings (B, D) and classes (B,)."""
         if self.count == 0:
             self._features = torch.empty(self.capacity, features.shape[1])
             self._total = torch.zeros(1 + features.shape[1], dtype=torch.float64, device=features.device)
@@ -42,7 +42,7 @@ class MemoryBank:
         self.count += len(features)
 
     def close(self) -> int:
-        """Turn features into directions from the mean of all, and return the number of images of all processes."""
+        """Turn embeddings into directions from the mean of all, and return the number of images of all processes."""
         if self.num_ranks > 1:
             distributed.all_reduce(self._total)
         self.mean = (self._total[1:] / self._total[0]).float()
@@ -53,15 +53,15 @@ class MemoryBank:
         return int(self._total[0])
 
     def vote(self, queries: Tensor, num_neighbors: int, temperature: float) -> Tensor:
-        """What the most similar images of all processes say of this process's queries.
+        """Classes of this process's queries, by the vote of the most similar images of all processes.
 
-        Processes take turns: one sends a part of its queries to all, each finds the k best of its share, and the k best of
+        Processes take turns: one sends a chunk of its queries to all, each finds the k best of its share, and the k best of
         those are the k best of all. So it does not matter how many queries each process has.
 
         Args:
-            queries: (Q, D), another Q in each process.
-            num_neighbors: k; fewer where there are fewer images.
-            temperature: Of the weights exp(cosine similarity / temperature).
+            queries: Embeddings to classify, (Q, D), another Q in each process.
+            num_neighbors: Number of neighbors k; all images if there are fewer.
+            temperature: Temperature of the weights exp(cosine similarity / temperature).
 
         Returns:
             (Q,) class indices.
@@ -94,7 +94,7 @@ class MemoryBank:
         """The k best of all processes' candidates: (Q, k) twice -> (Q, k) twice."""
         if self.num_ranks == 1:
             return similarities, labels
-        missing = num_neighbors - similarities.shape[1]  # in a share of fewer images than k: of no weight
+        missing = num_neighbors - similarities.shape[1]  # in a share of fewer images than k: with zero weight
         padded = functional.pad(similarities, (0, missing), value=-torch.inf), functional.pad(labels, (0, missing))
         gathered = []
         for mine in padded:

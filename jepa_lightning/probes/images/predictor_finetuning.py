@@ -1,6 +1,6 @@
-"""Phase two, world models: the predictor is of use too (Garrido et al. 2024, predictor fine-tuning).
+"""Evaluation of an image world model by predictor fine-tuning (Garrido et al. 2024).
 
-Shapes: B batch, N patches, H W pixels, D width.
+Shapes: B batch, N patches, H W pixels, D embedding dimension.
 """
 
 import copy
@@ -43,7 +43,7 @@ class AttentiveClassifier(nn.Module):
 
 
 class PredictorClassifier(AttentiveClassifier):
-    """A predictor that is asked for the whole, unchanged image, and attentive classifiers of its answer.
+    """A predictor of the whole, unchanged image, and attentive classifiers of its output.
 
     Where there are several tasks, each has a learned token that the predictor sees.
     """
@@ -63,23 +63,24 @@ class PredictorClassifier(AttentiveClassifier):
 
 
 class PredictorFineTuning(ImageProbe):
-    """Train the predictor of an IWM on labels: the encoder stays frozen and cheap to share.
+    """Fine-tune the predictor of an IWM on labels: the encoder stays frozen and cheap to share.
 
-    The predictor sees the frozen encoder's features of the whole image and is asked for all patches after no change (the
-    zero action); an attentive classifier reads its answer. Three arms see the same images: the pre-trained predictor, one
-    of the same size with random weights, and the attentive classifier alone. `test` writes report.json and report.md.
+    The predictor sees the frozen encoder's features of the whole image and predicts all patches after no change (the zero
+    action); an attentive classifier reads its output. Three arms see the same images: the pre-trained predictor, one of
+    the same size with random weights, and the attentive classifier alone. `test` writes report.json and report.md.
 
     With `datamodules.MultiTask`, one predictor learns several tasks at once, each with a token and a classifier of its own.
 
     Args:
-        checkpoint: Of an IWM, written by `fit`.
-        num_classes: Classes of the data; by task where there are several.
+        checkpoint: Path of the checkpoint of an IWM, written by `fit`.
+        num_classes: Number of classes of the data; by task where there are several.
         end_to_end: Train the encoder too, a copy of its own for each arm.
-        learning_rate: Peak of the schedule: of the classifiers, and of the predictor with random weights.
-        pretrained_factor: Learning rate of the pre-trained predictor, and of an encoder, over that; the paper's is a tenth.
-        warmup_fraction: Part of all optimizer steps over which the rates rise, in [0, 1).
-        weight_decay: Of matrices.
-        label_smoothing: Part of the target that all classes share, in [0, 1).
+        learning_rate: Peak learning rate of the classifiers, and of the predictor with random weights.
+        pretrained_factor: Learning rate of the pre-trained predictor, and of an encoder, over `learning_rate`; the paper's
+            is a tenth.
+        warmup_fraction: Fraction of all optimizer steps over which the learning rates rise, in [0, 1).
+        weight_decay: Weight decay of matrices.
+        label_smoothing: Fraction of the target that all classes share, in [0, 1).
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -152,7 +153,7 @@ class PredictorFineTuning(ImageProbe):
                 for arm in self.titles
             }
         )
-        self.judged = nn.ModuleDict({f"task_{task}": SumMetric() for task in self.tasks})
+        self.evaluated = nn.ModuleDict({f"task_{task}": SumMetric() for task in self.tasks})
 
     def _kind(self, arm: str, task: str) -> str:
         return arm if task == ONLY else f"{arm}_{task}"
@@ -163,7 +164,7 @@ class PredictorFineTuning(ImageProbe):
         self.predictor, self.build_predictor = jepa.predictor, jepa.build_predictor
 
     def logits(self, images: Tensor, task: str = ONLY) -> dict[str, Tensor]:
-        """Of every arm, from normalized images (B, 3, H, W): (B, classes) each."""
+        """Logits of every arm, from normalized images (B, 3, H, W): (B, classes) each."""
         if self.encoders:
             return {name: arm(self.encoders[name](images), task) for name, arm in self.arms.items()}
         with torch.no_grad():
@@ -182,7 +183,7 @@ class PredictorFineTuning(ImageProbe):
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         data: Any = self.trainer.datamodule
         task = list(data.num_classes)[dataloader_idx] if len(self.tasks) > 1 else ONLY
-        self.judged[f"task_{task}"].update(len(batch.labels))
+        self.evaluated[f"task_{task}"].update(len(batch.labels))
         for arm, logits in self.logits(batch.images, task).items():
             self.accuracies[self._kind(arm, task)].update(logits, batch.labels)
 
@@ -195,7 +196,7 @@ class PredictorFineTuning(ImageProbe):
         counts = []
         for task in self.tasks:
             kinds = [self._kind(arm, task) for arm in self.titles]
-            found, count = arm_accuracies({kind: self.accuracies[kind] for kind in kinds}, self.judged[f"task_{task}"])
+            found, count = arm_accuracies({kind: self.accuracies[kind] for kind in kinds}, self.evaluated[f"task_{task}"])
             figures |= found
             counts.append(str(count))
         return figures, ", ".join(counts)
