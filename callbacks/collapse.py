@@ -10,13 +10,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 COPIES_UP_TO = 1.1
 """Up to this persistence ratio a predictor that should do better copies; beyond it, it does worse than that."""
 
-SCALE_TERMS = ("std", "gauss")
+SCALE_TERMS = ("variance", "sigreg")
 """Terms of regularizers that keep embeddings from shrinking."""
 
-SPREAD_TERMS = ("cov", "redundancy", "gauss")
+SPREAD_TERMS = ("covariance", "redundancy", "sigreg")
 """Terms of regularizers that keep embeddings from varying together."""
 
-SLOWNESS_TERMS = ("curvature", "sim")
+SLOWNESS_TERMS = ("curvature", "temporal_similarity")
 """Terms of regularizers that slow embeddings down in time."""
 
 CALMER = "lower model.learning_rate or set trainer.gradient_clip_val"

@@ -49,14 +49,12 @@ class JEPACommandLine(LightningCLI):
     config: Any
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
-        if args is None or isinstance(args, list):
-            self.config = parser.parse_args(with_data_of_the_run(sys.argv[1:] if args is None else [str(a) for a in args]))
-        else:
-            super().parse_arguments(parser, args)
+        given = with_data_of_the_run(sys.argv[1:] if args is None else [str(argument) for argument in args])
+        self.config = parser.parse_args(given)
         section = self._section()
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(default_run_directory(section.model))
-        self._asked_model = section.get("model")
+        self._asked_model = parser.parse_args(given, defaults=False)[self.config.subcommand].get("model")
         fit = self.config.get("subcommand") == "fit"
         asked = section.get("ckpt_path")
         if asked is None and fit and requeued(section.trainer.default_root_dir):
@@ -115,7 +113,7 @@ class JEPACommandLine(LightningCLI):
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", {}))
             loaded = vars(section.model.get("init_args", {}))
-            differing = [name for name in asked if asked[name] is not None and asked[name] != loaded.get(name, asked[name])]
+            differing = [name for name in asked if asked[name] != loaded.get(name, asked[name])]
             for name in differing:
                 warnings.warn(
                     f"model.{name}={asked[name]} is overruled by {loaded[name]} from the checkpoint {section.ckpt_path}: "

@@ -127,10 +127,10 @@ def random_directions(dim: int, step: int, device: torch.device | None = None) -
 
 
 DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
-    "variance_hinge": {"std": 0.1},
-    "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
+    "variance_hinge": {"variance": 0.1},
+    "vicreg": {"variance": 1.0, "covariance": 0.05, "curvature": 1.0, "temporal_similarity": 0.0},
     "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
-    "sigreg": {"gauss": 10.0},
+    "sigreg": {"sigreg": 10.0},
     "dino_centering": {"centering": 1.0},
 }
 
@@ -138,12 +138,12 @@ DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
 class Regularizer(nn.Module):
     """An anti-collapse regularizer: a weighted sum of terms over the encoded sequence.
 
-    * "variance_hinge" is the recipe of the first pendulum JEPA, `std`: 0.1 * ReLU(1 - std).
-    * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `std` (variance,
-      the hinge), `cov` (covariance, divided by D), `sim` (temporal similarity, the difference of consecutive embeddings, 0
+    * "variance_hinge" is the recipe of the first pendulum JEPA, `variance`: 0.1 * ReLU(1 - std).
+    * "vicreg" is VICReg (Bardes et al. 2022) over several times of the sequence, with weights per term: `variance` (
+      the hinge), `covariance` (divided by D), `temporal_similarity` (the difference of consecutive embeddings, 0
       by default: it penalizes fast motion) and `curvature` (second difference in time), which VICReg does not have.
     * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
-    * "sigreg": `gauss`, the SIGReg statistic, the distance from a standard normal distribution along random lines.
+    * "sigreg": `sigreg`, the SIGReg statistic, the distance from a standard normal distribution along random lines.
     * "dino_centering": `centering`, the squared distance of the batch mean from its own moving average. It does **not**
       prevent collapse, a constant embedding satisfies it; it is an ablation that the collapse alarm must catch.
 
@@ -179,7 +179,7 @@ class Regularizer(nn.Module):
     def needed_times(self) -> int:
         """Number of times T that the terms compare."""
         if self.name == "vicreg":
-            return 3 if self.weights["curvature"] else 2 if self.weights["sim"] else 1
+            return 3 if self.weights["curvature"] else 2 if self.weights["temporal_similarity"] else 1
         return 2 if self.name == "barlow_twins" else 1
 
     def forward(self, features: Tensor, step: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -200,14 +200,18 @@ class Regularizer(nn.Module):
             penalties = cross_correlation_penalties(features[:, :-1].flatten(0, 1), features[:, 1:].flatten(0, 1))
             return dict(zip(("invariance", "redundancy"), penalties, strict=True))
         if self.name == "sigreg":
-            return {"gauss": gaussian_distance(flat, random_directions(flat.shape[1], step, flat.device))}
+            return {"sigreg": gaussian_distance(flat, random_directions(flat.shape[1], step, flat.device))}
         if self.name == "dino_centering":
             mean = flat.mean(dim=0)
             distance = (mean - self.center).square().mean()
             with torch.no_grad():
                 self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
             return {"centering": distance}
-        terms = {"std": variance_hinge(flat)}
+        terms = {"variance": variance_hinge(flat)}
         if self.name == "vicreg":
-            terms |= {"cov": covariance_penalty(flat), "curvature": curvature(features), "sim": similarity_in_time(features)}
+            terms |= {
+                "covariance": covariance_penalty(flat),
+                "curvature": curvature(features),
+                "temporal_similarity": similarity_in_time(features),
+            }
         return terms

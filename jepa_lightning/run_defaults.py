@@ -26,10 +26,13 @@ def with_data_of_the_run(args: list[str]) -> list[str]:
     """Arguments of a probe, with the data module of the run that it reads in front, which all others may change.
 
     Args:
-        args: As they were given. Where they choose a class of data, or where the run's config.yaml is not there, they stay
-            as they are.
+        args: As they were given; they stay so where they do not say what is probed, or choose a class of data first.
+
+    Raises:
+        ValueError: The run's data is not known, and none is chosen.
     """
-    checkpoint, chosen = None, False
+    checkpoint: str | None = None
+    sections: list[dict[str, Any]] = []  # what is said of data, in order
     for name, value in options(args):
         content: Any = {}
         if name in ("-c", "--config") and Path(value).is_file():
@@ -40,14 +43,24 @@ def with_data_of_the_run(args: list[str]) -> list[str]:
         elif name in ("--model.checkpoint", "--model.init_args.checkpoint"):
             content = {"model": {"init_args": {"checkpoint": value}}}
         elif name in ("--data", "--data.class_path"):
-            chosen = True
+            content = {"data": {"class_path": value}}
         if isinstance(content, dict):
             model, data = content.get("model"), content.get("data")
-            chosen = chosen or (isinstance(data, dict) and "class_path" in data)
             given = model.get("init_args") if isinstance(model, dict) else None
             checkpoint = (given.get("checkpoint") if isinstance(given, dict) else None) or checkpoint
-    data = None if chosen or not checkpoint else data_of(checkpoint)
-    return args if data is None else [args[0], "--data", json.dumps(data), *args[1:]]
+            sections += [data] if isinstance(data, dict) else []
+    chosen = [section["class_path"] for section in sections if "class_path" in section]
+    if checkpoint is None or not sections or "class_path" in sections[0]:
+        return args
+    data = data_of(checkpoint)
+    if data is not None:
+        return [args[0], "--data", json.dumps(data), *args[1:]]
+    if not chosen:
+        raise ValueError(
+            f"The data of {checkpoint} is not known, since no config.yaml of its run lies next to it: choose a class with "
+            "--data, such as --data ImageFolder --data.root FOLDER --data.image_size 32."
+        )
+    return [args[0], "--data", chosen[0], *args[1:]]
 
 
 def options(args: list[str]) -> Iterator[tuple[str, str]]:

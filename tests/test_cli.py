@@ -170,7 +170,7 @@ def test_help_and_module_entry_point() -> None:
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0
-    assert "--model.horizon" in done.stdout and "prediction steps in the loss" in done.stdout
+    assert "--model.horizon" in done.stdout and "prediction steps H" in done.stdout
 
 
 def test_a_run_with_another_logger_goes_on(tmp_path: Path) -> None:

@@ -73,15 +73,15 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             SMALL | FLAT,
             model("vicreg"),
             [
-                "std in model.regularizer_weights keeps embeddings from shrinking, and is 1: raise it",
-                "cov in model.regularizer_weights keeps embeddings from varying together, and is 0.05",
+                "variance in model.regularizer_weights keeps embeddings from shrinking, and is 1: raise it",
+                "covariance in model.regularizer_weights keeps embeddings from varying together, and is 0.05",
             ],
         ),
         (
             SMALL | FLAT,
-            model("vicreg", std=0.0, cov=0.0),
+            model("vicreg", variance=0.0, covariance=0.0),
             [
-                "std in model.regularizer_weights keeps embeddings from shrinking, and is 0: give it a weight",
+                "variance in model.regularizer_weights keeps embeddings from shrinking, and is 0: give it a weight",
                 "and is 0: give it a weight",
             ],
         ),
@@ -101,7 +101,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
         (
             FLAT,
             model("sigreg"),
-            ["gauss in model.regularizer_weights keeps embeddings from varying together, and is 10: raise"],
+            ["sigreg in model.regularizer_weights keeps embeddings from varying together, and is 10: raise"],
         ),
         (
             SMALL | FLAT,
@@ -137,21 +137,21 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
             ["only inverse_dynamics keeps embeddings from varying together: set model.regularizer to"],
         ),
         # Both signs of a low rank are one case.
-        (FLAT | ONE_SIDED, model("vicreg"), ["cov in model.regularizer_weights"]),
-        (ONE_SIDED, model("vicreg"), ["cov in model.regularizer_weights"]),
+        (FLAT | ONE_SIDED, model("vicreg"), ["covariance in model.regularizer_weights"]),
+        (ONE_SIDED, model("vicreg"), ["covariance in model.regularizer_weights"]),
         (
             ALL_THREE,
             model("sigreg"),
             [
-                "gauss in model.regularizer_weights keeps embeddings from shrinking",
-                "gauss in model.regularizer_weights keeps embeddings from varying together",
+                "sigreg in model.regularizer_weights keeps embeddings from shrinking",
+                "sigreg in model.regularizer_weights keeps embeddings from varying together",
             ],
         ),
         # Small embeddings of a sound rank are small, not alike.
         (
             SMALL,
             model("vicreg"),
-            ["std in model.regularizer_weights", "still vary in many directions (RankMe 20.0), so they are"],
+            ["variance in model.regularizer_weights", "still vary in many directions (RankMe 20.0), so they are"],
         ),
         # A copy, and what is worse than one.
         (
@@ -162,7 +162,11 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
                 "more from one time to the next: lower curvature (now 1) in"
             ],
         ),
-        ({"val/persistence_ratio": 0.95}, model("vicreg", sim=0.5), ["lower curvature (now 1) and sim (now 0.5) in model"]),
+        (
+            {"val/persistence_ratio": 0.95},
+            model("vicreg", temporal_similarity=0.5),
+            ["lower curvature (now 1) and temporal_similarity (now 0.5) in model"],
+        ),
         ({"val/persistence_ratio": 1.1}, model("sigreg"), ["that change more from one time to the next"]),
         ({"val/persistence_ratio": 1.0}, model("sigreg"), ["that change more from one time to the next"]),
         ({"val/persistence_ratio": 1.0}, model(None), ["that change more from one time to the next"]),
@@ -189,7 +193,7 @@ ALL_THREE = SMALL | FLAT | ONE_SIDED
         (
             FLAT | {"val/persistence_ratio": NAN},
             model("vicreg"),
-            ["cov in model.regularizer_weights", "a ratio of NaN means"],
+            ["covariance in model.regularizer_weights", "a ratio of NaN means"],
         ),
     ],
 )
@@ -212,19 +216,21 @@ def test_silent_on_a_healthy_run_and_fires_when_the_regularizer_is_off(tmp_path:
     healthy, collapsed = CollapseAlarm(grace_steps=250), CollapseAlarm(grace_steps=250, action="stop")
     with warnings.catch_warnings():
         warnings.simplefilter("error", CollapseWarning)
-        fit(tmp_path, healthy, regularizer_weights={"cov": 0.1})  # at its default it takes more than these 500 steps
+        fit(tmp_path, healthy, regularizer_weights={"covariance": 0.1})  # at its default it takes more than these 500 steps
     assert healthy.alarms == []
     with pytest.warns(CollapseWarning, match="Collapse alarm at optimizer step"):
-        fit(tmp_path, collapsed, momentum=0.9, regularizer_weights={"std": 0.0, "cov": 0.0, "curvature": 1.0})
+        fit(tmp_path, collapsed, momentum=0.9, regularizer_weights={"variance": 0.0, "covariance": 0.0, "curvature": 1.0})
     assert len(collapsed.alarms) == 1, "action='stop' ends the run at the first alarm"
 
 
 def test_the_warning_gives_the_advice_for_the_model_that_runs(tmp_path: Path) -> None:
     alarm = CollapseAlarm(grace_steps=0, min_rankme=8.1)
     run = trainer(tmp_path, max_steps=1, limit_val_batches=1.0, callbacks=[alarm], val_check_interval=1)
-    words = "RankMe is .* What to try: .*gauss in model.regularizer_weights keeps embeddings from varying together, and is 2"
+    words = (
+        "RankMe is .* What to try: .*sigreg in model.regularizer_weights keeps embeddings from varying together, and is 2"
+    )
     with pytest.warns(CollapseWarning, match=words):
-        run.fit(small_model(regularizer="sigreg", regularizer_weights={"gauss": 2.0}), small_data())
+        run.fit(small_model(regularizer="sigreg", regularizer_weights={"sigreg": 2.0}), small_data())
 
 
 def test_neither_sanity_checks_nor_plain_validation_nor_a_fresh_encoder_set_it_off(tmp_path: Path) -> None:

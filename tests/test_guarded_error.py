@@ -28,7 +28,7 @@ class Record(pl.Callback):
 def test_it_falls_in_a_healthy_run_while_the_loss_rises(tmp_path: Path) -> None:
     """And it is what it says: of the two ratios the larger, for the dimensions that are used."""
     record, quiet = Record(), CollapseAlarm(grace_steps=1000)
-    model = small_model(latent_dim=16, encoder_widths=(64,), learning_rate=3e-3, regularizer_weights={"cov": 0.1})
+    model = small_model(latent_dim=16, encoder_widths=(64,), learning_rate=3e-3, regularizer_weights={"covariance": 0.1})
     data = small_data(size=200, val_size=16, sequence_length=12, clip_length=12, batch_size=20)
     validated(tmp_path, model, data, max_epochs=40, check_val_every_n_epoch=10, callbacks=[record, quiet])
     for figures in record.figures:

@@ -91,8 +91,8 @@ def test_a_target_block_sees_no_other() -> None:
 
 
 def test_patches_have_no_curvature() -> None:
-    weights = small_ijepa(regularizer="vicreg", regularizer_weights={"cov": 0.002}).regularizer.weights
-    assert weights["curvature"] == 0 and weights["cov"] == 0.002 and weights["std"] == 1.0
+    weights = small_ijepa(regularizer="vicreg", regularizer_weights={"covariance": 0.002}).regularizer.weights
+    assert weights["curvature"] == 0 and weights["covariance"] == 0.002 and weights["variance"] == 1.0
 
 
 def test_attention_is_chosen_by_the_device_where_it_computes() -> None:
@@ -204,7 +204,7 @@ def test_validation_reports_what_a_person_watches(tmp_path: Path, image_root: Pa
         ({"predictor_width": 25}, "predictor_width=25"),
         ({"loss": "hinge"}, "model.loss='hinge'"),
         ({"target_scale": (0.0, 0.2)}, "target_scale="),
-        ({"regularizer_weights": {"std": 1.0}}, "without a model.regularizer"),
+        ({"regularizer_weights": {"variance": 1.0}}, "without a model.regularizer"),
     ],
 )
 def test_impossible_models_are_refused(changes: dict, message: str) -> None:

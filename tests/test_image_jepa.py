@@ -118,7 +118,7 @@ def test_two_processes_equal_one_on_the_same_global_batch(family: str, tmp_path:
         assert torch.equal(value, second[name]), f"ranks disagree on {name}"
         # Adam makes steps of 1e-3 out of gradients that are rounding errors: few weights differ, by a fraction of a step.
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}")
-    for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_std"):
+    for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_variance"):
         assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), name
         assert figures1[name].item() == pytest.approx(figures0[name].item(), rel=1e-6), name
 

@@ -206,7 +206,7 @@ def test_alarm_fires_without_a_working_regularizer(tmp_path: Path, change: dict)
 def test_alarm_is_silent_with_vicreg(tmp_path: Path, mode: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", CollapseWarning)
-        assert collapsing(tmp_path, target_mode=mode, regularizer_weights={"cov": 0.2, "curvature": 0.0}) == []
+        assert collapsing(tmp_path, target_mode=mode, regularizer_weights={"covariance": 0.2, "curvature": 0.0}) == []
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_validation_reports_what_a_person_watches(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0, log_every_n_steps=1)
     run.fit(small_model(), small_data())
     expected = {
-        "train/loss", "train/prediction_loss", "train/regularizer_std", "train/momentum",
+        "train/loss", "train/prediction_loss", "train/regularizer_variance", "train/momentum",
         "train/gradient_norm_encoder", "train/gradient_norm_predictor",
         "val/loss", "val/feature_std", "val/rankme", "val/participation_ratio", "val/largest_eigenvalue_share",
         "val/context_feature_std", "val/persistence_ratio", "val/persistence_ratio_first",

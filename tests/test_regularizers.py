@@ -117,10 +117,10 @@ def test_the_shortest_sequences_that_have_a_bend_or_a_step() -> None:
 
 def test_weights_are_those_that_results_were_made_with() -> None:
     assert DEFAULT_WEIGHTS == {
-        "variance_hinge": {"std": 0.1},
-        "vicreg": {"std": 1.0, "cov": 0.05, "curvature": 1.0, "sim": 0.0},
+        "variance_hinge": {"variance": 0.1},
+        "vicreg": {"variance": 1.0, "covariance": 0.05, "curvature": 1.0, "temporal_similarity": 0.0},
         "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
-        "sigreg": {"gauss": 10.0},
+        "sigreg": {"sigreg": 10.0},
         "dino_centering": {"centering": 1.0},
     }
     assert (CENTER_MOMENTUM, NUM_PROJECTIONS) == (0.9, 256)
@@ -132,8 +132,8 @@ def test_weights_are_those_that_results_were_made_with() -> None:
     [
         ("vicreg", None, 3),
         ("vicreg", {"curvature": 0.0}, 1),
-        ("vicreg", {"curvature": 0.0, "sim": 0.5}, 2),
-        ("vicreg", {"curvature": 0.5, "sim": 0.5}, 3),
+        ("vicreg", {"curvature": 0.0, "temporal_similarity": 0.5}, 2),
+        ("vicreg", {"curvature": 0.5, "temporal_similarity": 0.5}, 3),
         ("barlow_twins", None, 2),
         ("variance_hinge", None, 1),
         ("sigreg", None, 1),
@@ -149,12 +149,12 @@ def test_terms_of_a_sequence_by_name() -> None:
     features = torch.randn(6, 4, 3)
     flat, step = features.reshape(24, 3), 5
     _, terms = Regularizer("vicreg", 3)(features)
-    assert set(terms) == {"std", "cov", "curvature", "sim"}
+    assert set(terms) == {"variance", "covariance", "curvature", "temporal_similarity"}
     for name, expected in (
-        ("std", variance_hinge(flat)),
-        ("cov", covariance_penalty(flat)),
+        ("variance", variance_hinge(flat)),
+        ("covariance", covariance_penalty(flat)),
         ("curvature", curvature(features)),
-        ("sim", similarity_in_time(features)),
+        ("temporal_similarity", similarity_in_time(features)),
     ):
         torch.testing.assert_close(terms[name], expected)
     total, terms = Regularizer("barlow_twins", 3)(features)
@@ -164,8 +164,8 @@ def test_terms_of_a_sequence_by_name() -> None:
     torch.testing.assert_close(torch.stack(list(terms.values())), torch.stack([invariance, redundancy]))
     torch.testing.assert_close(total, invariance + 0.005 * redundancy)
     total, terms = Regularizer("sigreg", 3)(features, step)
-    torch.testing.assert_close(terms["gauss"], gaussian_distance(flat, random_directions(3, step)))
-    torch.testing.assert_close(total, 10 * terms["gauss"])
+    torch.testing.assert_close(terms["sigreg"], gaussian_distance(flat, random_directions(3, step)))
+    torch.testing.assert_close(total, 10 * terms["sigreg"])
     assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
 
 
@@ -228,11 +228,16 @@ def test_each_of_the_others_pulls_a_nearly_constant_batch_apart(name: str) -> No
 
 def test_weights_add_the_terms_up() -> None:
     features = torch.randn(4, 5, 3)
-    total, terms = Regularizer("vicreg", 3, {"std": 2.0, "cov": 0.5, "curvature": 3.0, "sim": 0.1})(features)
-    torch.testing.assert_close(total, 2 * terms["std"] + 0.5 * terms["cov"] + 3 * terms["curvature"] + 0.1 * terms["sim"])
+    total, terms = Regularizer(
+        "vicreg", 3, {"variance": 2.0, "covariance": 0.5, "curvature": 3.0, "temporal_similarity": 0.1}
+    )(features)
+    torch.testing.assert_close(
+        total,
+        2 * terms["variance"] + 0.5 * terms["covariance"] + 3 * terms["curvature"] + 0.1 * terms["temporal_similarity"],
+    )
     total, terms = Regularizer("variance_hinge", 3)(features)
     torch.testing.assert_close(total, 0.1 * variance_hinge(features.flatten(0, 1)))
-    assert set(terms) == {"std"}
+    assert set(terms) == {"variance"}
 
 
 @pytest.mark.parametrize("name", DEFAULT_WEIGHTS)
@@ -248,9 +253,9 @@ def test_statistics_are_in_float32_under_autocast(name: str) -> None:
     ("name", "weights", "message"),
     [
         ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centering"),
-        ("variance_hinge", {"cov": 1.0}, "'cov': regularizer 'variance_hinge' has std"),
-        ("vicreg", {"std": -1.0}, "std=-1.0 must be >= 0"),
-        ("vicreg", {"std": float("nan")}, "std=nan must be >= 0"),
+        ("variance_hinge", {"covariance": 1.0}, "'covariance': regularizer 'variance_hinge' has variance"),
+        ("vicreg", {"variance": -1.0}, "variance=-1.0 must be >= 0"),
+        ("vicreg", {"variance": float("nan")}, "variance=nan must be >= 0"),
     ],
 )
 def test_wrong_names_and_weights_are_refused(name: str, weights: dict | None, message: str) -> None:
