@@ -4,8 +4,8 @@
     python benchmarks/demo_step.py --before ../before
 
 Both run the command line of configs/pendulum/demo.yaml as a person would, so what it sets up for a CPU counts. The busy
-process multiplies numbers in a loop. Quoted is the median over the steps of a run, and over the rounds; the first steps are left
-out.
+process multiplies numbers in a loop. Quoted is the median over the steps of a run, and over the rounds, without the first
+steps.
 """
 
 import argparse

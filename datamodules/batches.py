@@ -22,7 +22,7 @@ class PendulumBatch(NamedTuple):
     """Pixels: (B, T, history * C, S, S) in [0, 1], oldest frame first. Coordinates: (B, T, history * 4), each frame
     x1, y1, x2, y2 in meters."""
 
-    states: Tensor
+    states: Tensor | None
     """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
     only: no JEPA sees them in training."""
 
@@ -91,6 +91,71 @@ def check_batches(reader: object, data: Any, *readable: type) -> None:
             f"{type(reader).__name__} cannot read what {type(data).__name__} hands out ({theirs.__name__}): set data to "
             f"{' or '.join(WHOSE[kind] for kind in readable)}."
         )
+
+
+IMAGE_NAMES = ("images", "image", "pixel_values", "pixels")
+LABEL_NAMES = ("labels", "label")
+OBSERVATION_NAMES = ("observations", "observation", "pixels")
+ACTION_NAMES = ("actions", "action")
+"""Names of what a batch may hold, where it is a dictionary; the first one that is there is taken."""
+
+
+def _named(batch: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((batch[name] for name in names if name in batch), None)
+
+
+def as_image_batch(batch: Any, key: tuple[int, ...]) -> ImageBatch:
+    """What other data sets hand out, as an `ImageBatch`: images, (images, labels, ...), or a dictionary of both.
+
+    Args:
+        batch: Images (B, 3, H, W), uint8 or normalized floats, and labels (B,), if there are any.
+        key: Key of the batch, another one for each of the run.
+
+    Raises:
+        ValueError: There are no images in it.
+    """
+    labels = None
+    if isinstance(batch, dict):
+        images, labels = _named(batch, IMAGE_NAMES), _named(batch, LABEL_NAMES)
+    elif isinstance(batch, list | tuple) and batch:
+        images, labels = batch[0], batch[1] if len(batch) > 1 else None
+    else:
+        images = batch
+    if not isinstance(images, Tensor):
+        holds = f"the names {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"a {type(images).__name__}"
+        raise ValueError(
+            f"A batch with {holds}: give images (B, 3, H, W), a pair (images, labels), or a dictionary with "
+            f"{' or '.join(map(repr, IMAGE_NAMES))}."
+        )
+    if not isinstance(labels, Tensor):
+        labels = torch.full((len(images),), -1, device=images.device)
+    return ImageBatch(images, labels.long(), key)
+
+
+def as_pendulum_batch(batch: Any) -> PendulumBatch:
+    """What other data sets hand out, as a `PendulumBatch` without states.
+
+    Args:
+        batch: Windows (B, T, ...), a pair (windows, actions), or a dictionary of both. Pixels may be uint8.
+
+    Raises:
+        ValueError: There are no windows in it.
+    """
+    states = actions = None
+    if isinstance(batch, dict):
+        windows, actions = _named(batch, OBSERVATION_NAMES), _named(batch, ACTION_NAMES)
+        states = batch.get("states")
+    elif isinstance(batch, list | tuple) and batch:
+        windows, actions = batch[0], batch[1] if len(batch) > 1 else None
+    else:
+        windows = batch
+    if not isinstance(windows, Tensor):
+        holds = f"the names {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"a {type(windows).__name__}"
+        raise ValueError(
+            f"A batch with {holds}: give windows (B, T, ...), a pair (windows, actions), or a dictionary with "
+            f"{' or '.join(map(repr, OBSERVATION_NAMES))}."
+        )
+    return PendulumBatch(windows.float() / 255 if windows.dtype == torch.uint8 else windows, states, actions)
 
 
 def batch_generator(batch: ImageBatch | ViewBatch) -> torch.Generator:

@@ -69,6 +69,10 @@ class DoublePendulum(SingleLoaderDataModule):
     Actions and frames: window t of a batch ends at its newest frame, and action t begins to act there and lasts until the
     newest frame of window t + 1. So no action has moved anything that its window, or an earlier one, shows.
 
+    >>> data = DoublePendulum(size=8, sequence_length=10, val_size=2, test_size=2, image_size=32)
+    >>> data.observe(data.trajectories("val")).observations.shape  # trajectories, windows, frames of a window, pixels
+    torch.Size([2, 9, 2, 32, 32])
+
     Args:
         size: Number of training trajectories.
         sequence_length: Frames of a training or validation trajectory, 0.05 s apart.

@@ -4,7 +4,6 @@ Shapes: H W pixels.
 """
 
 import itertools
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,21 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.decoding import read_image
 from datamodules.image_files import Samples, printable
+from datamodules.preprocessing import center
 from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 from datamodules.views import Pair, Place, ViewMaker
-
-CENTER_CROP = 0.875
-"""Side of the central crop that held-out images are cut to, as a fraction of the resized image: 224 of 256."""
-
-LONGEST = 16
-"""How much of a long image is resized, in sides of the central crop: for a square crop, more than all of it unless one
-side is 14 times the other. What lies beyond never shows, and could be as much as a million times what does."""
 
 
 class UnreadableImageWarning(UserWarning):
@@ -197,23 +189,14 @@ class HeldOutImages(ImageDataset):
         images, kept = self.readable(indices)
         if not kept:
             return None
-        return self.collate([self.center(image) for image in images], kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+        return self.collate(
+            [center(image, self.image_size) for image in images], kept, (self.seed, HELD_OUT_STREAM, indices[0])
+        )
 
     def readable(self, indices: list[int]) -> tuple[list[Tensor], list[int]]:
         """Those of the images that can be read, uncut, and their indices."""
         decoded = [(image, index) for index in indices if (image := self.decode(index)) is not None]
         return [image for image, _ in decoded], [index for _, index in decoded]
-
-    def center(self, image: Tensor) -> Tensor:
-        """An image of any size to uint8 (3, H, W)."""
-        height, width = self.image_size
-        if image.shape[1:] != (height, width):
-            scale = max(height / image.shape[1], width / image.shape[2]) / CENTER_CROP
-            longest = [math.ceil(LONGEST * side / scale) for side in self.image_size]  # in pixels of the file
-            image = vision.center_crop(image, [min(sides) for sides in zip(image.shape[1:], longest, strict=True)])
-            image = vision.resize(image, [math.ceil(side * scale) for side in image.shape[1:]])
-            image = vision.center_crop(image, [height, width])
-        return image
 
 
 class HeldOutViews(HeldOutImages):
@@ -245,7 +228,7 @@ class HeldOutViews(HeldOutImages):
         images, kept = self.readable(indices)
         if not kept:
             return None
-        middles, pairs = [self.center(image) for image in images], []
+        middles, pairs = [center(image, self.image_size) for image in images], []
         with torch.random.fork_rng(devices=[]):
             for image, middle, index in zip(images, middles, kept, strict=True):
                 self.seed_transforms(VIEW_STREAM, index)

@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,20 +16,17 @@ from uuid import uuid4
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.image_datasets import HeldOutImages, HeldOutLoader, HeldOutViews, TrainingImages, TrainingViews
 from datamodules.image_files import Samples, Scan, describe, draw_per_class, part_of, read_list, scan
+from datamodules.preprocessing import normalize
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 from datamodules.views import ViewMaker, Views
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageFolder(SingleLoaderDataModule):
@@ -41,6 +38,12 @@ class ImageFolder(SingleLoaderDataModule):
 
     What is found and what is left out, and why, is said when the folders are read. A file that cannot be decoded is named
     once in a run and left out: in training another image stands in, held-out images are that many fewer.
+
+    >>> from datamodules import SyntheticImages
+    >>> SyntheticImages("my_images", size=20).prepare_data()
+    >>> data = ImageFolder("my_images", image_size=32, val_fraction=0.25, batch_size=5)
+    >>> data.setup("fit"), data.num_classes
+    (None, 5)
 
     Args:
         root: Folder of the images.
@@ -262,22 +265,3 @@ class ImageFolder(SingleLoaderDataModule):
         batch = batch._replace(**floats)
         # Lightning has converted what was a float before; these floats are new.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 of ImageNet's mean 0 and standard deviation 1."""
-    mean, std = imagenet_statistics(images.device)
-    return vision.to_dtype(images, torch.float32, scale=True).sub_(mean).div_(std)
-
-
-@cache
-def imagenet_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of ImageNet's channels, (3, 1, 1) each; kept, because the copy is waited for."""
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], dtype=torch.float32, device=device)[..., None, None]
-    return mean, std
-
-
-def denormalize(images: Tensor) -> Tensor:
-    """The bytes that normalized images were made of: floats (B, 3, H, W) -> uint8."""
-    mean, std = (images.new_tensor(values, dtype=torch.float32)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((images.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

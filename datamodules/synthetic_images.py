@@ -62,6 +62,12 @@ def draw_shape(name: str, side: int, generator: torch.Generator) -> Image.Image:
 class SyntheticImages(ImageFolder):
     """Crosses, discs, rings, squares and triangles, drawn once into a folder that everything else reads like any other.
 
+    >>> data = SyntheticImages("shapes", size=20, batch_size=4)
+    >>> data.prepare_data(), data.setup("fit")
+    (None, None)
+    >>> next(iter(data.val_dataloader())).images.shape, data.classes
+    (torch.Size([4, 3, 32, 32]), ['cross', 'disc', 'ring', 'square', 'triangle'])
+
     Args:
         root: Folder to draw into; one that is there already is kept.
         size: Number of images.

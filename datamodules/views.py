@@ -60,6 +60,9 @@ DESTRUCTIVE = ("grayscale", "blur", "solarize")
 class Views:
     """How pairs of views are made (Garrido et al. 2024): a target with other colors, a source that may be degraded too.
 
+    >>> Views(strength="strong").action_names
+    ('brightness', 'contrast', 'saturation', 'hue', 'grayscale', 'blur', 'solarize')
+
     Args:
         strength: Strength of the color jitter: maximum change of brightness, contrast, saturation and hue, (0.4, 0.4, 0.2,
             0.1) for "default" or (0.8, 0.8, 0.8, 0.2) for "strong".

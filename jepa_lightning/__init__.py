@@ -14,9 +14,26 @@ for _name in ("callbacks", "datamodules"):  # ours, and names that other project
         )
         raise SystemExit(f"error: {_text}") if sys.argv[:1] == ["-m"] else ImportError(_text)
 
+from datamodules import DoublePendulum, ImageFolder, SyntheticImages, Views  # noqa: E402
 from jepa_lightning.ijepa import IJEPA  # noqa: E402
 from jepa_lightning.iwm import IWM  # noqa: E402
-from jepa_lightning.jepa import JEPA  # noqa: E402
+from jepa_lightning.jepa import JEPA, TargetPairs  # noqa: E402
 from jepa_lightning.pendulum import PendulumJEPA  # noqa: E402
+from jepa_lightning.planner import Planner  # noqa: E402
+from jepa_lightning.probes import AttentiveProbe as _  # noqa: E402, F401  (so that `load` knows the probes)
+from jepa_lightning.weights.loading import load, start_from  # noqa: E402
 
-__all__ = ["IJEPA", "IWM", "JEPA", "PendulumJEPA"]
+__all__ = [
+    "IJEPA",
+    "IWM",
+    "JEPA",
+    "DoublePendulum",
+    "ImageFolder",
+    "PendulumJEPA",
+    "Planner",
+    "SyntheticImages",
+    "TargetPairs",
+    "Views",
+    "load",
+    "start_from",
+]

@@ -21,6 +21,11 @@ class IJEPA(ImageJEPA):
     The context encoder sees the visible patches alone; the target encoder, its exponential moving average (EMA), sees the
     whole image, and its layer-normalized patch features are the targets at the hidden blocks (stop-gradient).
 
+    >>> import torch
+    >>> model = IJEPA("vit_tiny_patch16_224", image_size=32, patch_size=8, encoder_depth=2, predictor_width=48)
+    >>> model(torch.zeros(5, 3, 32, 32)).shape, model.encode(torch.zeros(5, 3, 32, 32)).shape
+    (torch.Size([5, 192]), torch.Size([5, 16, 192]))
+
     Args:
         encoder: Name of a timm vision transformer, "vit_tiny_patch16_224" ... "vit_giant_patch14_224"; the sizes in it
             are overruled by the next two arguments.
@@ -146,5 +151,5 @@ class IJEPA(ImageJEPA):
     def views(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
         return batch.images, batch.images
 
-    def predict_hidden(self, context: Tensor, masks: Masks, batch: ImageBatch) -> Tensor:
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: ImageBatch | None) -> Tensor:
         return self.predictor(context, masks.context, masks.targets)

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from callbacks.schedules import total_optimizer_steps
-from datamodules.batches import ImageBatch, ViewBatch, batch_generator, check_batches
+from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_generator, check_batches
+from datamodules.preprocessing import ImageTransform, prepared
 from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
 from jepa_lightning.classifiers import OnlineClassifiers
 from jepa_lightning.figures import (
@@ -28,6 +29,7 @@ from jepa_lightning.figures import (
     to_colors,
     wants_figures,
 )
+from jepa_lightning.inpainting import inpaint
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
@@ -154,13 +156,55 @@ class ImageJEPA(JEPA, ABC):
         if is_sharded(self.target_encoder):
             check_even_batches(int(sum(batches)), self.device)
 
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of images, averages over their patches: (B, 3, H, W), see `encode` -> (B, D) in float32."""
+        return self.encode(images).float().mean(dim=1)
+
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
-        """Patch features of the target encoder, without gradient: normalized images (B, C, H, W) -> (B, N, D).
+        """Patch embeddings (B, N, D) of the target encoder, without gradient.
 
-        Average over N for the embedding of the image that the paper's probes read.
+        Args:
+            observations: Images (B, 3, H, W), normalized as `transform` does, or uint8.
+
+        Raises:
+            ValueError: Images of another size or kind.
         """
-        return self.target_encoder(observations)
+        return self.target_encoder(self.prepared(observations))
+
+    @property
+    def transform(self) -> ImageTransform:
+        """Makes a normalized tensor (3, H, W) of a PIL image, or of a uint8 tensor of any size."""
+        return ImageTransform(self.image_size)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Images as the networks take them: normalized if they are uint8, and an error if they are of another size."""
+        return prepared(images, self.image_size, self.target_encoder.positions.dtype)
+
+    @torch.no_grad()
+    def complete(self, images: Tensor, visible: Tensor, decoder: Any = None) -> Tensor:
+        """Inpaint (scene completion): predict the embeddings of what is hidden from those of what is visible.
+
+        Args:
+            images: (B, 3, H, W), normalized or uint8.
+            visible: Which of the N patches are seen, bool, (N,) in raster order or as a grid (rows, columns).
+            decoder: A fitted `CompletionProbe` of this model, which makes images of embeddings; none by default.
+
+        Returns:
+            Embeddings (B, N, D) in the space of the predictions; with a decoder images (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: Masks of another size, or with nothing visible or nothing hidden.
+        """
+        return inpaint(self, images, visible, decoder)
+
+    def as_batch(self, batch: Any, batch_idx: int) -> Any:
+        """An `ImageBatch`: of images, of (images, labels) or of a dictionary with one of the names of `IMAGE_NAMES`."""
+        if isinstance(batch, ImageBatch | ViewBatch):
+            return batch
+        trainer = self.trainer
+        opened = as_image_batch(batch, (0, trainer.current_epoch, trainer.global_rank, batch_idx))
+        return opened._replace(images=self.prepared(opened.images))
 
     @abstractmethod
     def views(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -206,12 +250,12 @@ class ImageJEPA(JEPA, ABC):
         """Pooled embeddings of the images as they are, for the classifiers: (B, D)."""
         return pairs.target_features[:, 0]
 
-    def predict_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Average-pooled embeddings of the target encoder: (B, D)."""
-        assert batch.images is not None
-        return self.encode(batch.images).float().mean(dim=1)
+        return self(self.as_batch(batch, batch_idx).images)
 
-    def validation_step(self, batch: ImageBatch | ViewBatch, batch_idx: int) -> TargetPairs:
+    def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        batch = self.as_batch(batch, batch_idx)
         pairs = super().validation_step(batch, batch_idx)
         self.error.update((pairs.predictions - pairs.targets).square().mean())
         # The baseline: one and the same answer, the mean feature, for every patch of every image.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from callbacks.schedules import ScheduleName
-from datamodules.batches import ViewBatch
-from datamodules.image_folder import denormalize
+from datamodules.batches import ImageBatch, ViewBatch
+from datamodules.preprocessing import denormalize
 from datamodules.views import COLORS
 from jepa_lightning.figures import show, wants_figures
 from jepa_lightning.image_jepa import ImageJEPA
@@ -34,6 +34,12 @@ class IWM(ImageJEPA):
     The context encoder sees the visible patches of a source view; the predictor, conditioned on the action that leads to
     the target view, predicts the target encoder's layer-normalized features of that view at all patches that were hidden.
     The data module makes the views: `data.views`. The predictor can be fine-tuned afterwards, see `PredictorFineTuning`.
+
+    >>> model = IWM("vit_tiny_patch16_224", 32, 8, encoder_depth=2, predictor_width=48, predictor_depth=2)
+    >>> patches = model.context_encoder(torch.zeros(1, 3, 32, 32))
+    >>> brighter = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0]])
+    >>> model.apply_actions(patches, brighter).shape
+    torch.Size([1, 16, 192])
 
     Args:
         encoder: Name of a timm vision transformer; the sizes in it are overruled by the next two arguments.
@@ -192,8 +198,17 @@ class IWM(ImageJEPA):
         masks = super().draw_masks(batch)
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
 
-    def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch) -> Tensor:
-        return self.predictor(context, masks.context, masks.targets, batch.actions)
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:
+        actions = None if batch is None else batch.actions  # None is the zero action, no change
+        return self.predictor(context, masks.context, masks.targets, actions)
+
+    def as_batch(self, batch: Any, batch_idx: int) -> Any:
+        if not isinstance(batch, ImageBatch | ViewBatch):
+            raise ValueError(
+                f"An IWM learns from pairs of views and the actions between them, not from a {type(batch).__name__}: use "
+                "ImageFolder(..., views=Views())."
+            )
+        return batch
 
     def encode_targets(self, images: Tensor) -> Tensor:
         """Features of the target encoder in the space of the predictions: normalized (B, 3, H, W) -> (B, N, D)."""
@@ -225,6 +240,7 @@ class IWM(ImageJEPA):
         return self.encode(batch.images).float().mean(dim=1)
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        batch = self.as_batch(batch, batch_idx)
         pairs = super().validation_step(batch, batch_idx)
         source, target = self.encode(batch.sources).float().mean(dim=1), pairs.target_features[:, 0]
         self.action_probe.update(source, target, batch.actions)

@@ -83,15 +83,15 @@ class JEPA(LightningModule, ABC):
     def __init__(
         self,
         *,
-        learning_rate: float,
-        warmup_fraction: float,
-        weight_decay: float,
-        final_weight_decay: float | None,
-        momentum: float,
-        final_momentum: float,
-        momentum_schedule: ScheduleName,
-        regularizer: RegularizerName | None,
-        regularizer_weights: dict[str, float] | None,
+        learning_rate: float = 1e-3,
+        warmup_fraction: float = 0.05,
+        weight_decay: float = 0.04,
+        final_weight_decay: float | None = None,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        momentum_schedule: ScheduleName = "cosine",
+        regularizer: RegularizerName | None = None,
+        regularizer_weights: dict[str, float] | None = None,
         start_learning_rate: float | None = None,
         final_learning_rate: float = 0.0,
         schedule_offset: int = 0,
@@ -163,7 +163,12 @@ class JEPA(LightningModule, ABC):
         self.target_encoder.eval()
         return self
 
+    def as_batch(self, batch: Any, batch_idx: int) -> Any:
+        """A batch as `target_pairs` takes it; a subclass may take what other data sets hand out, too."""
+        return batch
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.as_batch(batch, batch_idx)
         pairs = self.target_pairs(batch)
         prediction = self.prediction_loss(pairs)
         loss = prediction + self.auxiliary_loss(batch, pairs)
@@ -191,6 +196,7 @@ class JEPA(LightningModule, ABC):
         return gathered.flatten(0, 1)
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        batch = self.as_batch(batch, batch_idx)
         pairs = self.target_pairs(batch)
         size = len(pairs.predictions)  # Lightning's guess is misled by numbers that are not per sample
         self.log("val/loss", self.prediction_loss(pairs), sync_dist=True, prog_bar=True, batch_size=size)

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from datamodules.batches import ViewBatch
-from datamodules.image_folder import denormalize, normalize
+from datamodules.preprocessing import denormalize, normalize
 from datamodules.rng import BANK_STREAM, seeded_generator
 from datamodules.views import COLORS, DESTRUCTIVE, Views, action_to, draw_jitter, on_grid, recolor
 from jepa_lightning.figures import rows_figure, to_colors

@@ -3,7 +3,7 @@
 Shapes: B batch, T windows in time, S starts, H horizon, D embedding dimension, A scalars of an action.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from callbacks.schedules import ScheduleName
-from datamodules.batches import PendulumBatch, check_batches
+from datamodules.batches import PendulumBatch, as_pendulum_batch
 from datamodules.physics import LABELS, state_labels
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import squared_error, step_weights
@@ -19,18 +19,10 @@ from jepa_lightning.metrics import RidgeProbe, guarded_error
 from jepa_lightning.networks.encoders import EncoderName, window_encoder
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
+from jepa_lightning.pendulum_checks import MODES, TargetMode, check_arguments, check_clips, check_observations
+from jepa_lightning.planner import Planner, latent_cost
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
-
-TargetMode = Literal["default", "vjepa2", "none"]
-
-MODES = {
-    "default": "predicts from the target encoder's embeddings to the target encoder's: the prediction loss trains "
-    "the predictor alone and sends no gradient to the encoder, which the auxiliary losses shape",
-    "vjepa2": "predicts from the context encoder's embeddings to the target encoder's",
-    "none": "predicts from the context encoder's embeddings to its own, detached; the target encoder is its copy after "
-    "every step, and momentum is not used",
-}
 
 
 class PendulumJEPA(JEPA):
@@ -38,6 +30,13 @@ class PendulumJEPA(JEPA):
 
     Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. For an actuated
     (torque-controlled) pendulum, the predictor is conditioned on the action of each step.
+
+    >>> model = PendulumJEPA(image_size=32, latent_dim=16, action_dim=2)
+    >>> windows, goals = torch.zeros(3, 2, 32, 32), torch.zeros(3, 2, 32, 32)  # two frames each
+    >>> model.rollout(windows, steps=4, actions=torch.zeros(3, 4, 2)).shape
+    torch.Size([3, 4, 16])
+    >>> model.plan(windows, goals, horizon=4, planner=Planner(num_samples=8, num_elites=2, num_iterations=2)).shape
+    torch.Size([3, 4, 2])
 
     Args:
         observation: Kind of observations, "pixels" or "coordinates".
@@ -109,34 +108,7 @@ class PendulumJEPA(JEPA):
         regularizer: RegularizerName | None = "vicreg",
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:
-        sizes = {
-            "latent_dim": latent_dim,
-            "predictor_width": predictor_width,
-            "horizon": horizon,
-            "history": history,
-            "channels": channels,
-            "action_width": action_width,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
-        if observation not in ("pixels", "coordinates"):
-            raise ValueError(f"model.observation={observation!r}: choose 'pixels' or 'coordinates'.")
-        if target_mode not in MODES:
-            raise ValueError(f"model.target_mode={target_mode!r}: choose one of {', '.join(get_args(TargetMode))}.")
-        if not 0 <= predictor_dropout < 1:
-            raise ValueError(f"model.predictor_dropout={predictor_dropout}: choose a fraction of the units in [0, 1).")
-        if action_dim < 0 or not inverse_dynamics >= 0:
-            raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
-        if inverse_dynamics and not action_dim:
-            raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to predict: set model.action_dim.")
-        if target_mode == "default" and regularizer is None and not inverse_dynamics:
-            raise ValueError(
-                "model.target_mode='default' without a regularizer or inverse_dynamics: nothing would train the encoder, "
-                "because the prediction loss sends it no gradient. Choose another mode, or an auxiliary loss."
-            )
-        if not step_decay >= 0:
-            raise ValueError(f"model.step_decay={step_decay}: must be >= 0; 0 weighs all steps of the horizon alike.")
+        check_arguments(locals())
         super().__init__(
             learning_rate=learning_rate,
             warmup_fraction=warmup_fraction,
@@ -185,52 +157,13 @@ class PendulumJEPA(JEPA):
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
-        self.check_data(data)
-        clip_length, stride = getattr(data, "clip_length", None), getattr(data, "stride", 1)
-        if clip_length is not None and self.history + self.horizon * stride > clip_length:
-            raise ValueError(
-                f"model.horizon={self.horizon} steps from a window of history={self.history} frames do not fit into "
-                f"data.clip_length={clip_length} frames: lower the horizon to at most "
-                f"{(clip_length - self.history) // stride} or lengthen data.sequence_length and data.clip_length."
-            )
-        needed = {"inverse_dynamics": 2} if self.inverse_dynamics else {}
-        if self.regularizer is not None:
-            needed[f"regularizer {self.regularizer.name!r}"] = self.regularizer.needed_times
-        for name, times in needed.items():
-            seen = times if clip_length is None else (clip_length - self.history) // stride + 1 - self._unseen
-            if seen < times:
-                raise ValueError(
-                    f"model.{name} compares {times} windows, and of a clip of {clip_length} frames the context encoder sees "
-                    f"{seen}: lengthen data.clip_length by {(times - seen) * stride}, lower model.horizon, or set the "
-                    "weight of what compares them (curvature needs 3; sim, inverse_dynamics and barlow_twins 2) to 0."
-                )
+        check_observations(self, data)
+        check_clips(self, data)
 
     @property
-    def _unseen(self) -> int:
+    def unseen_windows(self) -> int:
         """Windows at the end of a clip that the context encoder does not see."""
         return self.horizon if self.target_mode == "vjepa2" else 0
-
-    def check_data(self, data: Any) -> None:
-        """Raise a ValueError if a data module gives observations or actions that the networks were not built for."""
-        check_batches(self, data, PendulumBatch)
-        theirs = getattr(data, "action_dim", self.action_dim)
-        if self.action_dim != theirs:
-            raise ValueError(
-                f"model.action_dim={self.action_dim}, but the data's actions have {theirs} scalars: set model.action_dim to "
-                f"{theirs}, or data.torque_limits {'to the limits of two torques' if not theirs else 'to match'}."
-            )
-        names = ["observation", "history"] + (["image_size", "channels"] if self.observation == "pixels" else [])
-        for name in names:
-            mine, theirs = getattr(self, name), getattr(data, name, None)
-            if theirs is not None and mine != theirs:
-                raise ValueError(f"The model has {name}={mine} but data.{name}={theirs}: set both to the same value.")
-        dynamics = getattr(data, "dynamics", {})
-        for name, value in self.trained_on.items():
-            theirs = dynamics.get(name, value)
-            if theirs != value:
-                raise ValueError(
-                    f"The model was trained on data.{name}={value}, and now data.{name}={theirs}: set it to that."
-                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -242,7 +175,7 @@ class PendulumJEPA(JEPA):
         self.trained_on = checkpoint.get("trained_on", {})
         data: Any = getattr(self._trainer, "datamodule", None)
         if data is not None:  # Lightning calls `setup` before it reads the checkpoint
-            self.check_data(data)
+            check_observations(self, data)
 
     def encode_windows(self, encoder: nn.Module, windows: Tensor) -> Tensor:
         """Apply an encoder at all times: (B, T, ...) -> (B, T, D)."""
@@ -256,6 +189,50 @@ class PendulumJEPA(JEPA):
     def encode(self, observations: Tensor) -> Tensor:
         """Features of the target encoder, without gradient: windows (B, T, ...) -> (B, T, D)."""
         return self.encode_windows(self.target_encoder, observations)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """As `encode`."""
+        return self.encode(observations)
+
+    @torch.no_grad()
+    def rollout(self, window: Tensor, steps: int, actions: Tensor | None = None) -> Tensor:
+        """Embeddings (B, K, D) of the next steps, predicted from one window (open loop).
+
+        Args:
+            window: (B, ...), one window of each trajectory.
+            steps: Number of steps K.
+            actions: (B, K, A) of an action-conditioned model.
+        """
+        return self.forecast(self.encode(window[:, None])[:, 0], steps, actions)
+
+    @torch.no_grad()
+    def plan(self, window: Tensor, goal: Tensor, horizon: int = 5, planner: Planner | None = None, seed: int = 0) -> Tensor:
+        """Actions that lead from one window to another, as far as the model can tell: a search in embedding space.
+
+        Args:
+            window: (E, ...), where each of E episodes starts.
+            goal: (E, ...), where it should end.
+            horizon: Number of actions H.
+            planner: Settings of the search; CEM by default.
+            seed: Seed of the search.
+
+        Returns:
+            (E, H, A) in [-1, 1].
+
+        Raises:
+            ValueError: The model is not action-conditioned.
+        """
+        if not self.action_dim:
+            raise ValueError("This model knows no actions (model.action_dim=0), so there is nothing to plan.")
+        planner = planner or Planner()
+        start, target = (self.encode(windows[:, None])[:, 0] for windows in (window, goal))
+        cost = latent_cost(self.predictor, start, target, planner.cost)
+        generator = torch.Generator(start.device).manual_seed(seed)
+        return planner.plan(cost, start.new_zeros(len(start), horizon, self.action_dim), generator)
+
+    def as_batch(self, batch: Any, batch_idx: int) -> PendulumBatch:
+        """A `PendulumBatch`: of windows, of (windows, actions) or of a dictionary."""
+        return batch if isinstance(batch, PendulumBatch) else as_pendulum_batch(batch)
 
     def forecast(self, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
         """Embeddings rolled out 1 ... H steps: (..., D), and actions (..., H, A) if action-conditioned -> (..., H, D)."""
@@ -275,7 +252,7 @@ class PendulumJEPA(JEPA):
             raise ValueError(
                 f"model.action_dim={self.action_dim} needs actions of that many scalars; the batch has {given}."
             )
-        seen = windows[:, : windows.shape[1] - self._unseen]
+        seen = windows[:, : windows.shape[1] - self.unseen_windows]
         context = self.encode_windows(self.context_encoder, seen)  # (B, S or T, D)
         target = context.detach() if self.target_mode == "none" else self.encode(windows)  # (B, T, D)
         starts = (target if self.target_mode == "default" else context)[:, : windows.shape[1] - horizon]  # (B, S, D)
@@ -297,15 +274,18 @@ class PendulumJEPA(JEPA):
         """Squared error, near steps first: see `step_decay`."""
         return squared_error(pairs.predictions, pairs.targets, self.step_weights)
 
-    def predict_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
-        """Features of the target encoder: (B, T, D)."""
-        return self.encode(batch.observations)
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Embeddings of the target encoder: (B, T, D)."""
+        return self.encode(self.as_batch(batch, batch_idx).observations)
 
-    def validation_step(self, batch: PendulumBatch, batch_idx: int) -> TargetPairs:
+    def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
+        batch = self.as_batch(batch, batch_idx)
         pairs = super().validation_step(batch, batch_idx)
         # Evaluated from target embeddings to target embeddings, as every later use of the model goes.
         starts, actions = pairs.target_features[:, : -self.horizon], next_actions(batch.actions, self.horizon)
         self.forecast_errors.update(lambda z, a: self.forecast(z, self.horizon, a), starts, pairs.targets, actions)
+        if batch.states is None:
+            return pairs
         labels = state_labels(batch.states)
         for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
             rows = slice(0 if fit else 1, None, 2)
@@ -321,7 +301,7 @@ class PendulumJEPA(JEPA):
         # The stronger of the two baselines: persistence predicts embeddings that hardly change, their mean predicts noise.
         ratio = torch.maximum(ratios["persistence_ratio"], ratios["normalized_error"])
         self.log("val/guarded_error", guarded_error(ratio, rankme, self.latent_dim))
-        if not self.trainer.sanity_checking:
+        if self.probe.update_called and not self.trainer.sanity_checking:
             scores = dict(zip(LABELS, self.probe.compute(), strict=True))
             self.log_dict({f"val/linear_r2_{name}": score for name, score in scores.items()})
         self.probe.reset()

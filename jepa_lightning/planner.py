@@ -32,6 +32,11 @@ class Planner:
     predictive path integral control (Williams et al. 2017), from all samples under the weights
     exp(-(cost - lowest cost) / (temperature * standard deviation of the costs)), so that the temperature has no unit.
 
+    >>> def cost(actions):  # (E, N, H, A) -> (E, N): the first action should be a half
+    ...     return (actions[:, :, 0, 0] - 0.5).square()
+    >>> Planner().plan(cost, torch.zeros(1, 3, 1), torch.Generator().manual_seed(0))[0, 0, 0].round(decimals=1)
+    tensor(0.5000)
+
     Args:
         method: Planning method, "cem" or "mppi".
         num_samples: Number of sequences N per round and episode.

@@ -168,3 +168,10 @@ def run_script(script: str, out: Path, *arguments: str, own: bool = True) -> Non
     command = [sys.executable, str(out / "script.py"), *([str(out)] if own else []), *arguments]
     done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def apart(jepa: torch.nn.Module) -> None:
+    """The two encoders of a fresh model are alike: move the context encoder away."""
+    with torch.no_grad():
+        for parameter in jepa.context_encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))

@@ -168,6 +168,8 @@ def test_rates_rise_and_fall_over_the_whole_training(checkpoint: str) -> None:
 
 def test_defaults_are_those_that_results_were_made_with(checkpoint: str) -> None:
     probe = FineTuning(checkpoint)
+    assert probe.num_classes is None and not hasattr(probe, "networks"), "classes are the data's"
+    probe.set_classes(10)
     defaults = {
         "num_classes": 10,
         "encoder": "target",

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.decoding import read_image
 from datamodules.image_datasets import UnreadableImageWarning
-from datamodules.image_folder import IMAGENET_MEAN, IMAGENET_STD, normalize
+from datamodules.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 def ready(root: Path, **changes):

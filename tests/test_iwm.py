@@ -22,8 +22,8 @@ from torch import Tensor
 import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank as equivariance
 from datamodules import MultiTask, ViewBatch, Views
-from datamodules.image_folder import denormalize
 from datamodules.loop_progress import Progress
+from datamodules.preprocessing import denormalize
 from datamodules.views import recolor
 from jepa_lightning import IWM
 from jepa_lightning.mean_reciprocal_rank import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure

@@ -4,14 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, small_data, small_model, trainer
-
-
-def apart(jepa: torch.nn.Module) -> None:
-    """The two encoders of a fresh model are alike: move the context encoder away."""
-    with torch.no_grad():
-        for parameter in jepa.context_encoder.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+from conftest import FAMILIES, apart, small_data, small_model, trainer
 
 
 @pytest.mark.parametrize(("model", "data"), FAMILIES.values(), ids=FAMILIES)

@@ -67,6 +67,16 @@ def load_jepa(path: str | os.PathLike[str]) -> JEPA:
     return _load(path, read_checkpoint(path), JEPA)  # type: ignore[type-abstract]
 
 
+def load_any(path: str | os.PathLike[str]) -> LightningModule:
+    """The JEPA or the probe in a checkpoint, on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, or holds something else.
+    """
+    return _load(path, read_checkpoint(path), LightningModule)
+
+
 def load_probe(path: str | os.PathLike[str], kind: type[ModuleType]) -> ModuleType:
     """A fitted probe of the given class, on the CPU, in evaluation mode.
 

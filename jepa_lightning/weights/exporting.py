@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from datamodules.preprocessing import CENTER_CROP
 from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.weights import formats
@@ -24,10 +25,11 @@ def export_weights(
 
     Args:
         checkpoint: Path of a checkpoint written by `fit`.
-        destination: Path of the file to write; with layout huggingface, of the folder.
-        layout: "official" is a .pth.tar with both encoders and the predictor; "timm" a dictionary written by
-            torch.save; "safetensors" the same in that format, with the architecture as metadata; "huggingface" a folder
-            for transformers' IJepaModel, with the preprocessing of I-JEPA.
+        destination: Path of the folder to write for timm and huggingface, of the file for the others.
+        layout: "timm" is a folder that timm.create_model("local-dir:FOLDER", pretrained=True) loads, also for other image
+            sizes and as features_only; "huggingface" one for transformers' IJepaModel; both say how to preprocess.
+            "official" is a .pth.tar with both encoders and the predictor, "safetensors" the encoder's weights alone, by
+            timm's names, with the architecture as metadata.
         encoder: Which encoder to export; the paper evaluates the target encoder. Official has both.
     """
     jepa = load_jepa(checkpoint)
@@ -38,7 +40,7 @@ def export_weights(
     networks = {"target": jepa.target_encoder, "context": jepa.context_encoder}
     states = {name: {"pos_embed": net.positions[None].clone(), **net.vit.state_dict()} for name, net in networks.items()}
     path = Path(destination)
-    (path if layout == "huggingface" else path.parent).mkdir(parents=True, exist_ok=True)
+    (path if layout in ("timm", "huggingface") else path.parent).mkdir(parents=True, exist_ok=True)
     vit = jepa.target_encoder
     if layout == "official":
         block: Any = jepa.predictor.blocks[0]
@@ -55,7 +57,8 @@ def export_weights(
         wrapped: dict[str, Any] = {part: {f"module.{k}": v for k, v in state.items()} for part, state in parts.items()}
         torch.save(wrapped | {"epoch": 0}, path)
     elif layout == "timm":
-        torch.save(states[encoder], path)
+        save_file(states[encoder], path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(_timm_config(jepa), indent=2) + "\n")
     elif layout == "safetensors":
         about = {"encoder": str(jepa.hparams.encoder), "depth": str(len(vit.vit.blocks)), "layout": "timm"}
         about |= {"image_size": f"{jepa.image_size[0]},{jepa.image_size[1]}", "patch_size": str(jepa.hparams.patch_size)}
@@ -65,6 +68,40 @@ def export_weights(
         (path / "config.json").write_text(json.dumps(_hugging_face_config(jepa), indent=2) + "\n")
         (path / "preprocessor_config.json").write_text(json.dumps(_hugging_face_preprocessing(jepa), indent=2) + "\n")
     print(f"{path}: {encoder} encoder, layout {layout}.")
+    if layout == "timm":
+        print(f'Load it with timm.create_model("local-dir:{path}", pretrained=True).')
+
+
+def _timm_config(jepa: ImageJEPA) -> dict[str, Any]:
+    """What timm must know to build the encoder, pooled by the average over its patches after the last norm."""
+    encoder, (height, width) = jepa.target_encoder, jepa.image_size
+    return {
+        "architecture": str(jepa.hparams.encoder),
+        "num_classes": 0,
+        "num_features": encoder.dim,
+        "global_pool": "avg",
+        "model_args": {
+            "img_size": [height, width],
+            "patch_size": encoder.patch_size,
+            "depth": len(encoder.vit.blocks),
+            "class_token": False,
+            "global_pool": "avg",
+            "fc_norm": False,
+        },
+        "pretrained_cfg": {
+            "tag": "jepa",
+            "input_size": [3, height, width],
+            "fixed_input_size": False,
+            "mean": list(IMAGENET_DEFAULT_MEAN),
+            "std": list(IMAGENET_DEFAULT_STD),
+            "interpolation": "bilinear",
+            "crop_pct": CENTER_CROP,
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
 
 
 def _hugging_face_config(jepa: ImageJEPA) -> dict[str, Any]:

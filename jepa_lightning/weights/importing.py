@@ -60,7 +60,8 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
         raise ValueError(f"{path} holds no dictionary of weights.")
     encoder = formats.from_hugging_face(state) if formats.is_hugging_face(state) else state
     jepa = _assemble(path, encoder, encoder, None, image_size)
-    heads = json.loads(config.read_text()).get("num_attention_heads") if config.is_file() else None
+    about = json.loads(config.read_text()) if config.is_file() else {}
+    heads = about.get("num_attention_heads")
     if heads is not None and heads != jepa.target_encoder.num_heads:
         raise ValueError(f"{config} says {heads} heads; {jepa.hparams.encoder} has {jepa.target_encoder.num_heads}.")
     return jepa

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.batches import PendulumBatch
 from jepa_lightning.pendulum import PendulumJEPA
+from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.probes.baselines import BASELINE_SEED, PCA, RandomEncoder
 from jepa_lightning.signature import sign
 from jepa_lightning.weights.checkpoints import RECORD, load_jepa, record
@@ -73,7 +74,7 @@ class PendulumProbe(LightningModule, ABC):
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.jepa.check_data(data)
+            check_observations(self.jepa, data)
 
     def on_fit_start(self) -> None:
         """Fit the baselines on the first training trajectories, the same ones in every process."""

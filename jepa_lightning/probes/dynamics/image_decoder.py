@@ -20,6 +20,7 @@ from jepa_lightning.figures import rows_figure, show
 from jepa_lightning.networks.decoders import LatentDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.pendulum import PendulumJEPA
+from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.probes.dynamics.decoder import StandardizedDecoder
 from jepa_lightning.probes.dynamics.evaluation import intersection_over_union
 from jepa_lightning.signature import sign
@@ -116,7 +117,7 @@ class ImageDecoder(LightningModule):
         """Raise a ValueError if the data is not what the JEPA was trained on."""
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            self.jepa.check_data(data)
+            check_observations(self.jepa, data)
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is None:  # a resumed run has its scales
@@ -141,11 +142,13 @@ class ImageDecoder(LightningModule):
 
     def training_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
         decoded = self.decode(self.features(batch, self.source)[self.source])
+        assert batch.states is not None
         loss = F.mse_loss(decoded, true_images(self.jepa, self.trainer.datamodule, batch.states[:, 1:]))
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+        assert batch.states is not None
         truth = true_images(self.jepa, self.trainer.datamodule, batch.states)  # (B, T, C, S, S)
         goal = truth[:, 1:].flatten(0, 1)
         features = self.features(batch, *get_args(EmbeddingSource))

@@ -18,6 +18,7 @@ from datamodules.batches import PendulumBatch
 from datamodules.physics import FRAME_SECONDS
 from datamodules.rng import seeded_generator
 from jepa_lightning.figures import rows_figure, show, side_by_side, steps_figure, write_video
+from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.planner import Planner
 from jepa_lightning.probes.dynamics.episodes import (
     Controller,
@@ -121,7 +122,7 @@ class PlanningProbe(LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None:
             raise ValueError("PlanningProbe needs the physics of a DoublePendulum: pass it as datamodule.")
-        self.jepa.check_data(data)
+        check_observations(self.jepa, data)
         data.pendulum.reach(self.tip)
         if math.dist(self.tip, (0.0, -sum(data.pendulum.lengths))) < RADII[1]:
             raise ValueError(f"model.goal={self.goal}: the tip hangs within {RADII[1]} m of it. Choose another place.")
@@ -143,6 +144,7 @@ class PlanningProbe(LightningModule):
         assert batch.actions is not None
         self._collected.append((self.jepa.encode(batch.observations).float(), batch.actions))
         if batch_idx == 0:
+            assert batch.states is not None
             self._first_states = batch.states[0]
 
     @torch.no_grad()

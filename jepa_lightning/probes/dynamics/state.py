@@ -117,6 +117,7 @@ class StateProbe(PendulumProbe):
         self._collect("test", batch)
 
     def _collect(self, split: str, batch: PendulumBatch) -> None:
+        assert batch.states is not None
         for name, value in (self.features(batch) | {"states": batch.states}).items():
             self._collected.setdefault(f"{split}/{name}", []).append(value)
 

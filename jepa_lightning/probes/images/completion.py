@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, batch_generator
-from datamodules.image_folder import denormalize
+from datamodules.preprocessing import denormalize
 from datamodules.views import COLORS, Views, action_to
 from jepa_lightning.figures import hide_patches, rows_figure, show, to_colors
 from jepa_lightning.image_jepa import ImageJEPA
@@ -129,6 +129,11 @@ class CompletionProbe(ImageProbe):
         return predicted if self.predicts_normalized else F.layer_norm(predicted, predicted.shape[-1:])
 
     @torch.no_grad()
+    @torch.no_grad()
+    def decode(self, embeddings: Tensor) -> Tensor:
+        """Normalized pixels (B, 3, H, W) of patch embeddings (B, N, D), true or predicted ones."""
+        return self.decoders["jepa"](F.layer_norm(embeddings, embeddings.shape[-1:]))
+
     def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
         """Hide blocks of images, predict their features, and decode.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from datamodules.batches import ViewBatch
-from datamodules.image_folder import denormalize
+from datamodules.preprocessing import denormalize
 from datamodules.views import DESTRUCTIVE
 from jepa_lightning.figures import show
 from jepa_lightning.image_jepa import ImageJEPA

@@ -1,0 +1,107 @@
+"""Do the arguments of a pendulum JEPA make sense, and do it and its data fit? Said before anything runs."""
+
+from typing import Any, Literal, get_args
+
+from datamodules.batches import PendulumBatch, check_batches
+
+TargetMode = Literal["default", "vjepa2", "none"]
+
+MODES = {
+    "default": "predicts from the target encoder's embeddings to the target encoder's: the prediction loss trains "
+    "the predictor alone and sends no gradient to the encoder, which the auxiliary losses shape",
+    "vjepa2": "predicts from the context encoder's embeddings to the target encoder's",
+    "none": "predicts from the context encoder's embeddings to its own, detached; the target encoder is its copy after "
+    "every step, and momentum is not used",
+}
+"""Target mode -> what it does, for the log."""
+
+
+def check_arguments(given: dict[str, Any]) -> None:
+    """Refuse values that a `PendulumJEPA` cannot have.
+
+    Args:
+        given: Its arguments, by name.
+
+    Raises:
+        ValueError: A value out of its range, named together with what is allowed.
+    """
+    for name in ("latent_dim", "predictor_width", "horizon", "history", "channels", "action_width"):
+        if given[name] < 1:
+            raise ValueError(f"model.{name}={given[name]}: give an integer of at least 1.")
+    for name, allowed in (("observation", ("pixels", "coordinates")), ("target_mode", get_args(TargetMode))):
+        if given[name] not in allowed:
+            raise ValueError(f"model.{name}={given[name]!r}: choose one of {', '.join(allowed)}.")
+    if not 0 <= given["predictor_dropout"] < 1:
+        raise ValueError(f"model.predictor_dropout={given['predictor_dropout']}: choose a fraction of the units in [0, 1).")
+    inverse_dynamics, action_dim = given["inverse_dynamics"], given["action_dim"]
+    if action_dim < 0 or not inverse_dynamics >= 0:
+        raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
+    if inverse_dynamics and not action_dim:
+        raise ValueError(f"model.inverse_dynamics={inverse_dynamics} needs actions to predict: set model.action_dim.")
+    if given["target_mode"] == "default" and given["regularizer"] is None and not inverse_dynamics:
+        raise ValueError(
+            "model.target_mode='default' without a regularizer or inverse_dynamics: nothing would train the encoder, "
+            "because the prediction loss sends it no gradient. Choose another mode, or an auxiliary loss."
+        )
+    if not given["step_decay"] >= 0:
+        raise ValueError(f"model.step_decay={given['step_decay']}: must be >= 0; 0 weighs all steps of the horizon alike.")
+
+
+def check_clips(jepa: Any, data: Any) -> None:
+    """Compare the length of clips with the horizon, and with the losses that compare windows.
+
+    Args:
+        jepa: A `PendulumJEPA`.
+        data: Its data module.
+
+    Raises:
+        ValueError: The clips are too short.
+    """
+    clip_length, stride = getattr(data, "clip_length", None), getattr(data, "stride", 1)
+    if clip_length is not None and jepa.history + jepa.horizon * stride > clip_length:
+        raise ValueError(
+            f"model.horizon={jepa.horizon} steps from a window of history={jepa.history} frames do not fit into "
+            f"data.clip_length={clip_length} frames: lower the horizon to at most "
+            f"{(clip_length - jepa.history) // stride} or lengthen data.sequence_length and data.clip_length."
+        )
+    needed = {"inverse_dynamics": 2} if jepa.inverse_dynamics else {}
+    if jepa.regularizer is not None:
+        needed[f"regularizer {jepa.regularizer.name!r}"] = jepa.regularizer.needed_times
+    for name, times in needed.items():
+        seen = times if clip_length is None else (clip_length - jepa.history) // stride + 1 - jepa.unseen_windows
+        if seen < times:
+            raise ValueError(
+                f"model.{name} compares {times} windows, and of a clip of {clip_length} frames the context encoder sees "
+                f"{seen}: lengthen data.clip_length by {(times - seen) * stride}, lower model.horizon, or set the "
+                "weight of what compares them to 0 (curvature needs 3; temporal_similarity, inverse_dynamics and "
+                "barlow_twins 2)."
+            )
+
+
+def check_observations(jepa: Any, data: Any) -> None:
+    """Compare observations and actions with those that the networks were built for, and the physics with that trained on.
+
+    Args:
+        jepa: A `PendulumJEPA`.
+        data: Its data module, or one of the same kind.
+
+    Raises:
+        ValueError: They differ.
+    """
+    check_batches(jepa, data, PendulumBatch)
+    theirs = getattr(data, "action_dim", jepa.action_dim)
+    if jepa.action_dim != theirs:
+        raise ValueError(
+            f"model.action_dim={jepa.action_dim}, but the data's actions have {theirs} scalars: set model.action_dim to "
+            f"{theirs}, or data.torque_limits {'to the limits of two torques' if not theirs else 'to match'}."
+        )
+    names = ["observation", "history"] + (["image_size", "channels"] if jepa.observation == "pixels" else [])
+    for name in names:
+        mine, theirs = getattr(jepa, name), getattr(data, name, None)
+        if theirs is not None and mine != theirs:
+            raise ValueError(f"The model has {name}={mine} but data.{name}={theirs}: set both to the same value.")
+    dynamics = getattr(data, "dynamics", {})
+    for name, value in jepa.trained_on.items():
+        theirs = dynamics.get(name, value)
+        if theirs != value:
+            raise ValueError(f"The model was trained on data.{name}={value}, and now data.{name}={theirs}: set it to that.")

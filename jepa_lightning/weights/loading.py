@@ -1,0 +1,83 @@
+"""One function that reads whatever holds a model."""
+
+import json
+import os
+from pathlib import Path
+
+from lightning.pytorch import LightningModule
+
+from jepa_lightning.jepa import JEPA
+from jepa_lightning.weights.checkpoints import load_any
+from jepa_lightning.weights.importing import load_encoder, load_official
+from jepa_lightning.weights.io import read_file
+from jepa_lightning.weights.runs import LAST
+
+
+def load(path: str | os.PathLike[str], image_size: tuple[int, int] | None = None) -> LightningModule:
+    """A trained model, on the CPU, in evaluation mode, whoever has written it.
+
+    >>> model = load("runs/ijepa_cifar10_cpu")  # doctest: +SKIP
+    >>> embeddings = model(model.transform(image)[None])  # doctest: +SKIP
+
+    Args:
+        path: A run directory or a checkpoint of this application (a JEPA, or a probe with its JEPA), a .pth.tar of the
+            released I-JEPA, a folder of timm's or Hugging Face's layout, or a file of an encoder's weights.
+        image_size: Height and width in pixels for weights from elsewhere; the square that the number of patches makes by
+            default.
+
+    Returns:
+        A `JEPA`, or a probe. Of weights of an encoder alone, an `IJEPA` whose predictor is not trained.
+
+    Raises:
+        FileNotFoundError: There is nothing at that path.
+        ValueError: It cannot be read, or holds something else.
+    """
+    place = Path(path)
+    if place.is_dir() and (place / "config.json").is_file() and not (place / LAST).exists():
+        return load_encoder(place, image_size)
+    if place.is_file() and place.suffix != ".ckpt":
+        if place.suffix == ".safetensors":
+            return load_encoder(place, image_size)
+        return load_official(place, image_size) if "target_encoder" in read_file(place) else load_encoder(place, image_size)
+    return load_any(path)
+
+
+def is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether weights are those of a whole JEPA, not of an encoder alone."""
+    place = Path(path)
+    if place.is_dir():
+        return not (place / "config.json").is_file() or (place / LAST).exists()
+    return place.suffix == ".ckpt" or (place.suffix != ".safetensors" and "target_encoder" in read_file(place))
+
+
+def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
+    """Give a new model the weights of another one, to train on from there with a schedule of its own.
+
+    Both encoders are taken over, so the first target is that of the model that is loaded; the predictor too, if there is a
+    trained one of the same sizes. Of an encoder alone, context and target encoder both get its weights.
+
+    Args:
+        model: Just built, of the encoder's architecture; the size of its images may differ, since positions are fixed.
+        path: As for `load`.
+
+    Raises:
+        FileNotFoundError: There is nothing at that path.
+        ValueError: It cannot be read, or does not fit.
+    """
+    source = load(path)
+    if not isinstance(source, JEPA):
+        raise ValueError(f"{path} holds a {type(source).__name__}: training can start from a JEPA or an encoder alone.")
+    parts = ["context_encoder", "target_encoder", *(["predictor"] if is_whole(path) else [])]
+    for part in parts:
+        theirs, ours = source.get_submodule(part).state_dict(), model.get_submodule(part).state_dict()
+        odd = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
+        odd += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+        if odd:
+            raise ValueError(
+                f"{path} does not fit this {type(model).__name__}: {len(odd)} weights of the {part} are missing or have "
+                f"another shape, such as {min(odd)}. Its arguments are "
+                + json.dumps(
+                    {name: value for name, value in source.hparams.items() if not name.startswith("_")}, default=str
+                )
+            )
+        model.get_submodule(part).load_state_dict(theirs)
