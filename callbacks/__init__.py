@@ -3,6 +3,7 @@
 from callbacks.checkpointing import BestCheckpoint, LastCheckpoint
 from callbacks.collapse import CollapseAlarm, CollapseWarning
 from callbacks.ema import EMAUpdate
+from callbacks.embeddings import EmbeddingWriter
 from callbacks.error_log import ErrorLog
 from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ProgressLines
@@ -14,6 +15,7 @@ __all__ = [
     "CollapseAlarm",
     "CollapseWarning",
     "EMAUpdate",
+    "EmbeddingWriter",
     "ErrorLog",
     "Interrupted",
     "LastCheckpoint",

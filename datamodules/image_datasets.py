@@ -199,6 +199,21 @@ class HeldOutImages(ImageDataset):
         return [image for image, _ in decoded], [index for _, index in decoded]
 
 
+class NumberedImages(HeldOutImages):
+    """The same, in batches whose key is the indices of its images."""
+
+    def __getitems__(self, indices: list[int]) -> ImageBatch | None:
+        """The images at these indices, without those that cannot be read; None if not one of them can."""
+        images, kept = self.readable(indices)
+        return self.collate([center(image, self.image_size) for image in images], kept, tuple(kept)) if kept else None
+
+    def small(self, indices: list[int]) -> Tensor:
+        """Images in [0, 1], (len(indices), 3, H, W); black where one cannot be read."""
+        black = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        decoded = [self.decode(index) for index in indices]
+        return torch.stack([black if one is None else center(one, self.image_size) for one in decoded]).float() / 255
+
+
 class HeldOutViews(HeldOutImages):
     """The middle of each image, and a pair of views of it that is a function of (seed, index).
 

@@ -2,8 +2,10 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -90,6 +92,27 @@ def scan(folder: Path, classes: list[str] | None = None) -> Scan:
         ignored += others
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor(sizes))
     return Scan(Samples(np.array(paths), labels), decoded, ignored, len(is_folder) - len(names))
+
+
+def all_images(root: Path, read: Callable[[Path], Scan]) -> tuple[dict[str, Samples], list[str], str]:
+    """All images below a folder, in the order of their paths, those of root/train before those of root/val.
+
+    Args:
+        root: Folder of the images.
+        read: `scan`, or what also says what it found.
+
+    Returns:
+        {"predict": samples}, the names of the classes, and a token for their flags of unreadable files.
+    """
+    folders = [root / name for name in ("train", "val") if (root / name).is_dir()]
+    found = [read(folder) for folder in folders or [root]]
+    classes = sorted({name for part in found for name in part.classes}, key=os.fsencode)
+    labels = []
+    for part in found:
+        places = torch.tensor([classes.index(name) for name in part.classes], dtype=torch.int64)
+        labels.append(places[part.samples.labels] if part.classes else part.samples.labels)
+    samples = Samples(np.concatenate([part.samples.paths for part in found]), torch.cat(labels))
+    return {"predict": samples}, classes, uuid4().hex
 
 
 def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], Counter[str]]:

@@ -16,12 +16,20 @@ from uuid import uuid4
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
-from datamodules.image_datasets import HeldOutImages, HeldOutLoader, HeldOutViews, TrainingImages, TrainingViews
-from datamodules.image_files import Samples, Scan, describe, draw_per_class, part_of, read_list, scan
+from datamodules.image_datasets import (
+    HeldOutImages,
+    HeldOutLoader,
+    HeldOutViews,
+    NumberedImages,
+    TrainingImages,
+    TrainingViews,
+)
+from datamodules.image_files import Samples, Scan, all_images, describe, draw_per_class, part_of, read_list, scan
 from datamodules.preprocessing import normalize
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
@@ -118,6 +126,7 @@ class ImageFolder(SingleLoaderDataModule):
         self.download = download
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.classes: list[str] = []
+        self.predict_indices: list[int] | None = None
         self._samples: dict[str, Samples] = {}
         self._unreadable: dict[str, UnreadableFiles] = {}
 
@@ -144,9 +153,10 @@ class ImageFolder(SingleLoaderDataModule):
             ValueError: No images, an empty class, classes that differ between training and validation, or a list that
                 leads out of the folder.
         """
-        if self._samples:
+        if self._samples and (stage != "predict" or "predict" in self._samples):
             return
-        self._samples, self.classes, token = self._broadcast_from_rank_zero(self._find)
+        find = self._find if stage != "predict" else lambda: all_images(self.root, self._scan)
+        self._samples, self.classes, token = self._broadcast_from_rank_zero(find)
         self._unreadable = {
             split: UnreadableFiles(len(samples.labels), f"{token}-{split}") for split, samples in self._samples.items()
         }
@@ -190,6 +200,11 @@ class ImageFolder(SingleLoaderDataModule):
         # In one mixed order, so that the first batches of a validation have all classes.
         order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
         return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, uuid4().hex
+
+    @property
+    def predict_files(self) -> Samples:
+        """Files that `predict` reads, and their classes, in order."""
+        return self._samples["predict"]
 
     def _scan(self, folder: Path, classes: list[str] | None = None) -> Scan:
         """What a folder holds, which is also said."""
@@ -256,7 +271,25 @@ class ImageFolder(SingleLoaderDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.val_dataloader()
+        """All images of the folder, or those of `predict_indices`, in order; processes take turns."""
+        chosen: Any = range(len(self.predict_files.labels)) if self.predict_indices is None else self.predict_indices
+        if len(chosen) < self.rank[1]:  # some are encoded again, so that each process has one
+            chosen = [*chosen, *range(self.rank[1] - len(chosen))]
+        images: Dataset[Any] = Subset(self._numbered(self.image_size), chosen)
+        return HeldOutLoader(
+            images,
+            batch_size=self.batch_size,
+            sampler=self.held_out_sampler("predict", images),
+            collate_fn=already_collated,
+            **self.loader_settings(),
+        )
+
+    def _numbered(self, size: tuple[int, int]) -> NumberedImages:
+        return NumberedImages(self.predict_files, size, self.seed, self._unreadable["predict"])
+
+    def thumbnails(self, indices: list[int], size: int) -> Tensor:
+        """Small images of files of `predict`, (len(indices), 3, size, size) in [0, 1]; black where one is unreadable."""
+        return self._numbered((size, size)).small(indices)
 
     def on_after_batch_transfer(self, batch: ImageBatch | ViewBatch, dataloader_idx: int) -> ImageBatch | ViewBatch:
         """From uint8 to normalized floats, on the device."""

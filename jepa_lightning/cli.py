@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -26,12 +26,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
-from callbacks import BestCheckpoint, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
+from callbacks import BestCheckpoint, EmbeddingWriter, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
-from jepa_lightning.run_defaults import default_run_directory, with_data_of_the_run
+from jepa_lightning.run_defaults import default_run_directory, options, with_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.runs import checkpoint_of
@@ -49,11 +49,15 @@ class JEPACommandLine(LightningCLI):
     config: Any
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
-        given = with_data_of_the_run(sys.argv[1:] if args is None else [str(argument) for argument in args])
+        given = with_the_run(sys.argv[1:] if args is None else [str(argument) for argument in args])
         self.config = parser.parse_args(given)
         section = self._section()
         if section.trainer.get("default_root_dir") is None:
             section.trainer.default_root_dir = str(default_run_directory(section.model))
+        if self.config.subcommand == "predict" and section.get("return_predictions") is None:
+            section.return_predictions = False  # they are written, not kept in memory
+        if any(name == "--data.root" for name, _ in options(given)) and section.data.init_args.get("download"):
+            section.data.init_args.download = None  # never into a folder that was named, perhaps with a misspelling
         self._asked_model = parser.parse_args(given, defaults=False)[self.config.subcommand].get("model")
         fit = self.config.get("subcommand") == "fit"
         asked = section.get("ckpt_path")
@@ -111,7 +115,7 @@ class JEPACommandLine(LightningCLI):
         section = self._section()
         # A checkpoint's model arguments replace those of the command line and the YAML (Lightning issue 20801).
         if self._asked_model is not None and section.get("ckpt_path"):
-            asked = vars(self._asked_model.get("init_args", {}))
+            asked = vars(self._asked_model.get("init_args", Namespace()))
             loaded = vars(section.model.get("init_args", {}))
             differing = [name for name in asked if asked[name] != loaded.get(name, asked[name])]
             for name in differing:
@@ -138,6 +142,8 @@ class JEPACommandLine(LightningCLI):
         defaults: list[Callback] = [Stopwatch(), ProgressLines(), ErrorLog()]
         if trainer.enable_checkpointing is not False:
             defaults += [BestCheckpoint(), LastCheckpoint(), Preemption()]
+        if self.config.subcommand == "predict":
+            defaults.append(EmbeddingWriter())
         if trainer.logger is not False:
             defaults.append(LearningRateMonitor("step", log_weight_decay=True))
         given = {type(callback) for callback in as_list(trainer.callbacks)}

@@ -58,8 +58,8 @@ class ImageJEPA(JEPA, ABC):
     target_encoder: ViTEncoder
     predictor: MaskedPredictor
     masks: MultiBlock
-    reads_views = False
-    """Whether its batches are pairs of views."""
+    reads_views = predict_patches = False
+    """Whether its batches are pairs of views, and whether `predict` gives the embeddings of all patches."""
 
     def __init__(
         self,
@@ -111,11 +111,11 @@ class ImageJEPA(JEPA, ABC):
         """Compare with the data module before anything runs, and compile.
 
         Raises:
-            ValueError: Images of another size than the encoder was built for, or masks that differ in shape between
-                processes whose features are to be gathered.
+            ValueError: Images of another size than the encoder's, or masks that differ in shape between processes.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
+        if stage != "predict":
+            check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(
@@ -251,8 +251,9 @@ class ImageJEPA(JEPA, ABC):
         return pairs.target_features[:, 0]
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Average-pooled embeddings of the target encoder: (B, D)."""
-        return self(self.as_batch(batch, batch_idx).images)
+        """Average-pooled embeddings of the target encoder, (B, D); those of the patches, (B, N, D), if asked for."""
+        patches = self.encode(self.as_batch(batch, batch_idx).images).float()
+        return patches if self.predict_patches else patches.mean(dim=1)
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
         batch = self.as_batch(batch, batch_idx)

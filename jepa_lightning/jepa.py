@@ -127,6 +127,7 @@ class JEPA(LightningModule, ABC):
         """
         self.context_encoder = context_encoder
         self.predictor = predictor
+        self.embedding_dim = dim
         self.target_encoder = copy.deepcopy(context_encoder).requires_grad_(False).eval()
         name, weights = self._regularizer_arguments
         self.regularizer = None if name is None else Regularizer(name, dim, weights)

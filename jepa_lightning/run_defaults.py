@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from jepa_lightning import probes
+from jepa_lightning.weights.checkpoints import read_checkpoint
 from jepa_lightning.weights.runs import data_of, run_directory
 
 
@@ -20,6 +21,36 @@ def default_run_directory(model: Any) -> Path:
         return Path("runs") / kind
     modules = {cls.__name__: cls.__module__.rsplit(".", 1)[-1] for cls in vars(probes).values() if isinstance(cls, type)}
     return probed / modules.get(kind, kind)
+
+
+def with_the_run(args: list[str]) -> list[str]:
+    """Arguments completed by what a run has kept.
+
+    For a probe that is the data of its JEPA's run, see `with_data_of_the_run`; for validate, test and predict on a
+    checkpoint, where no configuration is given, that of the checkpoint's run.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, or the data to be read is not known.
+    """
+    named = dict(options(args))
+    path, given = named.get("--ckpt_path"), {name.split(".")[0] for name in named}
+    if args[:1] not in (["validate"], ["test"], ["predict"]) or given & {"-c", "--config", "--model"}:
+        return with_data_of_the_run(args)
+    if path in (None, "last"):
+        return args
+    assert path is not None
+    directory = run_directory(path)
+    if directory is not None:
+        return [args[0], "--config", str(directory / "config.yaml"), *args[1:]]
+    checkpoint = read_checkpoint(path)
+    model = checkpoint["hyper_parameters"].get("_class_path") or checkpoint.get("class", "")
+    found = ["--model", model] if model.startswith("jepa_lightning.") else []  # a file never chooses what is imported
+    size = checkpoint["hyper_parameters"].get("image_size")
+    if "--data" not in named and "--data.root" in named and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        found += ["--data", "ImageFolder", f"--data.image_size=[{height}, {width}]"]
+    return [args[0], *found, *args[1:]]
 
 
 def with_data_of_the_run(args: list[str]) -> list[str]:
