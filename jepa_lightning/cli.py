@@ -34,6 +34,7 @@ from jepa_lightning.messages import readable, with_file_name
 from jepa_lightning.run_defaults import default_run_directory, options, with_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
+from jepa_lightning.weights.loading import start_from
 from jepa_lightning.weights.runs import checkpoint_of
 
 TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
@@ -47,6 +48,21 @@ class JEPACommandLine(LightningCLI):
     """
 
     config: Any
+
+    def add_arguments_to_parser(self, parser: Any) -> None:
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            help="Weights that a new training starts from: a run directory, a checkpoint, or a folder of timm's or Hugging "
+            "Face's layout. (--ckpt_path goes on with a training that was cut.)",
+        )
+
+    def before_fit(self) -> None:
+        """Take over weights, unless the run goes on from a checkpoint of its own."""
+        section = self._section()
+        if section.init_from is not None and section.get("ckpt_path") is None:
+            start_from(self.model, section.init_from)
+            rank_zero_info(f"Training starts from the weights of {section.init_from}.")
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         given = with_the_run(sys.argv[1:] if args is None else [str(argument) for argument in args])

@@ -143,6 +143,21 @@ def test_training_starts_from_an_encoder_alone(jepa: IJEPA, checkpoint: Path, tm
         torch.testing.assert_close(features(model), features(jepa), rtol=0, atol=0)
         torch.testing.assert_close(model.context_encoder.state_dict(), jepa.target_encoder.state_dict(), rtol=0, atol=0)
         torch.testing.assert_close(model.predictor.state_dict(), before, rtol=0, atol=0)
+    arguments = ["fit", "--model", "IJEPA", "--model.encoder", "vit_tiny_patch16_224", "--model.encoder_depth", "1"]
+    arguments += [
+        "--model.image_size",
+        "16",
+        "--model.patch_size",
+        "4",
+        "--model.predictor_width",
+        "24",
+        "--model.momentum=1",
+    ]
+    arguments += ["--model.predictor_depth", "1", "--data", "SyntheticImages", "--data.root", str(tmp_path / "shapes")]
+    arguments += ["--data.size", "40", "--data.image_size", "16", "--data.batch_size", "8", "--trainer.max_steps", "1"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), "--trainer.accelerator", "cpu"]
+    command_line([*arguments, "--trainer.limit_val_batches", "0", "--init_from", str(tmp_path / "timm")])
+    torch.testing.assert_close(features(load(tmp_path / "run")), features(jepa), rtol=0, atol=0)
     main(["export", str(checkpoint), str(tmp_path / "out.pth.tar"), "--layout", "official"])
     start_from(model, tmp_path / "out.pth.tar")
     torch.testing.assert_close(model.state_dict(), jepa.state_dict(), rtol=0, atol=0)
