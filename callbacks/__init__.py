@@ -7,6 +7,7 @@ from callbacks.embeddings import EmbeddingWriter
 from callbacks.error_log import ErrorLog
 from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ProgressLines
+from callbacks.startup import StartUp
 from callbacks.stopwatch import Stopwatch
 from callbacks.weight_decay import WeightDecaySchedule
 
@@ -21,6 +22,7 @@ __all__ = [
     "LastCheckpoint",
     "Preemption",
     "ProgressLines",
+    "StartUp",
     "Stopwatch",
     "WeightDecaySchedule",
 ]

@@ -26,12 +26,22 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import callbacks  # noqa: F401  (short class names)
 import datamodules  # noqa: F401  (short class names)
-from callbacks import BestCheckpoint, EmbeddingWriter, ErrorLog, LastCheckpoint, Preemption, ProgressLines, Stopwatch
+from callbacks import (
+    BestCheckpoint,
+    EmbeddingWriter,
+    ErrorLog,
+    LastCheckpoint,
+    Preemption,
+    ProgressLines,
+    StartUp,
+    Stopwatch,
+)
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
+from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
-from jepa_lightning.run_defaults import default_run_directory, options, with_the_run
+from jepa_lightning.run_defaults import accelerator, default_run_directory, options, with_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.loading import start_from
@@ -153,9 +163,12 @@ class JEPACommandLine(LightningCLI):
         if trainer.barebones:  # Lightning's measure of its own overhead: nothing in addition to it
             kwargs |= {"logger": False, "log_every_n_steps": 0}
             return super().instantiate_trainer(**kwargs)
+        kwargs.setdefault("accelerator", accelerator(trainer.accelerator))
+        if section.trainer.get("enable_model_summary") is None:
+            kwargs.setdefault("enable_model_summary", False)  # `StartUp` says it in a line
         if section.trainer.get("logger") in (None, True):
             kwargs.setdefault("logger", TensorBoardLogger(root, name="", version="", default_hp_metric=False))
-        defaults: list[Callback] = [Stopwatch(), ProgressLines(), ErrorLog()]
+        defaults: list[Callback] = [Stopwatch(), ProgressLines(), ErrorLog(), StartUp()]
         if trainer.enable_checkpointing is not False:
             defaults += [BestCheckpoint(), LastCheckpoint(), Preemption()]
         if self.config.subcommand == "predict":
@@ -247,6 +260,7 @@ def main(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
     warnings.filterwarnings("ignore", "The dirpath has changed")  # a report is written next to the probes it tests
     warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # Lightning 2.6.6 on torch 2.15
+    quiet()
     if args is None:  # a program of its own, not a call from one
         cpu.keep_freed_memory()
         cpu.choose_threads()

@@ -191,7 +191,8 @@ def side_by_side(panels: dict[str, Tensor], first_frame: int = 0, zoom: int = 4)
 
 
 def write_video(path: str | Path, video: np.ndarray, frames_per_second: int) -> None:
-    """Write (T, height, width, 3) uint8 frames as H.264."""
+    """Write (T, height, width, 3) uint8 frames as H.264, and as a GIF of the same name for where no mp4 is shown."""
+    Path(path).with_suffix(".gif").write_bytes(_gif(video, 1000 // frames_per_second))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "18"})
         stream.height, stream.width = video.shape[1:3]
@@ -268,10 +269,15 @@ def _write(folder: Path, tag: str, shown: Figure | np.ndarray, step: int) -> Pat
 
 def _encoded(shown: Figure | np.ndarray) -> bytes:
     """A figure as the bytes of a PNG, a video as those of an animated GIF."""
+    if not isinstance(shown, Figure):
+        return _gif(shown, 100)
     buffer = io.BytesIO()
-    if isinstance(shown, Figure):
-        shown.savefig(buffer, format="png")
-    else:
-        images = [Image.fromarray(frame) for frame in shown]
-        images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=100, loop=0)
+    shown.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _gif(video: np.ndarray, milliseconds: int) -> bytes:
+    """Frames as an animated GIF that shows each for so long."""
+    buffer, images = io.BytesIO(), [Image.fromarray(frame) for frame in video]
+    images[0].save(buffer, format="GIF", save_all=True, append_images=images[1:], duration=milliseconds, loop=0)
     return buffer.getvalue()

@@ -1,15 +1,27 @@
-"""What a probe takes over from the run that it reads: its data, and a place in its directory."""
+"""What is chosen for a user who does not say it: the device, the run directory, and what a run has kept."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_info
 
 from jepa_lightning import probes
 from jepa_lightning.weights.checkpoints import read_checkpoint
 from jepa_lightning.weights.runs import data_of, run_directory
+
+
+def accelerator(asked: str) -> str:
+    """What to compute on: as asked, but on a Mac the CPU unless its GPU is asked for."""
+    if asked == "auto" and not torch.cuda.is_available() and torch.backends.mps.is_available():
+        rank_zero_info(
+            "This Mac's CPU computes: on its GPU (MPS) nothing was tested. Choose it with --trainer.accelerator mps."
+        )
+        return "cpu"
+    return asked
 
 
 def default_run_directory(model: Any) -> Path:

@@ -49,7 +49,7 @@ def save_report(directory: Path, report: dict[str, Any], title: str, notes: str,
     (directory / "report.md").write_text(f"# {title}\n\n{notes}\n\n{table}\n\nMade by `{command}`.\n")
     print(f"\n{table}\n")
     for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".md", ".mp4", ".png"):
+        if path.suffix in (".gif", ".json", ".md", ".mp4", ".png"):
             print(path)
 
 
