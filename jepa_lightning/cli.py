@@ -41,7 +41,7 @@ from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import readable, with_file_name
-from jepa_lightning.run_defaults import accelerator, default_run_directory, options, with_the_run
+from jepa_lightning.run_defaults import accelerator, default_run_directory, options, with_config_files, with_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.loading import start_from
@@ -75,7 +75,7 @@ class JEPACommandLine(LightningCLI):
             rank_zero_info(f"Training starts from the weights of {section.init_from}.")
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
-        given = with_the_run(sys.argv[1:] if args is None else [str(argument) for argument in args])
+        given = with_the_run(with_config_files(sys.argv[1:] if args is None else [str(argument) for argument in args]))
         self.config = parser.parse_args(given)
         section = self._section()
         if section.trainer.get("default_root_dir") is None:

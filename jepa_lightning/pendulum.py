@@ -13,6 +13,7 @@ from torch.nn import functional
 from callbacks.schedules import ScheduleName
 from datamodules.batches import PendulumBatch, as_pendulum_batch
 from datamodules.physics import LABELS, state_labels
+from jepa_lightning.embedding_figures import show_components
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe, guarded_error
@@ -191,23 +192,16 @@ class PendulumJEPA(JEPA):
         return self.encode_windows(self.target_encoder, observations)
 
     def forward(self, observations: Tensor) -> Tensor:
-        """As `encode`."""
         return self.encode(observations)
 
     @torch.no_grad()
     def rollout(self, window: Tensor, steps: int, actions: Tensor | None = None) -> Tensor:
-        """Embeddings (B, K, D) of the next steps, predicted from one window (open loop).
-
-        Args:
-            window: (B, ...), one window of each trajectory.
-            steps: Number of steps K.
-            actions: (B, K, A) of an action-conditioned model.
-        """
+        """Embeddings (B, K, D) of the next K steps, predicted (open loop) from windows (B, ...) and actions (B, K, A)."""
         return self.forecast(self.encode(window[:, None])[:, 0], steps, actions)
 
     @torch.no_grad()
     def plan(self, window: Tensor, goal: Tensor, horizon: int = 5, planner: Planner | None = None, seed: int = 0) -> Tensor:
-        """Actions that lead from one window to another, as far as the model can tell: a search in embedding space.
+        """Actions (E, H, A) in [-1, 1] that lead from one window to another, by a search in embedding space.
 
         Args:
             window: (E, ...), where each of E episodes starts.
@@ -215,9 +209,6 @@ class PendulumJEPA(JEPA):
             horizon: Number of actions H.
             planner: Settings of the search; CEM by default.
             seed: Seed of the search.
-
-        Returns:
-            (E, H, A) in [-1, 1].
 
         Raises:
             ValueError: The model is not action-conditioned.
@@ -286,6 +277,8 @@ class PendulumJEPA(JEPA):
         self.forecast_errors.update(lambda z, a: self.forecast(z, self.horizon, a), starts, pairs.targets, actions)
         if batch.states is None:
             return pairs
+        if batch_idx == 0:
+            show_components(self.trainer, pairs.target_features, batch.states[..., 0])
         labels = state_labels(batch.states)
         for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
             rows = slice(0 if fit else 1, None, 2)

@@ -35,6 +35,34 @@ def default_run_directory(model: Any) -> Path:
     return probed / modules.get(kind, kind)
 
 
+def config_file(name: str) -> str:
+    """The file of a configuration: a path as it is, or the name of one that comes with the program, "ijepa/cifar10_cpu".
+
+    Raises:
+        FileNotFoundError: There is neither; the names are listed.
+    """
+    if Path(name).is_file():
+        return name
+    package = Path(__file__).parent
+    root = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    file = root / Path(name.removeprefix("configs/")).with_suffix(".yaml")
+    if file.is_file():
+        return str(file)
+    known = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
+    raise FileNotFoundError(f"There is no configuration {name}: give a file, or one of {', '.join(known)}.")
+
+
+def with_config_files(args: list[str]) -> list[str]:
+    """Arguments with the file in the place of each name of a configuration."""
+    found = list(args)
+    for place, argument in enumerate(args):
+        if argument in ("-c", "--config") and place + 1 < len(args):
+            found[place + 1] = config_file(args[place + 1])
+        elif argument.startswith("--config="):
+            found[place] = f"--config={config_file(argument.removeprefix('--config='))}"
+    return found
+
+
 def with_the_run(args: list[str]) -> list[str]:
     """Arguments completed by what a run has kept.
 

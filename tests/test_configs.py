@@ -1,5 +1,6 @@
 """Every YAML of configs/ is run, at the smallest sizes, through the command line."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
 from jepa_lightning.cli import main
 from jepa_lightning.probes import StateProbe
+from jepa_lightning.run_defaults import config_file, with_config_files
 from jepa_lightning.weights.checkpoints import load_jepa, load_probe
 
 CONFIGS = ROOT / "configs"
@@ -223,3 +225,27 @@ def test_no_config_repeats_a_default() -> None:
                 default = defaults[key].default
                 default = list(default) if isinstance(default, tuple) else default
                 assert value != default, f"{path.name}: {section}.{key}={value} is the default"
+
+
+def test_a_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config_file("ijepa/cifar10_cpu") == str(CONFIGS / "ijepa" / "cifar10_cpu.yaml")
+    assert config_file("configs/overlays/rgb.yaml") == str(CONFIGS / "overlays" / "rgb.yaml")
+    (tmp_path / "mine.yaml").touch()
+    assert config_file("mine.yaml") == "mine.yaml"
+    assert with_config_files(["fit", "--config", "probes/knn", "--config=probes/state"])[1:] == [
+        "--config",
+        str(CONFIGS / "probes" / "knn.yaml"),
+        f"--config={CONFIGS / 'probes' / 'state.yaml'}",
+    ]
+    with pytest.raises(FileNotFoundError, match="There is no configuration ijepa/cifar: .* one of ijepa/cifar10, "):
+        config_file("ijepa/cifar")
+
+
+def test_a_wheel_would_have_every_configuration() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in CONFIGS.rglob("*.yaml")}
+    assert {f"jepa_lightning.{'.'.join(folder.parts)}" for folder in folders} <= set(listed)
+    roots = [ROOT / name for name in ("jepa_lightning", "datamodules", "callbacks")]
+    ours = [path.parent.relative_to(ROOT) for root in roots for path in root.rglob("__init__.py")]
+    assert {".".join(folder.parts) for folder in ours} <= set(listed)

@@ -7,13 +7,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import trainer
+from conftest import small_data, small_model, trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from jepa_lightning.embedding_figures import components_figure
 from jepa_lightning.figures import (
     forecast_figure,
     reconstruction_figure,
@@ -193,3 +194,21 @@ def test_table_shows_baselines_next_to_the_model_and_dashes_for_nothing() -> Non
     assert lines[0] == "| figure | JEPA | random encoder | persistence |"
     assert lines[2] == "| linear R2 of omega1 | 0.900 | 0.100 | - |"
     assert lines[3] == "| embedding error / persistence, 1 frames ahead | 0.123 | 0.500 | 1.000 |"
+
+
+def test_embeddings_of_an_angle_are_a_curve_and_of_a_collapsed_encoder_a_dot(tmp_path: Path) -> None:
+    angles = torch.linspace(-4, 4, 60).view(6, 10)
+    circle = torch.stack([angles.cos(), angles.sin(), 0 * angles], dim=-1)
+    (points,) = (artist for artist in components_figure(3 * circle, angles).axes[0].collections)
+    found = torch.tensor(points.get_offsets().data)
+    flat = 3 * circle.flatten(0, 1)
+    flat = flat.double()
+    distances = [(places[:, None] - places).norm(dim=-1) for places in (found.double(), flat)]
+    torch.testing.assert_close(*distances, atol=1e-5, rtol=1e-5)
+    assert points.get_array().max() <= torch.pi and points.get_array().min() >= -torch.pi
+    dot = components_figure(1e-4 * circle, angles).axes[0]
+    assert dot.get_xlim() == (-1, 1), "of the same scale, so that it looks like one"
+    run = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""), max_steps=2, limit_val_batches=1.0)
+    run.fit(small_model(), small_data())
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert "embeddings by angle" in events.Tags()["images"]

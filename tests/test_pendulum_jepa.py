@@ -127,7 +127,7 @@ def test_the_online_probe_is_evaluated_on_trajectories_that_it_was_not_fitted_on
     model.log = model.log_dict = lambda *_, **__: None
     model._trainer = SimpleNamespace(sanity_checking=False)
     observed = batch(model, count=5)
-    pairs = model.validation_step(observed, 0)
+    pairs = model.validation_step(observed, 1)
     labels = state_labels(observed.states)
     expected = type(model.probe)(model.probe.dim, labels.shape[-1])
     for rows, fit in (([0, 2, 4], True), ([1, 3], False)):
