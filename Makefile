@@ -9,7 +9,7 @@ DATA ?=
 MODULES ?=
 SAMPLE ?=
 
-.PHONY: help install demo images coordinates plan ijepa iwm test campaign mutate check format benchmark clean
+.PHONY: help install demo images coordinates plan ijepa iwm test campaign mutate check docs format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,11 +75,18 @@ mutate: .venv/.mutation ## which small changes of the code no test sees: all mod
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,mutation]'
 	@touch $@
 
-check: $(READY) ## format, lint, types and import contracts
+check: $(READY) docs ## format, lint, types, import contracts and documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/.docs ## build the documentation into site/, and fail at a broken link
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+.venv/.docs: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	@touch $@
 
 format: $(READY) ## put the code into shape
 	$(BIN)/ruff format .
@@ -93,5 +100,5 @@ benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/scan.py
 
-clean: ## remove the environment and all runs
-	rm -rf .venv runs
+clean: ## remove the environment, all runs and the built documentation
+	rm -rf .venv runs site
