@@ -179,7 +179,7 @@ class CollapseAlarm(Callback):
         self.alarms.append(message)
         if trainer.is_global_zero:
             advice = "; ".join(self.advice(metrics, pl_module))
-            text = f"{message} What to try: {advice}. See 'Troubleshooting' in the README."
+            text = f"{message} What to try: {advice}. See docs/guides/collapse.md."
             warnings.warn(text, CollapseWarning, stacklevel=2)
         if self.action == "stop":
             trainer.should_stop = True

@@ -208,7 +208,7 @@ def test_embeddings_of_an_angle_are_a_curve_and_of_a_collapsed_encoder_a_dot(tmp
     assert points.get_array().max() <= torch.pi and points.get_array().min() >= -torch.pi
     dot = components_figure(1e-4 * circle, angles).axes[0]
     assert dot.get_xlim() == (-1, 1), "of the same scale, so that it looks like one"
-    run = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""), max_steps=2, limit_val_batches=1.0)
+    run = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="", version=""), max_steps=6, limit_val_batches=1.0)
     run.fit(small_model(), small_data())
     events = EventAccumulator(str(tmp_path)).Reload()
     assert "embeddings by angle" in events.Tags()["images"]
