@@ -40,7 +40,7 @@ from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is
 from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
-from jepa_lightning.messages import readable, with_file_name
+from jepa_lightning.messages import DESCRIPTION, USAGE, readable, with_file_name
 from jepa_lightning.run_defaults import accelerator, default_run_directory, options, with_config_files, with_the_run
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
@@ -66,6 +66,9 @@ class JEPACommandLine(LightningCLI):
             help="Weights that a new training starts from: a run directory, a checkpoint, or a folder of timm's or Hugging "
             "Face's layout. (--ckpt_path goes on with a training that was cut.)",
         )
+
+        groups = parser._action_groups  # in the help, what is ours comes before the Trainer's forty arguments
+        groups.sort(key=lambda group: "every aspect of training" in (group.title or ""))
 
     def before_fit(self) -> None:
         """Take over weights, unless the run goes on from a checkpoint of its own."""
@@ -274,7 +277,8 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             save_config_callback=SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={name: {"exit_on_error": False} for name in LightningCLI.subcommands()} | {"exit_on_error": False},
+            parser_kwargs={name: {"exit_on_error": False, "usage": USAGE} for name in LightningCLI.subcommands()}
+            | {"exit_on_error": False, "prog": "jepa-lightning", "description": DESCRIPTION},
             trainer_defaults={"log_every_n_steps": 20},
             args=args,
         )

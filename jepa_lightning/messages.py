@@ -8,6 +8,13 @@ from collections.abc import Iterable, Iterator
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
+DESCRIPTION = "Train, evaluate and use joint-embedding predictive architectures (JEPA)."
+
+USAGE = """jepa-lightning COMMAND --config NAME [--config OVERLAY] [--any.key value]
+
+NAME is a file, or one of this program's such as ijepa/cifar10_cpu. --model.help IJEPA and --data.help ImageFolder explain
+each argument of a class, --print_config shows what would be run."""
+
 # What jsonargparse adds to an error about a value that may be a class or nothing. Between these stand the reason and, if
 # it is short, "Given value: ...".
 NOISE = (

@@ -241,3 +241,11 @@ def test_a_probe_is_validated_when_the_file_of_its_jepa_is_gone(tmp_path: Path) 
     main(["validate", *probe, "--ckpt_path", "last"])
     with pytest.raises(SystemExit):
         main(["validate", *probe])
+
+
+def test_help_says_what_is_ours_before_the_trainer(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith("usage: jepa-lightning COMMAND --config NAME")
+    assert text.index("--model CONFIG") < text.index("--data CONFIG") < text.index("--trainer CONFIG")
