@@ -51,7 +51,15 @@ def test_a_pendulum_from_training_to_report(name: str, tmp_path: Path) -> None:
     few = {"model__num_steps": 5, "model__control_steps": 2}
     pendulum("fit", "probes/state", model__checkpoint=root, model__decoder=root / "decoder", few=False, **few)
     pendulum("test", "probes/state", model__checkpoint=root, ckpt_path=root / "state", trainer__default_root_dir=root)
-    for file in ("report.json", "report.md", "forecast.mp4", "reconstruction.png", "forecast_error.png"):
+    for file in (
+        "report.json",
+        "report.md",
+        "forecast.mp4",
+        "forecast.gif",
+        "forecast.png",
+        "reconstruction.png",
+        "forecast_error.png",
+    ):
         assert (root / file).stat().st_size > 100, file
     assert load_probe(root / "state", StateProbe).jepa.observation == ("coordinates" if name == "coordinates" else "pixels")
 

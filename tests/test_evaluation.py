@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_data
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from datamodules.physics import FRAME_SECONDS, LABELS, Pendulum, sample_initial_states, state_labels
 from datamodules.rng import seeded_generator
+from jepa_lightning.figures import side_by_side
 from jepa_lightning.metrics import FeatureStatistics
 from jepa_lightning.probes.dynamics import evaluation
 from jepa_lightning.probes.dynamics.evaluation import (
@@ -21,7 +23,7 @@ from jepa_lightning.probes.dynamics.evaluation import (
     constant_velocity,
     decoder_figures,
     energy_figures,
-    forecast_film,
+    forecast_panels,
     intersection_over_union,
     rankme,
     ratios_to_persistence,
@@ -244,6 +246,10 @@ def film_probe(forecast) -> SimpleNamespace:
     return SimpleNamespace(decoder=Painter(), forecast=forecast, jepa=SimpleNamespace(channels=1))
 
 
+def film_of(probe: SimpleNamespace, shown: Scene, features: Tensor) -> np.ndarray:
+    return np.concatenate([side_by_side(panels) for panels in forecast_panels(probe, shown, features)])
+
+
 def test_the_film_starts_its_forecast_from_the_first_frame(states: Tensor) -> None:
     features, asked = PENDULUM.positions(states), []
 
@@ -252,19 +258,15 @@ def test_the_film_starts_its_forecast_from_the_first_frame(states: Tensor) -> No
         asked.append((row, count))
         return features[row, START + 1 : START + 1 + count]
 
-    film = forecast_film(film_probe(forecast), None, scene(states), features)
+    film = film_of(film_probe(forecast), scene(states), features)
     assert asked == [(0, 41), (1, 41), (2, 41)], "three trajectories, as far as they go"
     assert film.shape[0] == 3 * 42 and film.dtype.name == "uint8"
     truth_panel, forecast_panel, reconstruction = (film[:, 37:100, left : left + 64].astype(int) for left in (0, 72, 144))
     assert (abs(forecast_panel - reconstruction) <= 1).all() and (abs(truth_panel - reconstruction) <= 1).all()
     assert truth_panel.max() > 150
-    frozen = forecast_film(film_probe(lambda z, count: z.expand(count, -1)), None, scene(states), features)
+    frozen = film_of(film_probe(lambda z, count: z.expand(count, -1)), scene(states), features)
     forecast_panel = frozen[:, 37:100, 72 : 72 + 64].astype(int)
     assert (forecast_panel[:42] == forecast_panel[0]).all() and not (forecast_panel[:42] == forecast_panel[42]).all()
-    assert (
-        len(forecast_film(film_probe(lambda z, count: z.expand(count, -1)), None, scene(states[:2]), features[:2])) == 2 * 42
-    )
+    assert len(film_of(film_probe(lambda z, count: z.expand(count, -1)), scene(states[:2]), features[:2])) == 2 * 42
     longer = torch.cat([states, states], dim=1)
-    assert (
-        len(forecast_film(film_probe(lambda z, n: z.expand(n, -1)), None, scene(longer), PENDULUM.positions(longer))) == 180
-    )
+    assert len(film_of(film_probe(lambda z, n: z.expand(n, -1)), scene(longer), PENDULUM.positions(longer))) == 180

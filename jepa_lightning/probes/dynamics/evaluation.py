@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from datamodules.batches import PendulumBatch
 from datamodules.physics import FRAME_SECONDS, LABELS, Pendulum, state_labels
 from datamodules.rendering import render
-from jepa_lightning.figures import forecast_figure, reconstruction_figure, show, side_by_side, write_video
+from jepa_lightning.figures import forecast_figure, reconstruction_figure, rows_figure, show, side_by_side, write_video
 from jepa_lightning.metrics import FeatureStatistics, r2_score, valid_prediction_time
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.probes.dynamics.decoder import DecoderProbe
@@ -37,6 +37,8 @@ DECODE_STEPS = (0, 8, 16)
 ENERGY_STEPS = (8, 16, 30)
 VALID_BELOW = 0.4
 FILM_TRAJECTORIES, FILM_FRAMES = 3, 60
+STILLS = torch.tensor([0, 4, 8, 12, 16, 20, 24, 30])
+"""Frames of forecast.png."""
 CHUNK = 256
 
 
@@ -142,7 +144,14 @@ def evaluate(probe: FittedProbe, collected: dict[str, Tensor]) -> None:
     if probe.decoder is not None:
         shown = {name: scene.image(probe.decoder.decode(collected[name][:8, START], name)) for name in probe.encoders}
         reconstruction_figure(scene.draw(states[:8, START]), shown).savefig(root / "reconstruction.png")
-        film = forecast_film(probe, data, scene, collected["jepa"])
+        panels = [
+            forecast_panels(probe, scene, collected["jepa"], row) for row in range(min(FILM_TRAJECTORIES, len(states)))
+        ]
+        stills = {
+            title.replace(" from", "\nfrom"): images[STILLS[STILLS < len(images)]] for title, images in panels[0].items()
+        }
+        rows_figure(stills).savefig(root / "forecast.png")
+        film = np.concatenate([side_by_side(panel) for panel in panels])
         write_video(root / "forecast.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
         show(probe.trainer, "forecast/video", film)
 
@@ -258,16 +267,12 @@ def decoder_figures(
     return {"iou": overlap, "mse": error.item(), "mse_over_mean_image": (error / constant).item()}
 
 
-def forecast_film(probe: FittedProbe, data: Any, scene: Scene, features: Tensor) -> np.ndarray:
-    """Truth, forecast and reconstruction of the first test trajectories, one after the other."""
+def forecast_panels(probe: FittedProbe, scene: Scene, features: Tensor, trajectory: int) -> dict[str, Tensor]:
+    """Truth, forecast and reconstruction of a test trajectory from the start on: title -> images (T, C, S, S)."""
     assert probe.decoder is not None
-    films = []
-    for trajectory in range(min(FILM_TRAJECTORIES, len(features))):
-        seen = features[trajectory, START : START + FILM_FRAMES]
-        predicted = torch.cat([seen[:1], probe.forecast(seen[0], len(seen) - 1)])
-        forecast, reconstruction = (scene.image(probe.decoder.decode(z)) for z in (predicted, seen))
-        true_states = scene.states[trajectory, START : START + FILM_FRAMES]
-        truth = render(true_states, scene.image_size, scene.pendulum.lengths, probe.jepa.channels)
-        panels = {"truth": truth, "forecast from frame 0": forecast, "reconstruction": reconstruction}
-        films.append(side_by_side(panels))
-    return np.concatenate(films)
+    seen = features[trajectory, START : START + FILM_FRAMES]
+    predicted = torch.cat([seen[:1], probe.forecast(seen[0], len(seen) - 1)])
+    forecast, reconstruction = (scene.image(probe.decoder.decode(z)) for z in (predicted, seen))
+    true_states = scene.states[trajectory, START : START + FILM_FRAMES]
+    truth = render(true_states, scene.image_size, scene.pendulum.lengths, probe.jepa.channels)
+    return {"truth": truth, "forecast from frame 0": forecast, "reconstruction": reconstruction}
