@@ -144,12 +144,8 @@ def evaluate(probe: FittedProbe, collected: dict[str, Tensor]) -> None:
     if probe.decoder is not None:
         shown = {name: scene.image(probe.decoder.decode(collected[name][:8, START], name)) for name in probe.encoders}
         reconstruction_figure(scene.draw(states[:8, START]), shown).savefig(root / "reconstruction.png")
-        panels = [
-            forecast_panels(probe, scene, collected["jepa"], row) for row in range(min(FILM_TRAJECTORIES, len(states)))
-        ]
-        stills = {
-            title.replace(" from", "\nfrom"): images[STILLS[STILLS < len(images)]] for title, images in panels[0].items()
-        }
+        panels = forecast_panels(probe, scene, collected["jepa"])
+        stills = {title: images[STILLS[STILLS < len(images)]] for title, images in panels[0].items()}
         rows_figure(stills).savefig(root / "forecast.png")
         film = np.concatenate([side_by_side(panel) for panel in panels])
         write_video(root / "forecast.mp4", film, frames_per_second=round(1 / FRAME_SECONDS / 2))
@@ -267,12 +263,15 @@ def decoder_figures(
     return {"iou": overlap, "mse": error.item(), "mse_over_mean_image": (error / constant).item()}
 
 
-def forecast_panels(probe: FittedProbe, scene: Scene, features: Tensor, trajectory: int) -> dict[str, Tensor]:
-    """Truth, forecast and reconstruction of a test trajectory from the start on: title -> images (T, C, S, S)."""
+def forecast_panels(probe: FittedProbe, scene: Scene, features: Tensor) -> list[dict[str, Tensor]]:
+    """Truth, forecast and reconstruction of the first test trajectories: title -> images (T, C, S, S) of each."""
     assert probe.decoder is not None
-    seen = features[trajectory, START : START + FILM_FRAMES]
-    predicted = torch.cat([seen[:1], probe.forecast(seen[0], len(seen) - 1)])
-    forecast, reconstruction = (scene.image(probe.decoder.decode(z)) for z in (predicted, seen))
-    true_states = scene.states[trajectory, START : START + FILM_FRAMES]
-    truth = render(true_states, scene.image_size, scene.pendulum.lengths, probe.jepa.channels)
-    return {"truth": truth, "forecast from frame 0": forecast, "reconstruction": reconstruction}
+    panels = []
+    for trajectory in range(min(FILM_TRAJECTORIES, len(features))):
+        seen = features[trajectory, START : START + FILM_FRAMES]
+        predicted = torch.cat([seen[:1], probe.forecast(seen[0], len(seen) - 1)])
+        forecast, reconstruction = (scene.image(probe.decoder.decode(z)) for z in (predicted, seen))
+        true_states = scene.states[trajectory, START : START + FILM_FRAMES]
+        truth = render(true_states, scene.image_size, scene.pendulum.lengths, probe.jepa.channels)
+        panels.append({"truth": truth, "forecast from frame 0": forecast, "reconstruction": reconstruction})
+    return panels
