@@ -10,13 +10,17 @@ import pytest
 import torch
 from conftest import apart, small_data, small_ijepa, small_images, small_iwm, small_model, trainer
 from PIL import Image
+from safetensors.torch import save_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.utils.data import DataLoader, TensorDataset
 
 import jepa_lightning
-from datamodules.preprocessing import normalize
+from datamodules.batches import as_image_batch, as_pendulum_batch
+from datamodules.preprocessing import center, denormalize, normalize
 from jepa_lightning import IJEPA, JEPA, Planner, TargetPairs, load, start_from
 from jepa_lightning.masks import Masks
 from jepa_lightning.probes import CompletionProbe, KNNProbe
+from jepa_lightning.weights.loading import is_whole
 
 
 def saved(model: Any, root: Path) -> Path:
@@ -274,3 +278,49 @@ def test_every_public_name_has_a_docstring_with_an_example() -> None:
     for name in set(jepa_lightning.__all__) - {"TargetPairs", "JEPA", "start_from"}:
         assert ">>>" in (getattr(jepa_lightning, name).__doc__ or ""), name
     assert isinstance(IJEPA, type)
+
+
+def test_normalization_is_that_of_imagenet() -> None:
+    for value in (0, 100, 255):
+        image = torch.full((1, 3, 2, 2), value, dtype=torch.uint8)
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        torch.testing.assert_close(normalize(image)[0], (value / 255 - mean).div(std).expand(3, 2, 2))
+        assert torch.equal(denormalize(normalize(image)), image)
+    assert (
+        denormalize(torch.full((1, 3, 1, 1), 99.0)).max() == 255 and denormalize(torch.full((1, 3, 1, 1), -99.0)).max() == 0
+    )
+
+
+def test_images_of_one_right_side_are_still_cut() -> None:
+    assert center(torch.zeros(3, 40, 16, dtype=torch.uint8), (16, 16)).shape == (3, 16, 16)
+    assert center(torch.zeros(3, 16, 40, dtype=torch.uint8), (16, 16)).shape == (3, 16, 16)
+    with pytest.raises(ValueError, match="str: give a PIL image"):
+        small_ijepa().transform("a.png")
+
+
+def test_states_and_further_parts_of_a_batch() -> None:
+    windows, states = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
+    assert as_pendulum_batch({"observation": windows, "states": states}).states is states
+    assert as_pendulum_batch((windows, None)).actions is None
+    images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([1, 0], dtype=torch.int32)
+    batch = as_image_batch((images, labels, ["names"]), (1, 2))
+    assert batch.images is images and batch.labels.tolist() == [1, 0] and batch.labels.dtype == torch.int64
+    assert as_image_batch(images, (0,)).images is images and as_pendulum_batch(windows).observations is windows
+    assert batch.key == (1, 2) and as_image_batch([images], (0,)).labels.tolist() == [-1, -1]
+    assert as_image_batch((images, ["a", "b"]), (0,)).labels.tolist() == [-1, -1], "labels that are no numbers"
+
+
+def test_weights_of_images_that_are_not_square_are_given_their_size(tmp_path: Path) -> None:
+    model = small_ijepa(image_size=(16, 32))
+    state = {"pos_embed": model.target_encoder.positions[None].clone(), **model.target_encoder.vit.state_dict()}
+    torch.save(state, tmp_path / "encoder.pth")
+    save_file(state, tmp_path / "encoder.safetensors")
+    for name in ("encoder.pth", "encoder.safetensors"):
+        assert load(tmp_path / name, (16, 32)).image_size == (16, 32)
+        assert not is_whole(tmp_path / name)
+        with pytest.raises(ValueError, match="which make no square"):
+            load(tmp_path / name)
+    saved(small_ijepa(), tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{}")  # of somebody else's
+    assert is_whole(tmp_path / "run") and is_whole(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert isinstance(load(tmp_path / "run"), IJEPA)
