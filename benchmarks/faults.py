@@ -27,27 +27,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fault_families import FAMILIES
+
 ROOT = Path(__file__).parent.parent
 KINDS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGINT")
 EXIT_CODES = {"SIGKILL": (-9,), "SIGTERM": (143, -15), "SIGUSR1": (138, -10), "SIGINT": (130,), "full disk": (0, 1)}
 """Of runs that were cut; a negative one is a signal that came before training had begun."""
-
-SYNTHETIC = ("--config", "configs/overlays/synthetic.yaml")
-SMALL_IMAGES = (
-    *("--data.size", "260", "--data.image_size", "16", "--data.batch_size", "8", "--model.image_size", "16"),
-    *("--model.patch_size", "4", "--model.encoder_depth", "1", "--model.predictor_width", "24"),
-    *("--model.predictor_depth", "1", "--trainer.max_epochs", "3"),
-)
-FAMILIES = {
-    "pendulum": (
-        *("--config", "configs/pendulum/coordinates.yaml", "--model.latent_dim", "8", "--model.encoder_widths", "[16]"),
-        *("--model.predictor_width", "16", "--model.horizon", "4", "--data.size", "640", "--data.sequence_length", "10"),
-        *("--data.clip_length", "8", "--data.val_size", "64", "--data.batch_size", "8", "--trainer.max_epochs", "4"),
-        *("--trainer.max_steps", "-1", "--trainer.check_val_every_n_epoch", "1"),
-    ),
-    "ijepa": ("--config", "configs/ijepa/cifar10_cpu.yaml", *SYNTHETIC, *SMALL_IMAGES),
-    "iwm": ("--config", "configs/iwm/cifar10_cpu.yaml", *SYNTHETIC, *SMALL_IMAGES),
-}
 
 
 class Scenario(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -53,9 +53,13 @@ class EmbeddingWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         data: Any = getattr(trainer, "datamodule", None)
-        if stage != "predict" or not hasattr(data, "predict_files"):
+        if stage != "predict" or trainer.fast_dev_run:
             return
-        self.folder = Path(self.dirpath or Path(trainer.default_root_dir) / "predict" / Path(data.root).name)
+        if not hasattr(data, "predict_files"):
+            raise ValueError(
+                f"Embeddings are written of folders of images, not of {type(data).__name__}: use model.encode in Python."
+            )
+        self.folder = self._folder(trainer, data)
         model: Any = pl_module
         model.predict_patches = self.patches
         count, dim = len(data.predict_files.labels), model.embedding_dim
@@ -73,6 +77,15 @@ class EmbeddingWriter(Callback):
             rank_zero_info(f"{count - len(missing)} of {count} embeddings are in {self.folder} already.")
         data.predict_indices = missing
 
+    def _folder(self, trainer: Trainer, data: Any) -> Path:
+        """Where to write: by the name of the folder of images, with more behind it if that is another folder's already."""
+        root = Path(data.root).resolve()
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "predict" / root.name)
+        note = folder / "source.json"
+        if self.dirpath is None and note.is_file() and json.loads(note.read_text())["root"] != str(root):
+            folder = folder.with_name(f"{folder.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:6]}")
+        return folder
+
     def _part(self, name: str) -> Path:
         return self.folder / f"{name}.npy.part"
 
@@ -81,7 +94,7 @@ class EmbeddingWriter(Callback):
         first = next(model.target_encoder.parameters())
         files = hashlib.sha256(b"\0".join(data.predict_files.paths.tolist()))
         files.update(repr((trainer.ckpt_path, data.image_size, self.patches, tuple(first.shape))).encode())
-        if trainer.ckpt_path and os.path.isfile(trainer.ckpt_path):
+        if trainer.ckpt_path and os.path.exists(trainer.ckpt_path):
             files.update(str(os.stat(trainer.ckpt_path).st_mtime_ns).encode())
         return files.hexdigest()
 
@@ -124,11 +137,29 @@ class EmbeddingWriter(Callback):
         if trainer.is_global_zero:
             self._finish(trainer)
         trainer.strategy.barrier("files of embeddings are complete")
+        self._forget(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._rows:
+            self._forget(trainer, pl_module)
+
+    def _forget(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave model and data as they were found."""
         self._rows = {}
+        model: Any = pl_module
+        data: Any = trainer.datamodule
+        model.predict_patches, data.predict_indices = False, None
 
     def _finish(self, trainer: Trainer) -> None:
         data: Any = trainer.datamodule
         kept = np.flatnonzero(self._rows["done"])
+        left_out = len(self._rows["done"]) - len(kept)
+        if not len(kept) or left_out > data.num_unreadable:
+            rank_zero_warn(
+                f"{len(kept)} of {len(self._rows['done'])} images have embeddings; {data.num_unreadable} cannot be decoded. "
+                f"If the rest was not asked for, run it again without a limit: {self.folder} keeps what there is."
+            )
+            return
         names = [name for name in ("embeddings", "patches") if name in self._rows]
         whole = len(kept) == len(self._rows["done"])
         arrays = {name: self._rows[name] if whole else self._rows[name][kept] for name in names}
@@ -138,34 +169,38 @@ class EmbeddingWriter(Callback):
         else:
             save_file({name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}, path)
         files = data.predict_files
-        labels = [data.classes[label] if label >= 0 else "" for label in files.labels[kept].tolist()]
+        labels = [data.predict_classes[label] if label >= 0 else "" for label in files.labels[kept].tolist()]
         with (self.folder / "index.csv").open("w", newline="", errors="surrogateescape") as file:
             table = csv.writer(file)
             table.writerow(["row", "path", "label"])
             for row, (path_bytes, label) in enumerate(zip(files.paths[kept].tolist(), labels, strict=True)):
                 table.writerow([row, os.fsdecode(path_bytes), label])
-        left_out = len(files.labels) - len(kept)
+        (self.folder / "source.json").write_text(
+            json.dumps({"root": str(Path(data.root).resolve()), "checkpoint": str(trainer.ckpt_path)}) + "\n"
+        )
+        projected = arrays["embeddings"][self._spread(len(kept))].copy()
+        for name in self._rows:
+            self._part(name).unlink(missing_ok=True)
+        (self.folder / "part.json").unlink(missing_ok=True)
         rank_zero_info(
             f"{path}: {len(kept)} embeddings of {arrays['embeddings'].shape[1]} numbers; index.csv names their files."
             + (f" {left_out} files could not be decoded and have no row." if left_out else "")
         )
         if self.projector:
-            self._project(trainer, arrays["embeddings"], kept, labels)
-        for name in self._rows:
-            self._part(name).unlink(missing_ok=True)
-        (self.folder / "part.json").unlink(missing_ok=True)
+            self._project(trainer, projected, kept, labels)
+
+    @staticmethod
+    def _spread(count: int) -> np.ndarray:
+        """Places of at most `PROJECTED` rows, spread evenly."""
+        return np.unique(np.linspace(0, count - 1, min(PROJECTED, count)).round().astype(int))
 
     def _project(self, trainer: Trainer, embeddings: np.ndarray, kept: np.ndarray, labels: list[str]) -> None:
-        """Hand embeddings with thumbnails to TensorBoard, spread evenly over the folder."""
+        """Hand some embeddings with thumbnails to TensorBoard."""
         logger = next((logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
         if logger is None or len(kept) < 2:
             return
-        chosen = np.unique(np.linspace(0, len(kept) - 1, min(PROJECTED, len(kept))).round().astype(int))
-        data: Any = trainer.datamodule
+        chosen, data = self._spread(len(kept)), trainer.datamodule
         thumbnails = data.thumbnails(kept[chosen].tolist(), THUMBNAIL)
-        logger.experiment.add_embedding(
-            torch.from_numpy(np.array(embeddings[chosen])),
-            metadata=[labels[place] or "-" for place in chosen],
-            label_img=thumbnails,
-            tag=self.folder.name,
-        )
+        names = [os.fsencode(labels[place]).decode("utf-8", "backslashreplace") or "-" for place in chosen]
+        tag = self.folder.name
+        logger.experiment.add_embedding(torch.from_numpy(embeddings), metadata=names, label_img=thumbnails, tag=tag)

@@ -129,6 +129,11 @@ def as_image_batch(batch: Any, key: tuple[int, ...]) -> ImageBatch:
         )
     if not isinstance(labels, Tensor):
         labels = torch.full((len(images),), -1, device=images.device)
+    elif labels.shape != (len(images),) or labels.is_floating_point():
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} and {labels.dtype} with {len(images)} images: give an integer for each, "
+            "or no labels."
+        )
     return ImageBatch(images, labels.long(), key)
 
 
@@ -136,7 +141,8 @@ def as_pendulum_batch(batch: Any) -> PendulumBatch:
     """What other data sets hand out, as a `PendulumBatch` without states.
 
     Args:
-        batch: Windows (B, T, ...), a pair (windows, actions), or a dictionary of both. Pixels may be uint8.
+        batch: Windows (B, T, ...), a pair (windows, actions), or a dictionary of both. Pixels may be uint8. Actions are
+            (B, T - 1, A), or (B, T, A), of which the last is left out.
 
     Raises:
         ValueError: There are no windows in it.
@@ -155,7 +161,17 @@ def as_pendulum_batch(batch: Any) -> PendulumBatch:
             f"A batch with {holds}: give windows (B, T, ...), a pair (windows, actions), or a dictionary with "
             f"{' or '.join(map(repr, OBSERVATION_NAMES))}."
         )
-    return PendulumBatch(windows.float() / 255 if windows.dtype == torch.uint8 else windows, states, actions)
+    steps = windows.shape[1] - 1
+    if actions is not None and actions.shape[1] == steps + 1:
+        actions = actions[:, :-1]  # an action for each window: the last one leads out of the batch
+    if actions is not None and actions.shape[1] != steps:
+        raise ValueError(f"{actions.shape[1]} actions with {steps + 1} windows: give one for each step between two windows.")
+    return PendulumBatch(as_pixels(windows), states, actions)
+
+
+def as_pixels(windows: Tensor) -> Tensor:
+    """Pixels in [0, 1]: uint8 is divided by 255, floats stay."""
+    return windows.float() / 255 if windows.dtype == torch.uint8 else windows
 
 
 def batch_generator(batch: ImageBatch | ViewBatch) -> torch.Generator:

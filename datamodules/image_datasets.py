@@ -261,13 +261,15 @@ class HeldOutLoader(DataLoader[Any]):
         ValueError: While it is iterated over: all batches were left out.
     """
 
+    may_be_empty = False
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         empty = True
         for batch in super().__iter__():
             if batch is not None:
                 empty = False
                 yield batch
-        if empty:
+        if empty and not self.may_be_empty:
             raise ValueError(
                 f"Not one of the {len(self.sampler)} held-out images of this process can be decoded: "  # type: ignore[arg-type]
                 "repair the files that the warnings name, or choose another data.root."

@@ -6,7 +6,6 @@ Shapes: B batch, C channels, H W pixels.
 
 import hashlib
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +30,7 @@ from datamodules.image_datasets import (
 )
 from datamodules.image_files import Samples, Scan, all_images, describe, draw_per_class, part_of, read_list, scan
 from datamodules.preprocessing import normalize
+from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
@@ -126,6 +126,7 @@ class ImageFolder(SingleLoaderDataModule):
         self.download = download
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.classes: list[str] = []
+        self.predict_classes: list[str] = []
         self.predict_indices: list[int] | None = None
         self._samples: dict[str, Samples] = {}
         self._unreadable: dict[str, UnreadableFiles] = {}
@@ -153,28 +154,16 @@ class ImageFolder(SingleLoaderDataModule):
             ValueError: No images, an empty class, classes that differ between training and validation, or a list that
                 leads out of the folder.
         """
-        if self._samples and (stage != "predict" or "predict" in self._samples):
+        if ("predict" if stage == "predict" else "train") in self._samples:
             return
         find = self._find if stage != "predict" else lambda: all_images(self.root, self._scan)
-        self._samples, self.classes, token = self._broadcast_from_rank_zero(find)
-        self._unreadable = {
-            split: UnreadableFiles(len(samples.labels), f"{token}-{split}") for split, samples in self._samples.items()
-        }
-
-    def _broadcast_from_rank_zero(self, make: Callable[[], Any]) -> Any:
-        """What rank 0 makes, in all processes; an error there is raised in all of them, so that none waits for it."""
-        if self.trainer is None:
-            return make()
-        made, error = None, None
-        if self.trainer.is_global_zero:
-            try:
-                made = make()
-            except Exception as caught:
-                error = caught
-        made, error = self.trainer.strategy.broadcast((made, error))
-        if error is not None:
-            raise error
-        return made
+        samples, classes, token = from_rank_zero(self.trainer, find)
+        self._samples |= samples
+        self._unreadable |= {name: UnreadableFiles(len(part.labels), f"{token}-{name}") for name, part in samples.items()}
+        if stage == "predict":
+            self.predict_classes = classes
+        else:
+            self.classes = classes
 
     def _find(self) -> tuple[dict[str, Samples], list[str], str]:
         """The samples by split, the names of the classes, and what names this run's flags of unreadable files."""
@@ -203,8 +192,13 @@ class ImageFolder(SingleLoaderDataModule):
 
     @property
     def predict_files(self) -> Samples:
-        """Files that `predict` reads, and their classes, in order."""
+        """Files that `predict` reads, and their classes (of `predict_classes`), in order."""
         return self._samples["predict"]
+
+    @property
+    def num_unreadable(self) -> int:
+        """How many of them turned out to be unreadable."""
+        return len(self._unreadable["predict"])
 
     def _scan(self, folder: Path, classes: list[str] | None = None) -> Scan:
         """What a folder holds, which is also said."""
@@ -276,13 +270,15 @@ class ImageFolder(SingleLoaderDataModule):
         if len(chosen) < self.rank[1]:  # some are encoded again, so that each process has one
             chosen = [*chosen, *range(self.rank[1] - len(chosen))]
         images: Dataset[Any] = Subset(self._numbered(self.image_size), chosen)
-        return HeldOutLoader(
+        loader = HeldOutLoader(
             images,
             batch_size=self.batch_size,
             sampler=self.held_out_sampler("predict", images),
             collate_fn=already_collated,
             **self.loader_settings(),
         )
+        loader.may_be_empty = True  # what is left of a run that was cut may be files that nobody can read
+        return loader
 
     def _numbered(self, size: tuple[int, int]) -> NumberedImages:
         return NumberedImages(self.predict_files, size, self.seed, self._unreadable["predict"])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image, ImageDraw
 
 from datamodules.image_folder import ImageFolder
@@ -122,6 +123,8 @@ class SyntheticImages(ImageFolder):
         """Draw the images into a folder that appears when all are there; see `new_folder` for what a killed run leaves."""
         if self.root.exists():
             return
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING:
+            raise FileNotFoundError(f"There is no folder {self.root} to predict on: nothing is drawn for that.")
         with new_folder(self.root) as folder:
             for name in SHAPES:
                 (folder / name).mkdir()

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -41,9 +39,17 @@ from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import DESCRIPTION, USAGE, readable, with_file_name
-from jepa_lightning.run_defaults import accelerator, default_run_directory, options, with_config_files, with_the_run
+from jepa_lightning.run_defaults import (
+    accelerator,
+    as_list,
+    check_writable,
+    default_run_directory,
+    options,
+    with_atomic_writing,
+    with_config_files,
+    with_the_run,
+)
 from jepa_lightning.weights.checkpoints import DESCRIBED, read_checkpoint
-from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.loading import start_from
 from jepa_lightning.weights.runs import checkpoint_of
 
@@ -73,9 +79,24 @@ class JEPACommandLine(LightningCLI):
     def before_fit(self) -> None:
         """Take over weights, unless the run goes on from a checkpoint of its own."""
         section = self._section()
-        if section.init_from is not None and section.get("ckpt_path") is None:
+        if section.init_from is not None and section.get("ckpt_path") is not None:
+            rank_zero_info(f"--init_from is of no account: the run goes on from {section.ckpt_path}.")
+        elif section.init_from is not None:
             start_from(self.model, section.init_from)
-            rank_zero_info(f"Training starts from the weights of {section.init_from}.")
+            rank_zero_info(f"Starting from the weights of {section.init_from}.")
+
+    before_validate = before_test = before_fit
+
+    def before_predict(self) -> None:
+        """Take over weights, and refuse to write embeddings of random ones.
+
+        Raises:
+            ValueError: There are no weights.
+        """
+        section = self._section()
+        if section.get("ckpt_path") is None and section.init_from is None:
+            raise ValueError("predict needs trained weights: give --ckpt_path RUN, or --init_from SOURCE.")
+        self.before_fit()
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         given = with_the_run(with_config_files(sys.argv[1:] if args is None else [str(argument) for argument in args]))
@@ -85,7 +106,8 @@ class JEPACommandLine(LightningCLI):
             section.trainer.default_root_dir = str(default_run_directory(section.model))
         if self.config.subcommand == "predict" and section.get("return_predictions") is None:
             section.return_predictions = False  # they are written, not kept in memory
-        if any(name == "--data.root" for name, _ in options(given)) and section.data.init_args.get("download"):
+        named = {name.replace(".init_args", "") for name, _ in options(given)}
+        if "--data.root" in named and "--data.download" not in named and section.data.init_args.get("download"):
             section.data.init_args.download = None  # never into a folder that was named, perhaps with a misspelling
         self._asked_model = parser.parse_args(given, defaults=False)[self.config.subcommand].get("model")
         fit = self.config.get("subcommand") == "fit"
@@ -146,7 +168,7 @@ class JEPACommandLine(LightningCLI):
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", Namespace()))
             loaded = vars(section.model.get("init_args", {}))
-            differing = [name for name in asked if asked[name] != loaded.get(name, asked[name])]
+            differing = [name for name in asked if asked[name] not in (None, loaded.get(name, asked[name]))]
             for name in differing:
                 warnings.warn(
                     f"model.{name}={asked[name]} is overruled by {loaded[name]} from the checkpoint {section.ckpt_path}: "
@@ -205,44 +227,12 @@ def newest_checkpoint(root: str) -> str | None:
     return None
 
 
-def with_atomic_writing(plugins: list[Any]) -> list[Any]:
-    """Plugins with our writer of checkpoints among them, inside of Lightning's asynchronous one if that is asked for."""
-    given = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
-    for plugin in given:
-        if isinstance(plugin, AsyncCheckpointIO) and plugin.checkpoint_io is None:
-            plugin.checkpoint_io = AtomicCheckpointIO()
-    return plugins if given else [*plugins, AtomicCheckpointIO()]
-
-
-def as_list(value: Any) -> list[Any]:
-    """None, one thing or a list of things, as a list."""
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
-
-
 class SaveFitConfig(SaveConfigCallback):
     """Keep config.yaml of the training: a later test into the same directory leaves it alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             super().setup(trainer, pl_module, stage)
-
-
-def check_writable(directory: Path) -> None:
-    """Make the run directory.
-
-    Raises:
-        ValueError: It cannot be made or written to.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have been first
-    except OSError as error:
-        raise ValueError(
-            f"The run directory {directory} cannot be written to ({error.strerror}): choose another with "
-            "--trainer.default_root_dir."
-        ) from error
 
 
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)

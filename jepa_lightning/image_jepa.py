@@ -202,8 +202,8 @@ class ImageJEPA(JEPA, ABC):
         """An `ImageBatch`: of images, of (images, labels) or of a dictionary with one of the names of `IMAGE_NAMES`."""
         if isinstance(batch, ImageBatch | ViewBatch):
             return batch
-        trainer = self.trainer
-        opened = as_image_batch(batch, (0, trainer.current_epoch, trainer.global_rank, batch_idx))
+        trainer, seed = self.trainer, torch.initial_seed() % 2**31
+        opened = as_image_batch(batch, (seed, trainer.current_epoch * trainer.training, trainer.global_rank, batch_idx))
         return opened._replace(images=self.prepared(opened.images))
 
     @abstractmethod

@@ -26,6 +26,11 @@ def inpaint(model: Any, images: Tensor, visible: Tensor, decoder: Any = None) ->
     hidden = (~seen).nonzero()[:, 0].expand(len(images), 1, -1)  # (B, 1, N - K)
     embeddings = model.context_encoder(images, context)
     predicted = model.predict_hidden(embeddings, Masks(context, hidden), None)[:, 0]
-    found = images.new_zeros(len(images), len(seen), embeddings.shape[-1])
-    found[:, seen], found[:, ~seen] = model.to_target_space(embeddings), predicted
-    return found if decoder is None else to_colors(decoder.decode(found))
+    found = torch.zeros(len(images), len(seen), embeddings.shape[-1], device=images.device)
+    found[:, seen], found[:, ~seen] = model.to_target_space(embeddings).float(), predicted.float()
+    if decoder is None:
+        return found
+    theirs, ours = decoder.encoder.state_dict(), model.target_encoder.state_dict()
+    if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
+        raise ValueError("The decoder was fitted on another model than this one: fit a CompletionProbe on this checkpoint.")
+    return to_colors(decoder.decode(found))

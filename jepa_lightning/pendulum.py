@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from callbacks.schedules import ScheduleName
-from datamodules.batches import PendulumBatch, as_pendulum_batch
+from datamodules.batches import PendulumBatch, as_pendulum_batch, as_pixels
 from datamodules.physics import LABELS, state_labels
 from jepa_lightning.embedding_figures import show_components
 from jepa_lightning.jepa import JEPA, TargetPairs
@@ -20,7 +20,7 @@ from jepa_lightning.metrics import RidgeProbe, guarded_error
 from jepa_lightning.networks.encoders import EncoderName, window_encoder
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import ResidualPredictor
-from jepa_lightning.pendulum_checks import MODES, TargetMode, check_arguments, check_clips, check_observations
+from jepa_lightning.pendulum_checks import MODES, TargetMode, check_actions, check_arguments, check_clips, check_observations
 from jepa_lightning.planner import Planner, latent_cost
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
@@ -189,7 +189,7 @@ class PendulumJEPA(JEPA):
     @torch.no_grad()
     def encode(self, observations: Tensor) -> Tensor:
         """Features of the target encoder, without gradient: windows (B, T, ...) -> (B, T, D)."""
-        return self.encode_windows(self.target_encoder, observations)
+        return self.encode_windows(self.target_encoder, as_pixels(observations))
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.encode(observations)
@@ -197,6 +197,7 @@ class PendulumJEPA(JEPA):
     @torch.no_grad()
     def rollout(self, window: Tensor, steps: int, actions: Tensor | None = None) -> Tensor:
         """Embeddings (B, K, D) of the next K steps, predicted (open loop) from windows (B, ...) and actions (B, K, A)."""
+        check_actions(actions, (len(window), steps, self.action_dim))
         return self.forecast(self.encode(window[:, None])[:, 0], steps, actions)
 
     @torch.no_grad()
@@ -209,9 +210,6 @@ class PendulumJEPA(JEPA):
             horizon: Number of actions H.
             planner: Settings of the search; CEM by default.
             seed: Seed of the search.
-
-        Raises:
-            ValueError: The model is not action-conditioned.
         """
         if not self.action_dim:
             raise ValueError("This model knows no actions (model.action_dim=0), so there is nothing to plan.")

@@ -2,6 +2,8 @@
 
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from datamodules.batches import PendulumBatch, check_batches
 
 TargetMode = Literal["default", "vjepa2", "none"]
@@ -45,6 +47,18 @@ def check_arguments(given: dict[str, Any]) -> None:
         )
     if not given["step_decay"] >= 0:
         raise ValueError(f"model.step_decay={given['step_decay']}: must be >= 0; 0 weighs all steps of the horizon alike.")
+
+
+def check_actions(actions: Tensor | None, expected: tuple[int, int, int]) -> None:
+    """Compare actions with what a model takes: (B, K, A), or none if A is 0.
+
+    Raises:
+        ValueError: They have another shape, are missing, or are not wanted.
+    """
+    given = None if actions is None else tuple(actions.shape)
+    if given != (expected if expected[-1] else None):
+        wanted = f"of shape {expected} (batch, steps, scalars)" if expected[-1] else "none: this model knows no actions"
+        raise ValueError(f"Actions of shape {given}: give some {wanted}." if given else f"No actions: give some {wanted}.")
 
 
 def check_clips(jepa: Any, data: Any) -> None:

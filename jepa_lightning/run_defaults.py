@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 import yaml
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from jepa_lightning import probes
 from jepa_lightning.weights.checkpoints import read_checkpoint
+from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.runs import data_of, run_directory
 
 
@@ -41,7 +44,7 @@ def config_file(name: str) -> str:
     Raises:
         FileNotFoundError: There is neither; the names are listed.
     """
-    if Path(name).is_file():
+    if not name or Path(name).is_file():
         return name
     package = Path(__file__).parent
     root = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
@@ -74,15 +77,16 @@ def with_the_run(args: list[str]) -> list[str]:
         ValueError: It cannot be read, or the data to be read is not known.
     """
     named = dict(options(args))
-    path, given = named.get("--ckpt_path"), {name.split(".")[0] for name in named}
-    if args[:1] not in (["validate"], ["test"], ["predict"]) or given & {"-c", "--config", "--model"}:
+    path, chosen = named.get("--ckpt_path"), named.keys() & {"-c", "--config", "--model", "--model.class_path"}
+    if args[:1] not in (["validate"], ["test"], ["predict"]) or chosen:
         return with_data_of_the_run(args)
     if path in (None, "last"):
         return args
     assert path is not None
     directory = run_directory(path)
     if directory is not None:
-        return [args[0], "--config", str(directory / "config.yaml"), *args[1:]]
+        # Where the run lies now, which may not be where it was made.
+        return [args[0], "--config", str(directory / "config.yaml"), f"--trainer.default_root_dir={directory}", *args[1:]]
     checkpoint = read_checkpoint(path)
     model = checkpoint["hyper_parameters"].get("_class_path") or checkpoint.get("class", "")
     found = ["--model", model] if model.startswith("jepa_lightning.") else []  # a file never chooses what is imported
@@ -139,3 +143,35 @@ def options(args: list[str]) -> Iterator[tuple[str, str]]:
     for name, following in zip(args, [*args[1:], ""], strict=True):
         if name.startswith("-"):
             yield tuple(name.split("=", 1)) if "=" in name else (name, following)  # type: ignore[misc]
+
+
+def with_atomic_writing(plugins: list[Any]) -> list[Any]:
+    """Plugins with our writer of checkpoints among them, inside of Lightning's asynchronous one if that is asked for."""
+    given = [plugin for plugin in plugins if isinstance(plugin, CheckpointIO)]
+    for plugin in given:
+        if isinstance(plugin, AsyncCheckpointIO) and plugin.checkpoint_io is None:
+            plugin.checkpoint_io = AtomicCheckpointIO()
+    return plugins if given else [*plugins, AtomicCheckpointIO()]
+
+
+def as_list(value: Any) -> list[Any]:
+    """None, one thing or a list of things, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def check_writable(directory: Path) -> None:
+    """Make the run directory.
+
+    Raises:
+        ValueError: It cannot be made or written to.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another process may have been first
+    except OSError as error:
+        raise ValueError(
+            f"The run directory {directory} cannot be written to ({error.strerror}): choose another with "
+            "--trainer.default_root_dir."
+        ) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
@@ -12,6 +13,11 @@ class WideMetric(Metric):
     `precision: bf16-true` converts a whole module, and a sum of ones in bfloat16 never exceeds 256. torchmetrics guards
     its states against `half()`, but not against `to(dtype)`, which Lightning calls.
     """
+
+    def reset(self) -> None:
+        """Start anew, with states that may be changed later: Lightning validates in inference mode, and trains after it."""
+        with torch.inference_mode(False):
+            super().reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)

@@ -1,13 +1,15 @@
 """Embeddings out: all files, in order, once each, by one process or two, in one go or in two."""
 
 import csv
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import apart, run_script, small_ijepa, small_images, small_iwm, small_model, trainer, write_images
+from conftest import apart, run_script, small_data, small_ijepa, small_images, small_iwm, small_model, trainer, write_images
 from lightning.pytorch import Callback
 from PIL import Image
 from safetensors.torch import load_file
@@ -60,7 +62,8 @@ def test_all_files_in_order_with_their_classes(tmp_path: Path, mixed: Path, make
     assert [row["row"] for row in table(folder)] == [str(row) for row in range(12)]
     torch.testing.assert_close(found, expected(model.eval(), paths), atol=0.05, rtol=0.05)  # another JPEG decoder
     assert (found[:, None] - found[None]).abs().sum(dim=-1).fill_diagonal_(1).min() > 0, "each another one"
-    assert sorted(path.name for path in folder.iterdir()) == ["embeddings.safetensors", "index.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == ["embeddings.safetensors", "index.csv", "source.json"]
+    assert json.loads((folder / "source.json").read_text())["root"] == str(mixed)
 
 
 def test_training_and_held_out_images_of_a_split_folder(tmp_path: Path) -> None:
@@ -173,3 +176,52 @@ def test_formats_are_named() -> None:
     with pytest.raises(ValueError, match="format='csv': choose 'safetensors' or 'npz'"):
         EmbeddingWriter(format="csv")
     assert small_model().embedding_dim > 0
+
+
+def test_what_nobody_can_read_does_not_keep_a_cut_run_from_ending(tmp_path: Path, mixed: Path) -> None:
+    (mixed / "bee" / "zzz.jpg").write_bytes(b"no image")
+    with pytest.raises(RuntimeError, match="cut"), pytest.warns(UnreadableImageWarning):
+        predict(small_ijepa(), tmp_path, mixed, Stop(3))
+    with pytest.warns(UnreadableImageWarning):
+        assert len(table(predict(small_ijepa(), tmp_path, mixed))) == 12
+
+
+def test_a_limited_run_replaces_nothing(tmp_path: Path, mixed: Path) -> None:
+    folder = predict(small_ijepa(), tmp_path, mixed)
+    before = (folder / "embeddings.safetensors").read_bytes()
+    limits = {"limit_predict_batches": pytest.warns(UserWarning, match="4 of 12 images have"), "fast_dev_run": nullcontext()}
+    for limit, context in limits.items():
+        run = trainer(tmp_path, callbacks=[EmbeddingWriter(projector=False)], **{limit: 1})
+        with context:
+            run.predict(small_ijepa(), small_images(mixed, batch_size=4), return_predictions=False)
+    assert (folder / "embeddings.safetensors").read_bytes() == before and len(table(folder)) == 12
+
+
+def test_two_folders_of_one_name_have_a_place_each(tmp_path: Path) -> None:
+    for name, count in (("one", 3), ("two", 5)):
+        write_images(tmp_path / name / "val" / "a", count, size=(16, 16))
+    first = predict(small_ijepa(), tmp_path / "run", tmp_path / "one" / "val")
+    predict(small_ijepa(), tmp_path / "run", tmp_path / "two" / "val")
+    assert len(table(first)) == 3
+    (second,) = set((tmp_path / "run" / "predict").iterdir()) - {first}
+    assert len(table(second)) == 5 and second.name.startswith("val-")
+
+
+def test_data_and_model_are_left_as_they_were(tmp_path: Path, mixed: Path) -> None:
+    """One data module may predict, train, and predict again."""
+    model, data = small_ijepa(), small_images(mixed, batch_size=4)
+    writer = EmbeddingWriter(patches=True, projector=False)
+    trainer(tmp_path, callbacks=[writer]).predict(model, data, return_predictions=False)
+    assert data.predict_indices is None and model.predict_patches is False
+    trainer(tmp_path, max_steps=1, limit_val_batches=1.0).fit(model, data)
+    trainer(tmp_path).validate(model, data, verbose=False)
+    assert torch.cat(trainer(tmp_path).predict(model, data)).shape == (12, 192)
+
+
+def test_no_embeddings_without_weights_and_none_of_what_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", "ijepa/cifar10_cpu", "--trainer.default_root_dir", str(tmp_path), *CPU])
+    assert "predict needs trained weights: give --ckpt_path" in capsys.readouterr().err
+    run = trainer(tmp_path, callbacks=[EmbeddingWriter()])
+    with pytest.raises(ValueError, match="of folders of images, not of DoublePendulum"):
+        run.predict(small_model(), small_data())

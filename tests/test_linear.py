@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_data, small_ijepa, small_images, small_model, trainer
+from conftest import small_data, small_ijepa, small_images, small_model, trainer, write_images
 
-from jepa_lightning.probes import AttentiveProbe, LinearProbe
+from datamodules import MultiTask
+from jepa_lightning.probes import AttentiveProbe, KNNProbe, LinearProbe
 from jepa_lightning.probes.images.linear import HalvesAccuracy
 
 
@@ -104,3 +105,20 @@ def test_impossible_probes_are_refused(tmp_path: Path, image_root: Path, checkpo
     run.save_checkpoint(tmp_path / "pendulum.ckpt")
     with pytest.raises(ValueError, match="holds a PendulumJEPA; this probe reads an IJEPA"):
         LinearProbe(str(tmp_path / "pendulum.ckpt"))
+
+
+def test_classes_that_cannot_be_told_apart_are_refused(tmp_path: Path, image_root: Path) -> None:
+    run = trainer(tmp_path)
+    run.strategy.connect(small_ijepa())
+    run.save_checkpoint(tmp_path / "jepa.ckpt")
+    write_images(tmp_path / "one" / "alone", 6, size=(16, 16))
+    write_images(tmp_path / "flat", 6, size=(16, 16))
+    both = MultiTask({"insects": small_images(image_root), "others": small_images(image_root)})
+    for probe in (LinearProbe, AttentiveProbe, KNNProbe):
+        for data, said in (
+            (small_images(tmp_path / "one"), "has one class alone"),
+            (small_images(tmp_path / "flat"), "flat has no folders of classes"),
+            (both, "learns one task, and the data has insects, others"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                trainer(tmp_path).test(probe(str(tmp_path / "jepa.ckpt")), data)

@@ -324,3 +324,62 @@ def test_weights_of_images_that_are_not_square_are_given_their_size(tmp_path: Pa
     (tmp_path / "run" / "config.json").write_text("{}")  # of somebody else's
     assert is_whole(tmp_path / "run") and is_whole(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert isinstance(load(tmp_path / "run"), IJEPA)
+
+
+def test_completion_in_bfloat16_and_with_the_decoder_of_another_model(tmp_path: Path) -> None:
+    model, visible = small_ijepa(), torch.arange(16) < 9
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.complete(pixels(), visible).dtype == torch.float32
+    assert small_ijepa().bfloat16().complete(pixels(), visible).dtype == torch.float32
+    for name in ("one", "two"):
+        jepa = small_ijepa()
+        apart(jepa)
+        jepa.target_encoder.vit.norm.bias.data.add_(len(name) + (name == "two"))
+        saved(jepa, tmp_path / name)
+    decoder = CompletionProbe(str(tmp_path / "one"), width=64, depth=1)
+    with pytest.raises(ValueError, match="fitted on another model"):
+        load(tmp_path / "two").complete(pixels(), visible, decoder)
+
+
+def test_actions_are_one_for_each_step() -> None:
+    windows = torch.zeros(2, 4, 3)
+    assert as_pendulum_batch((windows, torch.arange(8.0).view(2, 4, 1))).actions[0].flatten().tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="2 actions with 4 windows"):
+        as_pendulum_batch((windows, torch.zeros(2, 2, 1)))
+    model = small_model(action_dim=2)
+    window = small_data().observe(small_data().trajectories("val")[:, :3]).observations[:, 0]
+    for actions in (None, torch.zeros(len(window), 2, 2), torch.zeros(len(window), 3, 1)):
+        with pytest.raises(ValueError, match=r"give some of shape \(\d+, 3, 2\)"):
+            model.rollout(window, 3, actions)
+    with pytest.raises(ValueError, match="this model knows no actions"):
+        small_model().rollout(window, 3, torch.zeros(len(window), 3, 2))
+    uint8 = torch.randint(0, 256, (2, 1, 2, 16, 16)).to(torch.uint8)
+    seeing = small_model(observation="pixels", image_size=16, encoder="mlp", encoder_widths=(8,))
+    assert torch.equal(seeing(uint8), seeing(uint8 / 255))
+
+
+def test_labels_are_an_integer_for_each_image() -> None:
+    for labels in (torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2), torch.zeros(2, 3, 4, 4)):
+        with pytest.raises(ValueError, match="give an integer for each, or no labels"):
+            as_image_batch((torch.zeros(2, 3, 4, 4), labels), (0,))
+
+
+def test_another_predictor_starts_untrained_and_a_probe_from_nothing_else(tmp_path: Path) -> None:
+    source = saved(small_ijepa(), tmp_path)
+    model = small_ijepa(predictor_depth=2)
+    with pytest.warns(UserWarning, match="of another kind or size: this one starts untrained"):
+        start_from(model, source)
+    assert torch.equal(model(pixels()), load(source)(pixels()))
+    with pytest.raises(ValueError, match="A KNNProbe reads its JEPA from model.checkpoint"):
+        start_from(KNNProbe(str(source)), source)
+    torch.save(torch.zeros(3), tmp_path / "odd.pth")
+    with pytest.raises(ValueError, match="holds no dictionary of weights"):
+        load(tmp_path / "odd.pth")
+
+
+def test_training_goes_on_after_a_validation(tmp_path: Path) -> None:
+    """Metrics that were reset in inference mode can be changed outside of it."""
+    run, model, data = trainer(tmp_path, max_steps=6, limit_val_batches=1.0), small_model(), small_data()
+    run.validate(model, data, verbose=False)
+    run.fit(model, data)
+    assert run.global_step == 6

@@ -76,8 +76,10 @@ def test_a_file_that_is_no_yaml_is_left_to_the_parser(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_a_checkpoint_brings_the_configuration_of_its_run(run: Path, command: str) -> None:
     given = ["--ckpt_path", str(run), "--data.root", "x"]
-    assert with_the_run([command, *given]) == [command, "--config", str(run / "config.yaml"), *given]
-    for more in (["--config", "mine.yaml"], ["--model", "IJEPA"], ["-c", "mine.yaml"], ["--model.momentum=1"]):
+    kept = ["--config", str(run / "config.yaml"), f"--trainer.default_root_dir={run}"]
+    assert with_the_run([command, *given]) == [command, *kept, *given], "where the run lies now"
+    assert with_the_run([command, *given, "--model.momentum=1"]) == [command, *kept, *given, "--model.momentum=1"]
+    for more in (["--config", "mine.yaml"], ["--model", "IJEPA"], ["-c", "mine.yaml"], ["--model.class_path=IJEPA"]):
         assert with_the_run([command, *given, *more]) == [command, *given, *more]
     assert with_the_run([command, "--ckpt_path", "last"]) == [command, "--ckpt_path", "last"]
     assert with_the_run([command]) == [command]

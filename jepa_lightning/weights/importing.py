@@ -61,7 +61,7 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
     encoder = formats.from_hugging_face(state) if formats.is_hugging_face(state) else state
     jepa = _assemble(path, encoder, encoder, None, image_size)
     about = json.loads(config.read_text()) if config.is_file() else {}
-    heads = about.get("num_attention_heads")
+    heads = about.get("num_attention_heads") if isinstance(about, dict) else None
     if heads is not None and heads != jepa.target_encoder.num_heads:
         raise ValueError(f"{config} says {heads} heads; {jepa.hparams.encoder} has {jepa.target_encoder.num_heads}.")
     return jepa
@@ -115,6 +115,12 @@ def _fill(network: nn.Module, state: State, positions: torch.Tensor, table: str,
     return sorted(wrong)
 
 
+def is_official(path: Path) -> bool:
+    """Whether a file holds a whole I-JEPA as it was released, not an encoder alone."""
+    content = None if path.suffix == ".safetensors" else read_file(path)
+    return isinstance(content, dict) and "target_encoder" in content
+
+
 def import_weights(source: str, destination: str, image_size: tuple[int, int] | None = None) -> None:
     """Make a checkpoint of this application, for probes, of weights from elsewhere.
 
@@ -123,7 +129,7 @@ def import_weights(source: str, destination: str, image_size: tuple[int, int] | 
         destination: Path of the .ckpt to write.
         image_size: Height and width in pixels; needed where the patches make no square.
     """
-    official = Path(source).is_file() and not source.endswith(".safetensors") and "target_encoder" in read_file(Path(source))
+    official = Path(source).is_file() and is_official(Path(source))
     jepa = load_official(source, image_size) if official else load_encoder(source, image_size)
     if not official:
         print(f"{source} has one encoder and no predictor: both encoders get it, the predictor is untrained.")

@@ -5,11 +5,11 @@ import os
 from pathlib import Path
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.weights.checkpoints import load_any
-from jepa_lightning.weights.importing import load_encoder, load_official
-from jepa_lightning.weights.io import read_file
+from jepa_lightning.weights.importing import is_official, load_encoder, load_official
 from jepa_lightning.weights.runs import LAST
 
 
@@ -36,9 +36,7 @@ def load(path: str | os.PathLike[str], image_size: tuple[int, int] | None = None
     if place.is_dir() and (place / "config.json").is_file() and not (place / LAST).exists():
         return load_encoder(place, image_size)
     if place.is_file() and place.suffix != ".ckpt":
-        if place.suffix == ".safetensors":
-            return load_encoder(place, image_size)
-        return load_official(place, image_size) if "target_encoder" in read_file(place) else load_encoder(place, image_size)
+        return load_official(place, image_size) if is_official(place) else load_encoder(place, image_size)
     return load_any(path)
 
 
@@ -47,7 +45,7 @@ def is_whole(path: str | os.PathLike[str]) -> bool:
     place = Path(path)
     if place.is_dir():
         return not (place / "config.json").is_file() or (place / LAST).exists()
-    return place.suffix == ".ckpt" or (place.suffix != ".safetensors" and "target_encoder" in read_file(place))
+    return place.suffix == ".ckpt" or is_official(place)
 
 
 def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
@@ -64,6 +62,8 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: There is nothing at that path.
         ValueError: It cannot be read, or does not fit.
     """
+    if not isinstance(model, JEPA):
+        raise ValueError(f"A {type(model).__name__} reads its JEPA from model.checkpoint, and starts from no other weights.")
     source = load(path)
     if not isinstance(source, JEPA):
         raise ValueError(f"{path} holds a {type(source).__name__}: training can start from a JEPA or an encoder alone.")
@@ -72,6 +72,9 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
         theirs, ours = source.get_submodule(part).state_dict(), model.get_submodule(part).state_dict()
         odd = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
         odd += [name for name in ours.keys() & theirs.keys() if ours[name].shape != theirs[name].shape]
+        if odd and part == "predictor":
+            rank_zero_warn(f"The predictor of {path} is of another kind or size: this one starts untrained.")
+            continue
         if odd:
             raise ValueError(
                 f"{path} does not fit this {type(model).__name__}: {len(odd)} weights of the {part} are missing or have "

@@ -26,15 +26,21 @@ def run_directory(path: str | os.PathLike[str]) -> Path | None:
     """
     if not is_local(path):
         return None
-    for directory in (Path(path), Path(path).parent.parent):
-        if (directory / "config.yaml").is_file():
-            return directory
-    return None
+    inside = [Path(path).parent.parent] if Path(path).parent.name == LAST.parts[0] else []
+    return next((directory for directory in (Path(path), *inside) if _configuration(directory)), None)
+
+
+def _configuration(directory: Path) -> dict[str, Any]:
+    """What a run has kept of its configuration; nothing where the file is not there, or somebody else's."""
+    file = directory / "config.yaml"
+    try:
+        content = yaml.safe_load(file.read_text()) if file.is_file() else None
+    except yaml.YAMLError:
+        content = None
+    return content if isinstance(content, dict) and "model" in content else {}
 
 
 def data_of(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The data module of a run, {"class_path": ..., "init_args": ...}; None where the run has not kept it."""
     directory = run_directory(path)
-    if directory is None:
-        return None
-    return yaml.safe_load((directory / "config.yaml").read_text()).get("data")
+    return None if directory is None else _configuration(directory).get("data")

@@ -17,7 +17,7 @@ from torch import Tensor
 from datamodules.batches import PendulumBatch
 from datamodules.physics import FRAME_SECONDS
 from datamodules.rng import seeded_generator
-from jepa_lightning.figures import rows_figure, show, side_by_side, steps_figure, write_video
+from jepa_lightning.figures import rows_figure, show, steps_figure, write_video
 from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.planner import Planner
 from jepa_lightning.probes.dynamics.episodes import (
@@ -36,9 +36,15 @@ from jepa_lightning.probes.dynamics.episodes import (
     windows_of,
 )
 from jepa_lightning.probes.dynamics.image_decoder import actuated_jepa, load_state_decoder, true_images
-from jepa_lightning.probes.dynamics.planning_report import RADII, action_figures, planning_table
+from jepa_lightning.probes.dynamics.planning_film import episode_film, episode_images
+from jepa_lightning.probes.dynamics.planning_report import (
+    RADII,
+    action_figures,
+    planning_notes,
+    planning_table,
+    rollout_errors,
+)
 from jepa_lightning.probes.report import save_report
-from jepa_lightning.rollouts import later_features, next_actions
 
 REACH_FRAMES = 25
 """How far ahead of the start a goal lies, as in DINO-WM (Zhou et al. 2024)."""
@@ -48,7 +54,7 @@ TIP_HEIGHT = 0.5
 """What the tip must pass in a swing-up: half of the pendulum's length above the pivot, 1 m with two rods of 1 m."""
 
 SWING_SECONDS, SWING_HORIZON = 6.0, 8
-ROLLOUT_STEPS, CHUNK = 10, 64
+ROLLOUT_STEPS = 10
 ORACLE_NOISE = (0.05, 0.5)
 """In radians and radians per second."""
 
@@ -155,17 +161,9 @@ class PlanningProbe(LightningModule):
             features: Embeddings of all test trajectories, (N, T, D).
             actions: Actions of all test trajectories, (N, T - 1, A).
         """
-        chosen = next_actions(actions, ROLLOUT_STEPS)  # (N, S, K, A)
-        assert chosen is not None
-        kinds = {"true": chosen, "shuffled": chosen.roll(1, dims=0), "zero": torch.zeros_like(chosen)}
-        starts, truth = features[:, :-ROLLOUT_STEPS], later_features(features, ROLLOUT_STEPS)  # (N, S, D), (N, S, K, D)
-        errors = {"still": (starts[:, :, None] - truth).square().mean(dim=(0, 1, 3))}
-        for name, given in kinds.items():
-            parts = zip(starts.split(CHUNK), given.split(CHUNK), truth.split(CHUNK), strict=True)
-            squares = [(self.jepa.forecast(z, ROLLOUT_STEPS, a) - goal).square().sum(dim=(0, 1, 3)) for z, a, goal in parts]
-            errors[name] = torch.stack(squares).sum(dim=0) / truth[..., 0, :].numel()
+        errors, kinds, starts = rollout_errors(self.jepa, features, actions, ROLLOUT_STEPS)
         if self.decoder is not None:
-            strip = {"true frames": self._draw(self._first_states[1 : 1 + ROLLOUT_STEPS])}
+            strip = {"true frames": self.draw(self._first_states[1 : 1 + ROLLOUT_STEPS])}
             for name, given in kinds.items():
                 forecast = self.jepa.forecast(starts[0, 0], ROLLOUT_STEPS, given[0, 0])
                 strip[f"{name} actions"] = self.decoder.decode(forecast)
@@ -180,7 +178,7 @@ class PlanningProbe(LightningModule):
         directory.mkdir(parents=True, exist_ok=True)
         return directory
 
-    def _draw(self, states: Tensor) -> Tensor:
+    def draw(self, states: Tensor) -> Tensor:
         data: Any = self.trainer.datamodule
         return true_images(self.jepa, data, states.float().to(self.device))
 
@@ -209,14 +207,9 @@ class PlanningProbe(LightningModule):
             "target_mode": self.jepa.target_mode,
             "seconds": seconds,
         }
-        notes = (
-            f"Of `{self.checkpoint}`, from {self.jepa.observation}. Reaching: {self.num_episodes} episodes, none of which "
-            f"starts at its goal; success: both bobs within {RADII[1]} m of it {REACH_FRAMES} frames "
-            f"({REACH_FRAMES * FRAME_SECONDS:g} s) ahead. Swing-up: {self.num_swing_ups} episodes of {SWING_SECONDS:g} s. "
-            "Standard errors are binomial: 0 says only that all episodes went one way. All plans, the oracle's too, are "
-            "made by the same search. Roll-outs: rollouts.png."
+        save_report(
+            self._directory, report, "Planning", planning_notes(self, REACH_FRAMES, SWING_SECONDS), planning_table(report)
         )
-        save_report(self._directory, report, "Planning", notes, planning_table(report))
 
     def _generator(self, *key: int) -> torch.Generator:
         data: Any = self.trainer.datamodule
@@ -263,7 +256,8 @@ class PlanningProbe(LightningModule):
             rank_zero_info(f"reaching, {name}: {figures[name]:.2f} of {self.num_episodes} ({seconds[name]:.0f} s)")
             if name == "one_plan" and self.decoder is not None:
                 self._show_plan(data, world, task, once)
-                films = [self._film(data, world, task, once, e, "predicted at frame 0") for e in range(min(4, len(goals)))]
+                chosen = range(min(4, len(goals)))
+                films = [episode_film(self, data, world, task, once, row, "predicted at frame 0") for row in chosen]
         figures["standard_error"] = standard_errors.pop("success")
         figures |= {"standard_errors": standard_errors, "at_radius": at_radius}
         figures["seconds_per_plan"] = seconds["one_plan"] / self.num_episodes
@@ -294,28 +288,12 @@ class PlanningProbe(LightningModule):
                 figures["standard_error"] = math.sqrt(figures[name] * (1 - figures[name]) / self.num_swing_ups)
                 figures |= {"median_highest": highest.median().item(), "median_nearest": away.median().item()}
                 if self.decoder is not None:
-                    film = self._film(data, world, task, planning, 0, "predicted a step before")
+                    film = episode_film(self, data, world, task, planning, 0, "predicted a step before")
         return figures, film
-
-    def _images(
-        self, data: Any, world: World, task: Task, planning: Planning, episode: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Frames of an episode (F, C, S, S), decoded predictions of each window (T, C, S, S), the goal (C, S, S)."""
-        assert self.decoder is not None
-        happened = self._draw(world.frames[episode, data.history - 1 :])
-        begin = self.jepa.encode(windows_of(data, task.starts[episode : episode + 1]).to(self.device))[0]  # (1, D)
-        predicted = self.decoder.decode(torch.cat([begin, *(part[episode] for part in planning.predicted)]))
-        return happened, predicted, self._draw(task.goals[episode, -1])
-
-    def _film(self, data: Any, world: World, task: Task, planning: Planning, episode: int, title: str) -> np.ndarray:
-        """Three panels; the prediction stands still until the next window."""
-        happened, predicted, goal = self._images(data, world, task, planning, episode)
-        shown = torch.arange(len(happened)) // data.stride
-        return side_by_side({"what happened": happened, title: predicted[shown], "goal": goal.expand_as(happened)})
 
     def _show_plan(self, data: Any, world: World, task: Task, planning: Planning) -> None:
         """Write plan.png, the first episode at each window, and show the same figure."""
-        happened, predicted, goal = self._images(data, world, task, planning, 0)
+        happened, predicted, goal = episode_images(self, data, world, task, planning, 0)
         rows = {"what happened": happened[:: data.stride], "predicted": predicted, "goal": goal.expand_as(predicted)}
         figure = rows_figure(rows)
         figure.savefig(self._directory / "plan.png")

@@ -90,6 +90,7 @@ class ImageProbe(LightningModule, ABC):
     """Whether `test` makes sense only after `fit`."""
 
     needs_labels = True
+    several_tasks = False
 
     reads_views = False
     """Whether its batches are pairs of views."""
@@ -110,17 +111,27 @@ class ImageProbe(LightningModule, ABC):
         data: Any = getattr(self.trainer, "datamodule", None)
         check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
         classes = getattr(data, "num_classes", self.num_classes)
-        if self.needs_labels and classes == 0:
-            raise ValueError(f"{data.root} has no folders of classes, and {type(self).__name__} needs labels.")
+        if self.needs_labels:
+            self._check_classes(data, classes)
         if self.needs_labels and self.num_classes is None:
-            if classes is None:
-                raise ValueError("model.num_classes is not given, and the data does not say how many classes there are.")
-            self.set_classes(classes)
+            self.set_classes(classes)  # type: ignore[arg-type]
         elif self.needs_labels and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on images of {self.image_size} pixels; data.image_size={theirs}.")
+
+    def _check_classes(self, data: Any, classes: Any) -> None:
+        """Raise a ValueError if there are too few classes, or several tasks for a probe of one."""
+        name, numbers = type(self).__name__, classes.values() if isinstance(classes, dict) else [classes]
+        if classes is None:
+            raise ValueError("model.num_classes is not given, and the data does not say how many classes there are.")
+        if isinstance(classes, dict) and not self.several_tasks:
+            raise ValueError(f"{name} learns one task, and the data has {', '.join(classes)}: choose one folder.")
+        if 0 in numbers:
+            raise ValueError(f"{getattr(data, 'root', 'The data')} has no folders of classes, and {name} needs labels.")
+        if min(numbers) < 2:
+            raise ValueError(f"The data has one class alone, and {name} is to tell classes apart.")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.fitted.fill_(True)

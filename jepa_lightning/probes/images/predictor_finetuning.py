@@ -87,6 +87,7 @@ class PredictorFineTuning(ImageProbe):
         ValueError: It cannot be read, holds no IWM, or an argument is out of its range.
     """
 
+    several_tasks = True
     titles = {  # noqa: RUF012
         "pretrained": "pre-trained predictor",
         "random": "predictor with random weights",
