@@ -14,9 +14,12 @@ for _name in ("callbacks", "datamodules"):  # ours, and names that other project
         )
         raise SystemExit(f"error: {_text}") if sys.argv[:1] == ["-m"] else ImportError(_text)
 
+from datamodules import DoublePendulum  # noqa: E402
 from jepa_lightning.ijepa import IJEPA  # noqa: E402
 from jepa_lightning.iwm import IWM  # noqa: E402
 from jepa_lightning.jepa import JEPA  # noqa: E402
 from jepa_lightning.pendulum import PendulumJEPA  # noqa: E402
+from jepa_lightning.planner import Planner  # noqa: E402
+from jepa_lightning.weights.checkpoints import load_jepa as load  # noqa: E402
 
-__all__ = ["IJEPA", "IWM", "JEPA", "PendulumJEPA"]
+__all__ = ["IJEPA", "IWM", "JEPA", "DoublePendulum", "PendulumJEPA", "Planner", "load"]
