@@ -9,7 +9,7 @@ DATA ?=
 MODULES ?=
 SAMPLE ?=
 
-.PHONY: help install demo images coordinates plan ijepa iwm test campaign mutate check docs format benchmark clean
+.PHONY: help install demo images coordinates plan lab lab-model lab-images ijepa iwm test campaign mutate check docs format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,18 @@ plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is 
 	$(RUN) fit --config configs/pendulum/actuated.yaml --ckpt_path auto
 	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --trainer.default_root_dir runs/plan/decoder
 	$(RUN) test --config configs/probes/planning.yaml --model.checkpoint runs/plan --model.decoder runs/plan/decoder/checkpoints/best.ckpt --trainer.default_root_dir runs/plan
+
+lab: $(READY) ## the three notebooks of docs/lab as scripts, one after the other: 5 minutes on one CPU core, figures into runs/lab
+	MPLBACKEND=agg $(BIN)/python docs/lab/1_learn.py
+	MPLBACKEND=agg $(BIN)/python docs/lab/2_collapse.py
+	MPLBACKEND=agg $(BIN)/python docs/lab/3_plan.py
+
+lab-model: $(READY) ## train the world model that the lab plans with anew, into docs/lab/world_model.ckpt
+	$(RUN) fit --config configs/pendulum/actuated.yaml --model.predictor_width 256 --trainer.accelerator cpu --trainer.default_root_dir runs/lab/world_model
+	$(BIN)/python docs/lab/make_world_model.py runs/lab/world_model docs/lab/world_model.ckpt
+
+lab-images: lab ## the lab, and its figures of the front page into docs/images
+	cp runs/lab/collapse.png runs/lab/plan.gif docs/images/
 
 ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a half on one CPU core, into runs/ijepa_cifar10_cpu
 	$(RUN) fit --config configs/ijepa/cifar10_cpu.yaml $(DATA)
