@@ -134,7 +134,6 @@ trainer = pl.Trainer(
     callbacks=[watch],
     check_val_every_n_epoch=EPOCHS,
     num_sanity_val_steps=0,
-    inference_mode=False,  # it is evaluated before it is trained
     logger=False,
     enable_checkpointing=False,
     enable_progress_bar=False,

@@ -81,7 +81,6 @@ def train(regularizer: str | None) -> tuple[PendulumJEPA, list[dict[str, float]]
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        inference_mode=False,  # it is evaluated before it is trained
     )
     print(f"regularizer: {regularizer}")
     trainer.validate(model, data, verbose=False)  # the random start

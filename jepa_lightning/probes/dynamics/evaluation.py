@@ -157,7 +157,7 @@ def evaluate(probe: FittedProbe, collected: dict[str, Tensor]) -> None:
         "seconds": {"training": stopwatch.get("seconds"), "report": time.monotonic() - began},
         "control_steps": probe.control_steps,
         "test_set": {"trajectories": len(states), "windows": states.shape[1], "forecast_start": START},
-        "config": {key: value for key, value in probe.jepa.hparams.items() if not key.startswith("_")},
+        "config": probe.jepa.built_with,
     }
     write_report(root, report)
 
