@@ -4,11 +4,10 @@
     python benchmarks/faults.py --cuts 1 --full 1 --families pendulum
 
 A model is trained for a few epochs by the command line. At a random moment it gets SIGKILL, SIGTERM, SIGUSR1 (under an
-emulated SLURM, whose `scontrol requeue` starts the same command again) or Ctrl-C (SIGINT to all of its processes), or its
-disk becomes full (no file may grow any more, until it has ended). Then it is resumed, perhaps with another number of
-workers, and now and then cut a second time. Workers, accumulated batches, validation in the middle of an epoch and
-limit_train_batches are drawn at random. A run is lost unless its last checkpoint is at the same step as that of the uncut
-run, with weights, optimizer and schedules that are equal bit for bit.
+emulated SLURM, whose `scontrol requeue` starts the same command again) or Ctrl-C (to all of its processes), or its disk
+becomes full. Then it is resumed, perhaps with another number of workers, and now and then cut a second time. Workers,
+accumulation, validation in mid-epoch and limit_train_batches are drawn at random. A run is lost unless its last checkpoint
+is at the same step as that of the uncut run, with weights, optimizer and schedules that are equal bit for bit.
 """
 
 import argparse

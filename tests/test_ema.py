@@ -11,12 +11,9 @@ from conftest import small_data, small_model, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import distribute_tensor
 
 from callbacks import EMAUpdate
-from callbacks.ema import local, update_average, wide_copy
+from callbacks.ema import update_average, wide_copy
 from callbacks.schedules import cosine, warmup_cosine
 
 
@@ -287,15 +284,3 @@ def test_momentum_is_logged_and_reaches_neither_before_nor_after_its_end(tmp_pat
 def test_impossible_momenta_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EMAUpdate(**arguments)
-
-
-def test_of_a_sharded_tensor_this_process_has_its_part() -> None:
-    whole = torch.arange(6.0)
-    assert local(whole) is whole
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        part = local(distribute_tensor(whole, mesh))
-        assert type(part) is torch.Tensor and torch.equal(part, whole)
-    finally:
-        distributed.destroy_process_group()

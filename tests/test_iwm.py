@@ -1,7 +1,6 @@
 """IWM: what the predictor is conditioned on, what is ranked, and what its predictor is good for afterwards."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,13 @@ from conftest import (
     small_iwm,
     small_views,
     trainer,
-    write_images,
 )
 from matplotlib.figure import Figure
-from torch import Tensor
 
 import jepa_lightning.iwm
-import jepa_lightning.mean_reciprocal_rank as equivariance
-from datamodules import MultiTask, ViewBatch, Views
-from datamodules.loop_progress import Progress
-from datamodules.preprocessing import denormalize
-from datamodules.views import recolor
+from datamodules import ViewBatch, Views
 from jepa_lightning import IWM
-from jepa_lightning.mean_reciprocal_rank import Answers, MeanReciprocalRanks, chance, draw_bank, nearest_figure
-from jepa_lightning.metrics import reciprocal_ranks
+from jepa_lightning.mean_reciprocal_rank import chance, nearest_figure
 from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorFineTuning
 
 VIEWS = Views()
@@ -86,92 +78,6 @@ def test_the_scalars_of_a_sequence_are_not_mistaken_for_each_other() -> None:
     assert not torch.allclose(one, other, atol=1e-7)
 
 
-def test_ties_are_counted_fairly() -> None:
-    similarities = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
-    ranks = reciprocal_ranks(similarities, torch.zeros(4, dtype=torch.int64))
-    torch.testing.assert_close(ranks, torch.tensor([1.0, 1 / 3, (1 + 1 / 2) / 2, (1 + 1 / 2 + 1 / 3) / 3]).double())
-    everything_alike = torch.zeros(256, 256)
-    assert reciprocal_ranks(everything_alike, torch.arange(256)).mean().item() == pytest.approx(chance())
-    assert chance() == pytest.approx(0.0239, abs=5e-5)
-
-
-class Oracle(torch.nn.Module):
-    """A model whose embeddings are the pixels, and whose predictor applies the action to them: the best there is."""
-
-    def __init__(self, listens: bool) -> None:
-        super().__init__()
-        self.context_encoder, self.listens = self.pixels, listens
-
-    def pixels(self, images: Tensor) -> Tensor:
-        self.seen = denormalize(images)
-        return images.flatten(2).transpose(1, 2)
-
-    encode_targets = pixels
-
-    def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
-        if not self.listens:
-            return features
-        side = int(features.shape[1] ** 0.5)
-        image = denormalize(features[0].T.unflatten(1, (side, side))[None])[0]
-        made = equivariance.make_versions(image, actions * (torch.arange(7) < 4))  # it cannot undo what degrades
-        return made.flatten(2).transpose(1, 2)
-
-
-def ranks_of(model: torch.nn.Module, **settings) -> equivariance.Ranks:
-    ranks = MeanReciprocalRanks()
-    for seed in (0, 1):
-        generator = torch.Generator().manual_seed(seed)
-        image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=generator)
-        ranks.update(model, image, VIEWS, generator, **settings)
-    return ranks.compute()
-
-
-def test_an_oracle_is_first_and_one_that_ignores_actions_has_chance() -> None:
-    oracle, deaf = ranks_of(Oracle(True)), ranks_of(Oracle(False))
-    for kind in ("patch", "pooled"):
-        for question in ("overall", "brightness", "contrast", "saturation", "hue"):
-            assert oracle.mean[kind][question] > 0.9, question  # versions that are the same in uint8 share a rank
-            assert deaf.mean[kind][question] == pytest.approx(chance(), rel=0.02), question
-        assert oracle.mean[kind]["action_blind"] == pytest.approx(chance(), rel=0.02)
-        assert abs(oracle.mean[kind]["shuffled_actions"] - chance()) < 0.01
-    assert oracle.num_images == 2 and oracle.mean["patch"]["grayscale"] < 0.5, "what is gone cannot be restored"
-
-
-def test_without_conditioning_there_is_nothing_but_chance() -> None:
-    ranks, generator = MeanReciprocalRanks(), torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
-    ranks.update(small_iwm(conditioning="none").eval(), image, VIEWS, generator, each=False)
-    for kind in ("patch", "pooled"):
-        for question, figure in ranks.compute().mean[kind].items():
-            assert figure == pytest.approx(chance(), rel=0.01), question
-
-
-def test_only_what_is_asked_is_ranked() -> None:
-    assert set(ranks_of(Oracle(True), each=False).mean["patch"]) == {"overall", "action_blind", "shuffled_actions"}
-
-
-def test_candidates_are_functions_of_the_generator_and_vary_what_they_say() -> None:
-    candidates = draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5))
-    state = torch.get_rng_state()
-    assert torch.equal(candidates, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(5)))
-    assert torch.equal(state, torch.get_rng_state()), "the global generator is left alone"
-    assert candidates.shape == (256, 7)
-    assert (candidates[:, :4].std(0) > 0.4).all() and not candidates[:, 4:].any()
-    hue = draw_bank(VIEWS, "hue", torch.Generator().manual_seed(5))
-    assert hue[:, 3].std() > 0.4 and not hue[:, [0, 1, 2, 4, 5, 6]].any()
-
-
-def test_answers_start_from_a_degraded_source_and_undo_it() -> None:
-    oracle = Oracle(True)
-    image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    answers = Answers(oracle, image, draw_bank(VIEWS, "jitter", torch.Generator().manual_seed(0)), VIEWS)
-    asked: list[Tensor] = []
-    oracle.apply_actions = lambda features, actions: asked.append(actions) or features
-    answers.predictions(answers.actions("grayscale"), "grayscale")
-    assert torch.equal(oracle.seen[0], recolor(image, torch.tensor([0.0, 0, 0, 0, 1, 0, 0])))
-    assert (torch.cat(asked)[:, 4] == -1).all() and torch.equal(torch.cat(asked)[:, :4], answers.colors[:, :4])
-
-
 def tiles(figure: Figure) -> tuple[int, int]:
     """Rows and columns of a figure of images of 16 pixels with a gap of one between them."""
     height, width = figure.axes[0].images[0].get_size()
@@ -223,92 +129,6 @@ def test_the_report_has_figures_and_baselines(tmp_path: Path, image_root: Path, 
     assert "all four colors" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("end_to_end", [False, True])
-def test_predictor_tuning_trains_three_arms(tmp_path: Path, image_root: Path, checkpoint: Path, end_to_end: bool) -> None:
-    probe = PredictorFineTuning(str(checkpoint), 2, end_to_end=end_to_end)
-    before = {name: [p.clone() for p in arm.parameters()] for name, arm in probe.arms.items()}
-    assert parameters_equal(probe.arms["pretrained"].predictor, probe.predictor)
-    assert not parameters_equal(probe.arms["random"].predictor, probe.predictor)
-    encoder = [p.clone() for p in probe.encoder.parameters()]
-    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
-    run.fit(probe, small_images(image_root))
-    for name, arm in probe.arms.items():
-        assert all(not torch.equal(p, old) for p, old in zip(arm.parameters(), before[name], strict=True)), name
-    assert all(torch.equal(p, old) for p, old in zip(probe.encoder.parameters(), encoder, strict=True))
-    copies = [p for name in probe.encoders for p in probe.encoders[name].parameters()]
-    assert len(copies) == (3 * len(encoder) if end_to_end else 0)
-    assert not any(torch.equal(p, old) for p, old in zip(copies, 3 * encoder if end_to_end else [], strict=True))
-    rates = {group["name"]: group["initial_lr"] for group in run.optimizers[0].param_groups}
-    assert rates["pretrained_predictor_decay"] == pytest.approx(1e-4) and rates["random_decay"] == pytest.approx(1e-3)
-    trained = sum(p.numel() for group in run.optimizers[0].param_groups for p in group["params"])
-    assert trained == sum(p.numel() for part in (probe.arms, probe.encoders) for p in part.parameters())
-    trainer(tmp_path).test(probe, small_images(image_root), verbose=False)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
-
-
-def test_one_predictor_learns_several_tasks(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
-    for name in "xyz":
-        write_images(tmp_path / "other" / name, 5, size=(16, 16), hue=ord(name))
-    data = MultiTask({"insects": small_images(image_root), "letters": small_images(tmp_path / "other")})
-    probe = PredictorFineTuning(str(checkpoint), {"letters": 3, "insects": 2})  # the order does not matter
-    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
-    run.fit(probe, data)
-    assert run.global_step == 6, "as long as the larger one"
-    for arm in ("pretrained", "random"):
-        tokens = probe.arms[arm].tokens
-        assert set(tokens) == {"insects_token", "letters_token"}
-    images = batch().images
-    features = probe.encoder(images)
-    insects, letters = (probe.arms["random"](features, task) for task in ("insects", "letters"))
-    assert insects.shape == (3, 2) and letters.shape == (3, 3)
-    before = probe.arms["random"](features, "letters")
-    with torch.no_grad():
-        probe.arms["random"].tokens["letters_token"] += torch.arange(24.0)  # a constant would be lost in the norm
-    assert not torch.equal(probe.arms["random"](features, "letters"), before), "the predictor sees the task"
-    assert torch.equal(probe.arms["random"](features, "insects"), insects)
-    trainer(tmp_path).test(probe, data, verbose=False)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["accuracy"]) == {f"{arm}_{task}" for arm in probe.titles for task in ("insects", "letters")}
-    assert report["judged"] == "on 3, 6 held-out images"
-    with pytest.raises(ValueError, match="model.num_classes={'insects': 2, 'letters': 4} but the data has"):
-        trainer(tmp_path).test(PredictorFineTuning(str(checkpoint), {"insects": 2, "letters": 4}), data)
-    with pytest.raises(ValueError, match="give two or more"):
-        MultiTask({"insects": small_images(image_root)})
-    with pytest.raises(ValueError, match="images of one size"):
-        MultiTask({"insects": small_images(image_root), "letters": small_images(image_root, image_size=32)})
-    with pytest.raises(ValueError, match="'v1.5' is no name for a task"):
-        MultiTask({"v1.5": small_images(image_root), "letters": small_images(image_root)})
-    with pytest.raises(ValueError, match="labels, not views"):
-        MultiTask({"insects": small_images(image_root), "letters": small_views(image_root)})
-
-
-def tasks(image_root: Path, other: Path) -> MultiTask:
-    data = MultiTask({"insects": small_images(image_root), "letters": small_images(other)})
-    data.setup("fit")
-    return data
-
-
-def test_a_shorter_task_starts_again_with_other_crops_and_is_resumed(tmp_path: Path, image_root: Path) -> None:
-    for name in "xyz":
-        write_images(tmp_path / name, 5, hue=ord(name))
-
-    def epoch(data: MultiTask) -> list[dict]:
-        return [batch for batch, _, _ in iter(data.train_dataloader())]
-
-    whole = epoch(tasks(image_root, tmp_path))
-    assert len(whole) == 6 and len({batch["letters"].key for batch in whole}) == 6
-    first, second = whole[:3], whole[3:]
-    assert not any(torch.equal(a["letters"].images, b["letters"].images) for a in first for b in second)
-    for cut in (2, 3, 5):
-        resumed = tasks(image_root, tmp_path)
-        resumed.resumed = Progress(0, cut)
-        for uncut, again in zip(whole[cut:], epoch(resumed), strict=False):
-            for name in ("insects", "letters"):
-                assert uncut[name].key == again[name].key
-                assert torch.equal(uncut[name].images, again[name].images), f"{name}, cut after {cut}"
-
-
 def test_each_image_is_conditioned_on_its_own_action() -> None:
     jepa, observed = small_iwm().eval(), batch()
     predictions = jepa.target_pairs(observed).predictions
@@ -318,25 +138,6 @@ def test_each_image_is_conditioned_on_its_own_action() -> None:
     assert [torch.equal(changed[image], predictions[image]) for image in range(3)] == [True, False, True]
     with pytest.raises(ValueError, match="Actions of 3 scalars for a model of 7"):
         jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 3))
-
-
-def test_a_model_of_the_way_back_is_asked_for_the_way_back() -> None:
-    """With source_from=target, a brightness scalar of -s undoes a factor of 1 + 0.4 s."""
-
-    class Undoes(Oracle):
-        def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
-            return torch.stack([row / (1 - 0.4 * action[0]) for row, action in zip(features, actions, strict=True)])
-
-        def pixels(self, images: Tensor) -> Tensor:  # linear in the brightness, and never black
-            return denormalize(images).flatten(2).transpose(1, 2).float() + torch.tensor([1.0, 0.0, 0.0])
-
-    views = Views(jitter=(0.4, 0.0, 0.0, 0.0), source_from="target")
-    image = torch.randint(0, 140, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for settings, first in ((views, True), (replace(views, source_from="shared"), False)):
-        answers = Answers(Undoes(True), image, draw_bank(views, "jitter", torch.Generator().manual_seed(0)), settings)
-        wanted = (1 + 0.4 * answers.colors[:, 0]) * 100
-        given = answers.predictions(answers.actions())[:, 0, 1] / image[1, 0, 0] * 100
-        assert torch.allclose(given, wanted, rtol=1e-4) == first
 
 
 def test_a_decoder_draws_what_is_predicted(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:

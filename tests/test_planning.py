@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import parameters_equal, small_data, small_driven_data, small_driven_model, small_model, trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from conftest import small_data, small_driven_data, small_driven_model, small_model, trainer
 
 from datamodules.physics import Pendulum
-from jepa_lightning.planner import Planner, latent_cost
-from jepa_lightning.probes import DecoderProbe, ImageDecoder, PlanningProbe, StateProbe
+from jepa_lightning.planner import Planner
+from jepa_lightning.probes import ImageDecoder, PlanningProbe, StateProbe
 from jepa_lightning.probes.dynamics.episodes import (
     Imagination,
     Oracle,
@@ -30,72 +29,6 @@ from jepa_lightning.probes.dynamics.planning_report import action_figures
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def bowl(goals: torch.Tensor):
-    """Lowest at a sequence of its own for each episode: goals (E, H, A)."""
-    return lambda actions: (actions - goals[:, None]).square().sum(dim=(2, 3))
-
-
-@pytest.mark.parametrize("method", ["cem", "mppi"])
-def test_the_search_finds_the_best_sequence_of_each_episode(method: str) -> None:
-    goals = torch.rand(6, 4, 2, generator=seeded()) * 1.6 - 0.8
-    found = Planner(method=method).plan(bowl(goals), torch.zeros(6, 4, 2), seeded(1))
-    assert (found - goals).abs().max() < 0.1
-    again = Planner(method=method).plan(bowl(goals), torch.zeros(6, 4, 2), seeded(1))
-    assert torch.equal(found, again), "same generator, same plan"
-
-
-@pytest.mark.parametrize("method", ["cem", "mppi"])
-def test_plans_respect_the_limits(method: str) -> None:
-    goals = torch.full((2, 3, 2), 5.0)
-    evaluated = []
-
-    def cost(actions: torch.Tensor) -> torch.Tensor:
-        evaluated.append(actions.abs().amax().item())
-        return bowl(goals)(actions)
-
-    found = Planner(method=method).plan(cost, torch.zeros(2, 3, 2), seeded())
-    assert max(evaluated) <= 1 and found.abs().max() <= 1
-    assert found.min() > 0.9
-
-
-def test_a_good_guess_is_not_forgotten() -> None:
-    goals = torch.full((1, 10, 2), 0.5)
-    short = Planner(
-        num_samples=20, num_iterations=1, num_further_iterations=1, num_elites=2, method="mppi", temperature=0.01
-    )
-    found = short.plan(bowl(goals), goals, seeded(), further=True)
-    assert (found - goals).abs().max() < 0.05
-
-
-def test_further_plans_take_fewer_rounds() -> None:
-    calls: list[int] = []
-
-    def cost(actions: torch.Tensor) -> torch.Tensor:
-        calls.append(actions.shape[1])
-        return actions.sum(dim=(2, 3))
-
-    planner = Planner(num_iterations=7, num_further_iterations=3)
-    planner.plan(cost, torch.zeros(1, 2, 2), seeded())
-    assert calls == [300] * 7
-    planner.plan(cost, torch.zeros(1, 2, 2), seeded(), further=True)
-    assert len(calls) == 10
-
-
-@pytest.mark.parametrize("kind", ["last", "summed"])
-def test_latent_cost_is_the_distance_of_the_roll_out_from_the_goal(kind: str) -> None:
-    """Also in parts, which is how a CPU computes it."""
-    model = small_driven_model()
-    for parameter in model.predictor.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    start, goal, actions = torch.randn(30, 8), torch.randn(30, 8), torch.rand(30, 300, 4, 2) * 2 - 1
-    with torch.no_grad():
-        costs = latent_cost(model.predictor, start, goal, kind)(actions)
-        for episode, sample in ((0, 0), (17, 299), (29, 5)):
-            steps = model.forecast(start[episode], 4, actions[episode, sample])  # (H, D)
-            errors = (steps - goal[episode]).square().mean(dim=-1)
-            torch.testing.assert_close(costs[episode, sample], errors[-1] if kind == "last" else errors.sum())
 
 
 def test_the_world_does_what_physics_says_and_shows_what_the_data_module_shows() -> None:
@@ -288,64 +221,6 @@ def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monke
         assert isinstance(controllers[name].look, kind) and controllers[name].every == every, name
     assert controllers["oracle"].look.noise == (0.0, 0.0)
     assert controllers["noisy_oracle"].look.noise == controllers["noisy_oracle_replanning"].look.noise == (0.05, 0.5)
-
-
-@pytest.mark.parametrize("source", ["online", "target", "predicted"])
-def test_state_decoder_learns_from_each_source(tmp_path: Path, source: str) -> None:
-    probe = ImageDecoder(saved(tmp_path, image_size=16), embedding_source=source, width=32, depth=1, learning_rate=1e-2)
-    before = {name: value.clone() for name, value in probe.jepa.state_dict().items()}
-    data = small_driven_data(size=400, val_size=40, batch_size=40, image_size=16)
-    run = trainer(tmp_path, max_epochs=50, limit_val_batches=1.0, check_val_every_n_epoch=50)
-    run.fit(probe, data)
-    metrics = run.callback_metrics
-    assert metrics["val/loss"] == metrics[f"val/mse_{source}"]
-    if source != "predicted":  # an untrained predictor says that nothing moves
-        assert metrics["val/mse_over_mean"] < 0.95, "it knows more than the mean image"
-    assert all(torch.equal(value, before[name]) for name, value in probe.jepa.state_dict().items())
-    assert not any(module.training for module in probe.jepa.modules())
-    assert {"val/iou_online", "val/iou_target", "val/iou_predicted", "val/iou_still"} <= set(metrics)
-    assert (tmp_path / "reconstruction.png").exists()
-
-
-def test_predicted_embeddings_are_decoded_to_the_frame_that_they_predict(tmp_path: Path) -> None:
-    probe = ImageDecoder(saved(tmp_path), embedding_source="predicted", width=32, depth=1)
-    data = small_driven_data()
-    batch = data.observe(data.trajectories("train")[:2, :23])
-    target = probe.jepa.encode(batch.observations)
-    expected = probe.jepa.forecast(target[:, 0], 1, batch.actions[:, :1])[:, 0]
-    torch.testing.assert_close(probe.features(batch, "predicted")["predicted"][:, 0], expected)
-    assert torch.equal(probe.features(batch, "target")["target"], target[:, 1:])
-
-
-def test_a_resumed_decoder_keeps_its_scale(tmp_path: Path) -> None:
-    checkpoint = saved(tmp_path)
-
-    def fit(seed: int, ckpt_path: Path | None = None) -> ImageDecoder:
-        torch.manual_seed(0)
-        probe = ImageDecoder(checkpoint, width=32, depth=1)
-        run = trainer(tmp_path, max_epochs=1, max_steps=-1)
-        run.fit(probe, small_driven_data(seed=seed), ckpt_path=ckpt_path)
-        run.save_checkpoint(tmp_path / "decoder.ckpt")
-        return probe
-
-    first, other = fit(0), fit(1)
-    assert not torch.equal(first.decoder.mean, other.decoder.mean), "the scale is that of the data"
-    with pytest.warns(UserWarning, match="data.seed was 1 and is 0"):
-        resumed = fit(0, tmp_path / "decoder.ckpt")  # of the other data
-    assert parameters_equal(resumed, other), "a finished run that is resumed changes nothing"
-
-
-def test_the_decoder_stops_when_it_no_longer_learns(tmp_path: Path) -> None:
-    stop = EarlyStopping("val/loss", patience=2, min_delta=1e-5)  # as in configs/probes/image_decoder.yaml
-    run = trainer(tmp_path, max_epochs=9, limit_val_batches=1.0, callbacks=[stop])
-    run.fit(ImageDecoder(saved(tmp_path), width=32, depth=1, learning_rate=1e-12), small_driven_data())
-    assert run.current_epoch == 3
-
-
-def test_the_decoder_probe_reads_an_actuated_pendulum(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
-    run.fit(DecoderProbe(saved(tmp_path), width=16), small_driven_data())
-    assert run.callback_metrics["val/mse_jepa"] > 0
 
 
 @pytest.mark.parametrize(

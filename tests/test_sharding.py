@@ -9,8 +9,12 @@ import torch
 from conftest import run_script, small_ijepa, small_iwm, small_model, trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import distributed
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
+from callbacks.ema import local
 from jepa_lightning.sharding import check_even_batches, check_strategy, is_sharded
 from jepa_lightning.weights.checkpoints import load_jepa, read_checkpoint
 
@@ -213,3 +217,15 @@ def test_a_sharded_run_of_the_command_line_goes_on(tmp_path: Path, image_root: P
         "last-2.ckpt",
         "last.ckpt",
     ]
+
+
+def test_of_a_sharded_tensor_this_process_has_its_part() -> None:
+    whole = torch.arange(6.0)
+    assert local(whole) is whole
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        part = local(distribute_tensor(whole, mesh))
+        assert type(part) is torch.Tensor and torch.equal(part, whole)
+    finally:
+        distributed.destroy_process_group()
