@@ -5,9 +5,9 @@
 
 A model is trained for a few epochs by the command line. At a random moment it gets SIGKILL, SIGTERM, SIGUSR1 (under an
 emulated SLURM, whose `scontrol requeue` starts the same command again) or Ctrl-C (to all of its processes), or its disk
-becomes full. Then it is resumed, perhaps with another number of workers, and now and then cut a second time. Workers,
-accumulation, validation in mid-epoch and limit_train_batches are drawn at random. A run is lost unless its last checkpoint
-is at the same step as that of the uncut run, with weights, optimizer and schedules that are equal bit for bit.
+becomes full. It is resumed, perhaps with another number of workers, and may be cut again. Workers, accumulation, validation
+in mid-epoch and limit_train_batches are drawn at random. A run is lost unless its last checkpoint is at the step of the
+uncut run's, with weights, optimizer and schedules that are equal bit for bit.
 """
 
 import argparse
@@ -39,8 +39,7 @@ class Scenario(NamedTuple):
 
     family: str
     accumulate: int
-    limit: str
-    """trainer.limit_train_batches: "1.0" is all."""
+    limit: str  # of trainer.limit_train_batches: "1.0" is all
 
 
 def command(scenario: Scenario, root: Path, data: Path, rng: random.Random) -> list[str]:

@@ -214,7 +214,8 @@ def show(trainer: Trainer, tag: str, image: Figure | np.ndarray, step: int = 0) 
     TensorBoard gets a figure as an image, and a video as an animated GIF, which is what its own `add_video` makes, with a
     package we need not. Any other logger gets them through its `log_image(key, images, step)` and
     `log_video(key, videos, step)`, as that of Weights & Biases has them. What no logger shows lies in
-    default_root_dir/figures/TAG/step-00000000.png, or .gif. A disk that is full ends no training: there is one warning.
+    default_root_dir/figures/TAG/step-00000000.png, or .gif (nowhere, if that is a URL). A disk that is full ends no
+    training: there is one warning.
 
     Args:
         trainer: Trainer of the run; processes but the first show nothing.
@@ -226,7 +227,8 @@ def show(trainer: Trainer, tag: str, image: Figure | np.ndarray, step: int = 0) 
         return
     folder = Path(trainer.default_root_dir) / "figures"
     try:
-        if not any([_give(logger, folder, tag, image, step) for logger in trainer.loggers]):  # all of them
+        given = [_give(logger, folder, tag, image, step) for logger in trainer.loggers]
+        if not any(given) and "://" not in trainer.default_root_dir:
             _write(folder, tag, image, step)
     except OSError as error:
         if folder not in _UNWRITABLE:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import ArgumentError
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
@@ -42,7 +43,7 @@ def config_file(name: str) -> str:
     """The file of a configuration: a path as it is, or the name of one that comes with the program, "ijepa/cifar10_cpu".
 
     Raises:
-        FileNotFoundError: There is neither; the names are listed.
+        ArgumentError: There is neither; the names are listed.
     """
     if not name or Path(name).is_file():
         return name
@@ -52,7 +53,7 @@ def config_file(name: str) -> str:
     if file.is_file():
         return str(file)
     known = sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))
-    raise FileNotFoundError(f"There is no configuration {name}: give a file, or one of {', '.join(known)}.")
+    raise ArgumentError(None, f"There is no configuration {name}: give a file, or one of {', '.join(known)}.")
 
 
 def with_config_files(args: list[str]) -> list[str]:

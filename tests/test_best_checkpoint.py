@@ -78,7 +78,7 @@ def test_it_is_in_the_run_directory_unless_set_otherwise(tmp_path: Path) -> None
     best = BestCheckpoint()
     best.dirpath = str(tmp_path / "elsewhere")
     fit(tmp_path / "run", best)
-    assert (tmp_path / "elsewhere" / "best.ckpt").exists() and not (tmp_path / "run").exists()
+    assert (tmp_path / "elsewhere" / "best.ckpt").exists() and not list((tmp_path / "run").rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from jsonargparse import ArgumentError
 
 import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
@@ -246,7 +247,7 @@ def test_a_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
         str(CONFIGS / "probes" / "knn.yaml"),
         f"--config={CONFIGS / 'probes' / 'state.yaml'}",
     ]
-    with pytest.raises(FileNotFoundError, match="There is no configuration ijepa/cifar: .* one of ijepa/cifar10, "):
+    with pytest.raises(ArgumentError, match="There is no configuration ijepa/cifar: .* one of ijepa/cifar10, "):
         config_file("ijepa/cifar")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jepa_lightning import DoublePendulum, PendulumJEPA, load
+from jepa_lightning.pendulum_checks import check_observations
 
 ROOT = Path(__file__).parents[1]
 LAB = ROOT / "docs" / "lab"
@@ -51,5 +52,5 @@ def test_the_world_model_is_small_and_loads() -> None:
     assert not {"optimizer_states", "lr_schedulers", "loops", "callbacks"} & content.keys()
     model = load(CHECKPOINT)
     assert isinstance(model, PendulumJEPA)
-    model.check_data(DoublePendulum(history=3, torque_limits=(10.0, 5.0), stride=5))
+    check_observations(model, DoublePendulum(history=3, torque_limits=(10.0, 5.0), stride=5))
     assert all(torch.isfinite(weights).all() for weights in model.state_dict().values())

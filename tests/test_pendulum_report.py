@@ -91,7 +91,7 @@ def ideal_probe(root: Path, decoder: object = None) -> SimpleNamespace:
         logger=None,
         checkpoint="jepa.ckpt",
         control_steps=5,
-        jepa=SimpleNamespace(image_size=16, channels=1, hparams={"latent_dim": 6, "_class_path": "x"}),
+        jepa=SimpleNamespace(image_size=16, channels=1, built_with={"latent_dim": 6}),
         trainer=SimpleNamespace(datamodule=data, default_root_dir=str(root), is_global_zero=False),
     )
 

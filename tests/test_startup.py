@@ -20,7 +20,7 @@ def test_sizes_are_readable() -> None:
 def test_four_lines_say_what_is_trained_and_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = small_model()
     run = trainer(tmp_path, max_steps=1, max_epochs=3, callbacks=[StartUp()])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         run.fit(model, small_data())
     trained = sum(p.numel() for network in model.trained_networks() for p in network.parameters())
     said = [record.getMessage() for record in caplog.records]
@@ -34,7 +34,7 @@ def test_the_command_line_is_quiet_about_the_rest(tmp_path: Path, caplog: pytest
     arguments = ["fit", "--model", "PendulumJEPA", "--model.observation=coordinates", "--model.encoder_widths", "[8]"]
     arguments += ["--data", "DoublePendulum", "--data.observation=coordinates", "--data.size=80", "--data.val_size=4"]
     arguments += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         main([*arguments, "--trainer.limit_val_batches=0", f"--trainer.default_root_dir={tmp_path}"])
     text = "\n".join(record.getMessage() for record in caplog.records)
     assert f"tensorboard --logdir {tmp_path}" in text and f"Written to {tmp_path}." in text

@@ -46,7 +46,7 @@ CHECKPOINT = Path(jepa_lightning.__file__).parents[1] / "docs" / "lab" / "world_
 # %% [markdown]
 # ## The model and its world
 # One window is three images here, and one action is a pair of torques, each in [-1, 1] of what the motor can do, held for
-# five frames. The physics must be those of the training, which `check_data` compares.
+# five frames. The physics must be those of the training.
 
 # %%
 data = DoublePendulum(
@@ -57,7 +57,6 @@ data = DoublePendulum(
     stride=5,
 )
 model = load(CHECKPOINT)
-model.check_data(data)
 count = sum(parameter.numel() for parameter in [*model.target_encoder.parameters(), *model.predictor.parameters()])
 print(f"{type(model).__name__}: {count:,} parameters in encoder and predictor, {CHECKPOINT.stat().st_size / 1e6:.1f} MB")
 
