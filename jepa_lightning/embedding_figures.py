@@ -28,6 +28,6 @@ def components_figure(embeddings: Tensor, angles: Tensor) -> Figure:
 
 
 def show_components(trainer: Trainer, embeddings: Tensor, angles: Tensor) -> None:
-    """Show `components_figure` under "embeddings by angle", unless nobody looks or the embeddings are not finite."""
-    if wants_figures(trainer) and not trainer.sanity_checking and bool(embeddings.isfinite().all()):
+    """Show `components_figure` under "embeddings by angle", if there is a logger and the embeddings are finite."""
+    if trainer.loggers and wants_figures(trainer) and not trainer.sanity_checking and bool(embeddings.isfinite().all()):
         show(trainer, "embeddings by angle", components_figure(embeddings, angles), trainer.global_step)

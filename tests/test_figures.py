@@ -212,3 +212,5 @@ def test_embeddings_of_an_angle_are_a_curve_and_of_a_collapsed_encoder_a_dot(tmp
     run.fit(small_model(), small_data())
     events = EventAccumulator(str(tmp_path)).Reload()
     assert "embeddings by angle" in events.Tags()["images"]
+    trainer(tmp_path / "alone", logger=False, max_steps=6, limit_val_batches=1.0).fit(small_model(), small_data())
+    assert not (tmp_path / "alone" / "figures").exists(), "a run without a logger is left alone"
