@@ -91,11 +91,12 @@ class EmbeddingWriter(Callback):
 
     def _identity(self, trainer: Trainer, model: Any, data: Any) -> str:
         """Distinguishes these embeddings, of these files by these weights, from others."""
-        first = next(model.target_encoder.parameters())
         files = hashlib.sha256(b"\0".join(data.predict_files.paths.tolist()))
-        files.update(repr((trainer.ckpt_path, data.image_size, self.patches, tuple(first.shape))).encode())
+        files.update(repr((trainer.ckpt_path, data.image_size, self.patches)).encode())
         if trainer.ckpt_path and os.path.exists(trainer.ckpt_path):
             files.update(str(os.stat(trainer.ckpt_path).st_mtime_ns).encode())
+        elif not trainer.ckpt_path:  # else the weights are not there yet
+            files.update(repr([parameter.double().sum().item() for parameter in model.target_encoder.parameters()]).encode())
         return files.hexdigest()
 
     def _make(self, shapes: Shapes, identity: str) -> None:
@@ -164,10 +165,12 @@ class EmbeddingWriter(Callback):
         whole = len(kept) == len(self._rows["done"])
         arrays = {name: self._rows[name] if whole else self._rows[name][kept] for name in names}
         path = self.folder / f"embeddings.{self.format}"
+        partial = path.with_name(f"part-{path.name}")  # what may be there already stays until this is complete
         if self.format == "npz":
-            np.savez(path, **arrays)  # type: ignore[arg-type]
+            np.savez(partial, **arrays)  # type: ignore[arg-type]
         else:
-            save_file({name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}, path)
+            save_file({name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}, partial)
+        partial.replace(path)
         files = data.predict_files
         labels = [data.predict_classes[label] if label >= 0 else "" for label in files.labels[kept].tolist()]
         with (self.folder / "index.csv").open("w", newline="", errors="surrogateescape") as file:

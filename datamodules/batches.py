@@ -100,8 +100,21 @@ ACTION_NAMES = ("actions", "action")
 """Names of what a batch may hold, where it is a dictionary; the first one that is there is taken."""
 
 
-def _named(batch: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((batch[name] for name in names if name in batch), None)
+def _opened(batch: Any, names: tuple[str, ...], further: tuple[str, ...], shape: str) -> tuple[Tensor, Any]:
+    """What a tensor, a pair or a dictionary holds: a tensor by one of its names, and what further names say, or None."""
+    found: Any = batch
+    second = None
+    if isinstance(batch, dict):
+        found, second = (next((batch[name] for name in known if name in batch), None) for known in (names, further))
+    elif isinstance(batch, list | tuple) and batch:
+        found, second = batch[0], batch[1] if len(batch) > 1 else None
+    if not isinstance(found, Tensor):
+        holds = f"the names {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"A batch with {holds}: give {names[0]} {shape}, a pair ({names[0]}, {further[0]}), or a dictionary with "
+            f"{' or '.join(map(repr, names))}."
+        )
+    return found, second
 
 
 def as_image_batch(batch: Any, key: tuple[int, ...]) -> ImageBatch:
@@ -114,19 +127,7 @@ def as_image_batch(batch: Any, key: tuple[int, ...]) -> ImageBatch:
     Raises:
         ValueError: There are no images in it.
     """
-    labels = None
-    if isinstance(batch, dict):
-        images, labels = _named(batch, IMAGE_NAMES), _named(batch, LABEL_NAMES)
-    elif isinstance(batch, list | tuple) and batch:
-        images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    else:
-        images = batch
-    if not isinstance(images, Tensor):
-        holds = f"the names {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"a {type(images).__name__}"
-        raise ValueError(
-            f"A batch with {holds}: give images (B, 3, H, W), a pair (images, labels), or a dictionary with "
-            f"{' or '.join(map(repr, IMAGE_NAMES))}."
-        )
+    images, labels = _opened(batch, IMAGE_NAMES, LABEL_NAMES, "(B, 3, H, W)")
     if not isinstance(labels, Tensor):
         labels = torch.full((len(images),), -1, device=images.device)
     elif labels.shape != (len(images),) or labels.is_floating_point():
@@ -147,20 +148,8 @@ def as_pendulum_batch(batch: Any) -> PendulumBatch:
     Raises:
         ValueError: There are no windows in it.
     """
-    states = actions = None
-    if isinstance(batch, dict):
-        windows, actions = _named(batch, OBSERVATION_NAMES), _named(batch, ACTION_NAMES)
-        states = batch.get("states")
-    elif isinstance(batch, list | tuple) and batch:
-        windows, actions = batch[0], batch[1] if len(batch) > 1 else None
-    else:
-        windows = batch
-    if not isinstance(windows, Tensor):
-        holds = f"the names {', '.join(map(str, batch))}" if isinstance(batch, dict) else f"a {type(windows).__name__}"
-        raise ValueError(
-            f"A batch with {holds}: give windows (B, T, ...), a pair (windows, actions), or a dictionary with "
-            f"{' or '.join(map(repr, OBSERVATION_NAMES))}."
-        )
+    windows, actions = _opened(batch, OBSERVATION_NAMES, ACTION_NAMES, "of windows (B, T, ...)")
+    states = batch.get("states") if isinstance(batch, dict) else None
     steps = windows.shape[1] - 1
     if actions is not None and actions.shape[1] == steps + 1:
         actions = actions[:, :-1]  # an action for each window: the last one leads out of the batch

@@ -186,6 +186,34 @@ def test_what_nobody_can_read_does_not_keep_a_cut_run_from_ending(tmp_path: Path
         assert len(table(predict(small_ijepa(), tmp_path, mixed))) == 12
 
 
+def test_a_cut_run_is_not_ended_with_other_weights(tmp_path: Path, mixed: Path) -> None:
+    model, rest = small_ijepa(), Stop()
+    with pytest.raises(RuntimeError, match="cut"):
+        predict(model, tmp_path, mixed, Stop(2))
+    with torch.no_grad():
+        next(model.target_encoder.parameters()).add_(0.1)
+    predict(model, tmp_path, mixed, rest)
+    assert rest.count == 3, "all of them anew"
+
+
+def test_a_failed_write_leaves_what_was_complete(tmp_path: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_ijepa()
+    path = predict(model, tmp_path, mixed) / "embeddings.safetensors"
+    before = path.read_bytes()
+
+    def half(arrays: dict, to: Path) -> None:
+        Path(to).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full_disk, pytest.raises(OSError, match="No space left"):
+        full_disk.setattr("callbacks.embeddings.save_file", half)
+        predict(model, tmp_path, mixed)
+    assert path.read_bytes() == before
+    rest = Stop()
+    predict(model, tmp_path, mixed, rest)
+    assert rest.count == 1 and path.read_bytes() == before, "all rows were kept: one is read again, so that there is a batch"
+
+
 def test_a_limited_run_replaces_nothing(tmp_path: Path, mixed: Path) -> None:
     folder = predict(small_ijepa(), tmp_path, mixed)
     before = (folder / "embeddings.safetensors").read_bytes()

@@ -60,7 +60,7 @@ def test_a_world_model_learns_from_any_loader(tmp_path: Path, as_dictionary: boo
         (small_ijepa, {"x": 1}, r"the names x: give images \(B, 3, H, W\)"),
         (small_ijepa, ["a", "b"], "a str: give images"),
         (small_iwm, torch.zeros(2, 3, 16, 16), "An IWM learns from pairs of views .* ImageFolder"),
-        (small_model, {"x": 1}, r"the names x: give windows \(B, T, ...\)"),
+        (small_model, {"x": 1}, r"the names x: give observations of windows \(B, T, ...\)"),
     ],
 )
 def test_batches_that_cannot_be_read_are_explained(model: Any, batch: Any, said: str, tmp_path: Path) -> None:
