@@ -1,6 +1,6 @@
 """Data modules and what they are made of. Nothing here knows of the models."""
 
-from datamodules.batches import ImageBatch, PendulumBatch, ViewBatch
+from datamodules.batches import ClipBatch, ImageBatch, ViewBatch
 from datamodules.double_pendulum import DoublePendulum
 from datamodules.image_folder import ImageFolder
 from datamodules.multi_task import MultiTask
@@ -8,11 +8,11 @@ from datamodules.synthetic_images import SyntheticImages
 from datamodules.views import Views
 
 __all__ = [
+    "ClipBatch",
     "DoublePendulum",
     "ImageBatch",
     "ImageFolder",
     "MultiTask",
-    "PendulumBatch",
     "SyntheticImages",
     "ViewBatch",
     "Views",

@@ -11,24 +11,30 @@ from torch import Tensor
 from datamodules.rng import seeded_generator
 
 
-class PendulumBatch(NamedTuple):
-    """A batch of double-pendulum clips.
+class ClipBatch(NamedTuple):
+    """A batch of clips: what a world model in time learns from.
 
-    A window is `history` consecutive frames, so that one observation contains velocities; window t ends at the frame
+    A window is `history` consecutive frames, so that one observation can contain velocities; window t ends at the frame
     whose state is `states[:, t]`.
     """
 
     observations: Tensor
-    """Pixels: (B, T, history * C, S, S) in [0, 1], oldest frame first. Coordinates: (B, T, history * 4), each frame
+    """Pixels: (B, T, history * C, H, W) in [0, 1], oldest frame first. Vectors: (B, T, history * V); of the double pendulum
     x1, y1, x2, y2 in meters."""
 
-    states: Tensor | None
-    """(B, T, 4): theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second. For probes and metrics
-    only: no JEPA sees them in training."""
+    states: Tensor | None = None
+    """(B, T, L): what is known of the newest frame, for probes and metrics only: no JEPA sees it in training. Of the double
+    pendulum theta1, theta2 in radians (unwrapped), omega1, omega2 in radians per second."""
 
     actions: Tensor | None = None
-    """(B, T - 1, A): action t, applied from the newest frame of window t until that of window t + 1: torques of shoulder and
-    elbow over their limits, in [-1, 1]. None for a free pendulum."""
+    """(B, T - 1, A): action t, applied from the newest frame of window t until that of window t + 1, in [-1, 1]; of discrete
+    actions one-hot vectors. None for what moves on its own."""
+
+    vectors: Tensor | None = None
+    """(B, T, history * V): vectors next to pixels (proprioception), for a model that observes both."""
+
+    rewards: Tensor | None = None
+    """(B, T - 1): reward from window t to window t + 1, for probes only."""
 
 
 class ImageBatch(NamedTuple):
@@ -67,7 +73,7 @@ class ViewBatch(NamedTuple):
 
 
 WHOSE = {
-    PendulumBatch: "DoublePendulum",
+    ClipBatch: "DoublePendulum or Trajectories",
     ImageBatch: "ImageFolder or SyntheticImages",
     ViewBatch: "ImageFolder or SyntheticImages with data.views.strength=default",
 }
@@ -138,24 +144,27 @@ def as_image_batch(batch: Any, key: tuple[int, ...]) -> ImageBatch:
     return ImageBatch(images, labels.long(), key)
 
 
-def as_pendulum_batch(batch: Any) -> PendulumBatch:
-    """What other data sets hand out, as a `PendulumBatch` without states.
+def as_clip_batch(batch: Any) -> ClipBatch:
+    """What other data sets hand out, as a `ClipBatch`.
 
     Args:
-        batch: Windows (B, T, ...), a pair (windows, actions), or a dictionary of both. Pixels may be uint8. Actions are
-            (B, T - 1, A), or (B, T, A), of which the last is left out.
+        batch: Windows (B, T, ...), a pair (windows, actions), or a dictionary of both, which may also have "states",
+            "vectors" and "rewards". Pixels may be uint8. Actions are (B, T - 1, A), or (B, T, A), of which the last is left
+            out.
 
     Raises:
         ValueError: There are no windows in it.
     """
     windows, actions = _opened(batch, OBSERVATION_NAMES, ACTION_NAMES, "of windows (B, T, ...)")
-    states = batch.get("states") if isinstance(batch, dict) else None
+    states, vectors, rewards = (
+        (batch.get(name) if isinstance(batch, dict) else None) for name in ("states", "vectors", "rewards")
+    )
     steps = windows.shape[1] - 1
     if actions is not None and actions.shape[1] == steps + 1:
         actions = actions[:, :-1]  # an action for each window: the last one leads out of the batch
     if actions is not None and actions.shape[1] != steps:
         raise ValueError(f"{actions.shape[1]} actions with {steps + 1} windows: give one for each step between two windows.")
-    return PendulumBatch(as_pixels(windows), states, actions)
+    return ClipBatch(as_pixels(windows), states, actions, vectors, rewards)
 
 
 def as_pixels(windows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
 from datamodules.physics import Pendulum, sample_initial_states
 from datamodules.rendering import check_image, render
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule
@@ -102,7 +102,7 @@ class DoublePendulum(SingleLoaderDataModule):
         ValueError: A number out of its range, named together with what is allowed.
     """
 
-    batch_type = PendulumBatch
+    batch_type = ClipBatch
 
     def __init__(
         self,
@@ -209,7 +209,11 @@ class DoublePendulum(SingleLoaderDataModule):
                 )
         return self._trajectories[split]
 
-    def observe(self, frames: Tensor) -> PendulumBatch:
+    def first_clips(self, count: int, device: torch.device) -> ClipBatch:
+        """The beginning of each of the first training trajectories, for a device."""
+        return self.observe(self.trajectories("train")[:count, : self.clip_length].to(device))
+
+    def observe(self, frames: Tensor) -> ClipBatch:
         """Turn frames into observations, on the device where they are.
 
         Args:
@@ -227,7 +231,7 @@ class DoublePendulum(SingleLoaderDataModule):
         else:
             windows = self._draw(states.unfold(1, self.history, self.stride).movedim(-1, 2))
         actions = frames[:, newest, 4:][:, :-1] if frames.shape[-1] > 4 else None
-        return PendulumBatch(windows.flatten(2, 3), states[:, newest], actions)
+        return ClipBatch(windows.flatten(2, 3), states[:, newest], actions)
 
     def _draw(self, states: Tensor) -> Tensor:
         """(..., 4) -> (..., C, S, S) pixels or (..., 4) coordinates."""
@@ -235,7 +239,7 @@ class DoublePendulum(SingleLoaderDataModule):
             return render(states, self.image_size, self.pendulum.lengths, self.channels)
         return self.pendulum.positions(states)
 
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> PendulumBatch:
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> ClipBatch:
         drawn = self.observe(batch)
         if self.trainer is None:
             return drawn

@@ -1,298 +1,53 @@
-"""A JEPA of the double pendulum: predict the embeddings of later windows from that of one, conditioned on the actions.
+"""The dynamics JEPA of the double pendulum: its coordinates, and the labels that its states are evaluated by."""
 
-Shapes: B batch, T windows in time, S starts, H horizon, D embedding dimension, A scalars of an action.
-"""
-
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from callbacks.schedules import ScheduleName
-from datamodules.batches import PendulumBatch, as_pendulum_batch, as_pixels
 from datamodules.physics import LABELS, state_labels
-from jepa_lightning.embedding_figures import show_components
-from jepa_lightning.jepa import JEPA, TargetPairs
-from jepa_lightning.losses import squared_error, step_weights
-from jepa_lightning.metrics import RidgeProbe, guarded_error
-from jepa_lightning.networks.encoders import EncoderName, window_encoder
-from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.predictor import ResidualPredictor
-from jepa_lightning.pendulum_checks import MODES, TargetMode, check_actions, check_arguments, check_clips, check_observations
-from jepa_lightning.planner import Planner, latent_cost
-from jepa_lightning.regularizers import RegularizerName
-from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
+from jepa_lightning.dynamics import DynamicsJEPA
+
+COORDINATES = 4
+"""Scalars of a frame of coordinates: x1, y1, x2, y2 of the bobs."""
 
 
-class PendulumJEPA(JEPA):
-    """Encode a few frames, predict the embeddings of later ones by rolling out a residual predictor in latent space.
+class PendulumJEPA(DynamicsJEPA):
+    """A `DynamicsJEPA` of the double pendulum, free or actuated (torque-controlled).
 
-    Every window of a clip that has `horizon` successors is a start, so one clip trains several roll-outs. For an actuated
-    (torque-controlled) pendulum, the predictor is conditioned on the action of each step.
-
-    >>> model = PendulumJEPA(image_size=32, latent_dim=16, action_dim=2)
-    >>> windows, goals = torch.zeros(3, 2, 32, 32), torch.zeros(3, 2, 32, 32)  # two frames each
-    >>> model.rollout(windows, steps=4, actions=torch.zeros(3, 4, 2)).shape
-    torch.Size([3, 4, 16])
-    >>> model.plan(windows, goals, horizon=4, planner=Planner(num_samples=8, num_elites=2, num_iterations=2)).shape
-    torch.Size([3, 4, 2])
+    Its linear probes regress sine and cosine of both angles, and both angular velocities.
 
     Args:
-        observation: Kind of observations, "pixels" or "coordinates".
-        image_size: Height and width of the images in pixels; as in the data. With coordinates, of those in the report.
+        observation: Kind of observations, "pixels" or "coordinates" of the two bobs.
         channels: Number of channels, 1 for gray, 3 for RGB; as in the data.
-        history: Number of frames per window; as in the data.
-        latent_dim: Embedding dimension D.
-        encoder: "cnn", "mlp" or "vit", see `jepa_lightning.networks.encoders`; by default "cnn" for pixels and "mlp" for
-            coordinates.
-        encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; by
-            default 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
-        predictor_width: Width of the predictor's two hidden layers.
-        predictor_dropout: Dropout probability after each hidden layer of the predictor, in [0, 1). With dropout a resumed
-            run is not the uncut one bit for bit.
-        action_dim: Number of scalars of an action, A: 2 for an actuated pendulum, 0 for a free one.
-        action_width: Width of the linear embedding of an action.
-        target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's embeddings of each
-            start to the target encoder's of the later windows; the regularizer sees the starts. "default": from the target
-            encoder's embeddings to the target encoder's, so that the prediction loss sends **no gradient to the encoder**,
-            which the auxiliary losses on the context encoder's embeddings of all windows shape alone. "none": from the
-            context encoder's embeddings to its own with a stop-gradient, without EMA: the target encoder is a copy.
-        inverse_dynamics: Weight of the loss of the inverse dynamics model (IDM), >= 0: the error of the action between two
-            consecutive windows, from their embeddings (context encoder, a hidden layer of `predictor_width`).
-        horizon: Number of prediction steps H in the loss.
-        step_decay: Exponent of the loss weights of the steps, >= 0: step k weighs k ** -step_decay. At 0 all weigh alike,
-            and the error of the far steps, many times that of the first, is nearly all that is learned from.
-        learning_rate: Peak learning rate, reached at the end of the warm-up.
-        warmup_fraction: Fraction of all optimizer steps over which the learning rate rises, in [0, 1).
-        weight_decay: Weight decay of kernels and matrices; biases and norms have none.
-        final_weight_decay: Weight decay at the last step, reached along a cosine; `weight_decay` if None.
-        momentum: EMA momentum of the first target update, in [0, 1]. Not used with `target_mode` "none".
-        final_momentum: EMA momentum approached at the last step, in [momentum, 1].
-        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
-        regularizer: Anti-collapse regularizer, see `jepa_lightning.regularizers.Regularizer`; None for nothing.
-        regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
-
-    Raises:
-        ValueError: A value out of its range, named together with what is allowed.
+        history: Number of frames per window; as in the data. Two are the fewest that contain a velocity.
+        arguments: Those of `DynamicsJEPA`.
     """
 
-    step_weights: Tensor
-    trained_on: dict[str, Any]
-    """`dynamics` of the data that it was trained on, if it comes from a checkpoint."""
+    angular_state = True
+    image_size: int  # its images are square
 
     def __init__(
         self,
         observation: Literal["pixels", "coordinates"] = "pixels",
-        image_size: int = 64,
         channels: int = 1,
         history: int = 2,
-        latent_dim: int = 64,
-        encoder: EncoderName | None = None,
-        encoder_widths: tuple[int, ...] | None = None,
-        predictor_width: int = 512,
-        predictor_dropout: float = 0.0,
-        action_dim: int = 0,
-        action_width: int = 32,
-        target_mode: TargetMode = "vjepa2",
-        inverse_dynamics: float = 0.0,
-        horizon: int = 8,
-        step_decay: float = 1.0,
-        learning_rate: float = 4e-3,
-        warmup_fraction: float = 0.03,
-        weight_decay: float = 1e-4,
-        final_weight_decay: float | None = None,
-        momentum: float = 0.99,
-        final_momentum: float = 1.0,
-        momentum_schedule: ScheduleName = "cosine",
-        regularizer: RegularizerName | None = "vicreg",
-        regularizer_weights: dict[str, float] | None = None,
+        **arguments: Any,
     ) -> None:
-        check_arguments(locals())
-        super().__init__(
-            learning_rate=learning_rate,
-            warmup_fraction=warmup_fraction,
-            weight_decay=weight_decay,
-            final_weight_decay=final_weight_decay,
-            momentum=0.0 if target_mode == "none" else momentum,
-            final_momentum=0.0 if target_mode == "none" else final_momentum,
-            momentum_schedule=momentum_schedule,
-            regularizer=regularizer,
-            regularizer_weights=regularizer_weights,
-        )
-        self.save_hyperparameters()
-        self.observation, self.image_size, self.channels, self.history = observation, image_size, channels, history
-        self.latent_dim, self.horizon, self.target_mode = latent_dim, horizon, target_mode
-        self.encoder_name = encoder or ("cnn" if observation == "pixels" else "mlp")
-        self.encoder_widths = None if encoder_widths is None else tuple(encoder_widths)
-        self.action_dim, self.trained_on = action_dim, {}
-        self._predictor = (predictor_width, action_dim, action_width, predictor_dropout)
-        self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
-        self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
-        self.probe = RidgeProbe(latent_dim, len(LABELS))
-        self.inverse_dynamics = inverse_dynamics
-        self.inverse_dynamics_model = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
-        self.forecast_errors = ForecastErrors(action_dim > 0, latent_dim)
+        if observation not in ("pixels", "coordinates"):
+            raise ValueError(f"model.observation={observation!r}: choose one of pixels, coordinates.")
+        vectors = observation == "coordinates"
+        arguments |= {"observation": "vectors" if vectors else "pixels", "vector_dim": COORDINATES if vectors else 0}
+        super().__init__(channels=channels, history=history, **arguments)
+        self.observation = observation
+        self.save_hyperparameters({"observation": observation})  # not that of the base class
 
-    def build_encoder(self) -> nn.Module:
-        """A freshly initialized encoder: (N, window) -> (N, D)."""
-        pixels = self.observation == "pixels"
-        frame = (self.channels * self.history, self.image_size, self.image_size) if pixels else (4 * self.history,)
-        return window_encoder(self.encoder_name, frame, self.encoder_widths, self.latent_dim)
+    def labels(self, states: Tensor) -> Tensor:
+        return state_labels(states)
 
-    def build_predictor(self) -> nn.Module:
-        """A freshly initialized predictor: (..., D), and (..., A) if action-conditioned -> (..., D)."""
-        return ResidualPredictor(self.latent_dim, *self._predictor)
+    def label_names(self, count: int) -> Sequence[str]:
+        return LABELS
 
-    def trained_networks(self) -> list[nn.Module]:
-        return [*super().trained_networks(), *([] if self.inverse_dynamics_model is None else [self.inverse_dynamics_model])]
-
-    def setup(self, stage: str) -> None:
-        """Compare with the data module before anything runs.
-
-        Raises:
-            ValueError: Clips too short for the horizon or for a loss that compares windows, or observations or actions that
-                the networks were not built for.
-        """
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is None:
-            return
-        check_observations(self, data)
-        check_clips(self, data)
-
-    @property
-    def unseen_windows(self) -> int:
-        """Windows at the end of a clip that the context encoder does not see."""
-        return self.horizon if self.target_mode == "vjepa2" else 0
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        data: Any = getattr(self._trainer, "datamodule", None)
-        checkpoint["trained_on"] = getattr(data, "dynamics", self.trained_on)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self.trained_on = checkpoint.get("trained_on", {})
-        data: Any = getattr(self._trainer, "datamodule", None)
-        if data is not None:  # Lightning calls `setup` before it reads the checkpoint
-            check_observations(self, data)
-
-    def encode_windows(self, encoder: nn.Module, windows: Tensor) -> Tensor:
-        """Apply an encoder at all times: (B, T, ...) -> (B, T, D)."""
-        if windows.ndim == 5:  # windows overlap, and are copied once, in the order that convolutions want
-            flat = windows.movedim(2, -1).flatten(0, 1).movedim(-1, 1)  # (B * T, history * C, S, S)
-        else:
-            flat = windows.flatten(0, 1)
-        return encoder(flat).unflatten(0, windows.shape[:2])
-
-    @torch.no_grad()
-    def encode(self, observations: Tensor) -> Tensor:
-        """Features of the target encoder, without gradient: windows (B, T, ...) -> (B, T, D)."""
-        return self.encode_windows(self.target_encoder, as_pixels(observations))
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.encode(observations)
-
-    @torch.no_grad()
-    def rollout(self, window: Tensor, steps: int, actions: Tensor | None = None) -> Tensor:
-        """Embeddings (B, K, D) of the next K steps, predicted (open loop) from windows (B, ...) and actions (B, K, A)."""
-        check_actions(actions, (len(window), steps, self.action_dim))
-        return self.forecast(self.encode(window[:, None])[:, 0], steps, actions)
-
-    @torch.no_grad()
-    def plan(self, window: Tensor, goal: Tensor, horizon: int = 5, planner: Planner | None = None, seed: int = 0) -> Tensor:
-        """Actions (E, H, A) in [-1, 1] that lead from one window to another, by a search in embedding space.
-
-        Args:
-            window: (E, ...), where each of E episodes starts.
-            goal: (E, ...), where it should end.
-            horizon: Number of actions H.
-            planner: Settings of the search; CEM by default.
-            seed: Seed of the search.
-        """
-        if not self.action_dim:
-            raise ValueError("This model knows no actions (model.action_dim=0), so there is nothing to plan.")
-        planner = planner or Planner()
-        start, target = (self.encode(windows[:, None])[:, 0] for windows in (window, goal))
-        cost = latent_cost(self.predictor, start, target, planner.cost)
-        generator = torch.Generator(start.device).manual_seed(seed)
-        return planner.plan(cost, start.new_zeros(len(start), horizon, self.action_dim), generator)
-
-    def as_batch(self, batch: Any, batch_idx: int) -> PendulumBatch:
-        """A `PendulumBatch`: of windows, of (windows, actions) or of a dictionary."""
-        return batch if isinstance(batch, PendulumBatch) else as_pendulum_batch(batch)
-
-    def forecast(self, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-        """Embeddings rolled out 1 ... H steps: (..., D), and actions (..., H, A) if action-conditioned -> (..., H, D)."""
-        return unroll(self.predictor, features, horizon, actions)
-
-    def on_fit_start(self) -> None:
-        rank_zero_info(f"target_mode {self.target_mode} {MODES[self.target_mode]}.")
-
-    def target_pairs(self, batch: PendulumBatch) -> TargetPairs:
-        windows, horizon = batch.observations, self.horizon
-        if windows.shape[1] <= horizon:
-            raise ValueError(
-                f"model.horizon={horizon} needs clips of more than {horizon} windows; the batch has {windows.shape[1]}."
-            )
-        if (0 if batch.actions is None else batch.actions.shape[-1]) != self.action_dim:
-            given = "none" if batch.actions is None else f"some of {batch.actions.shape[-1]} scalars"
-            raise ValueError(
-                f"model.action_dim={self.action_dim} needs actions of that many scalars; the batch has {given}."
-            )
-        seen = windows[:, : windows.shape[1] - self.unseen_windows]
-        context = self.encode_windows(self.context_encoder, seen)  # (B, S or T, D)
-        target = context.detach() if self.target_mode == "none" else self.encode(windows)  # (B, T, D)
-        starts = (target if self.target_mode == "default" else context)[:, : windows.shape[1] - horizon]  # (B, S, D)
-        predictions = self.forecast(starts, horizon, next_actions(batch.actions, horizon))  # (B, S, H, D)
-        return TargetPairs(predictions, later_features(target, horizon), context, target)
-
-    def auxiliary_loss(self, batch: PendulumBatch, pairs: TargetPairs) -> Tensor:
-        """The anti-collapse regularizer, and the loss of the inverse dynamics model."""
-        loss = super().auxiliary_loss(batch, pairs)
-        if self.inverse_dynamics_model is not None:
-            assert batch.actions is not None
-            around = torch.cat([pairs.features[:, :-1], pairs.features[:, 1:]], dim=-1)  # (B, S - 1, 2 D)
-            error = functional.mse_loss(self.inverse_dynamics_model(around), batch.actions[:, : around.shape[1]])
-            self.log("train/inverse_dynamics", error)
-            loss = loss + self.inverse_dynamics * error
-        return loss
-
-    def prediction_loss(self, pairs: TargetPairs) -> Tensor:
-        """Squared error, near steps first: see `step_decay`."""
-        return squared_error(pairs.predictions, pairs.targets, self.step_weights)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Embeddings of the target encoder: (B, T, D)."""
-        return self.encode(self.as_batch(batch, batch_idx).observations)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
-        batch = self.as_batch(batch, batch_idx)
-        pairs = super().validation_step(batch, batch_idx)
-        # Evaluated from target embeddings to target embeddings, as every later use of the model goes.
-        starts, actions = pairs.target_features[:, : -self.horizon], next_actions(batch.actions, self.horizon)
-        self.forecast_errors.update(lambda z, a: self.forecast(z, self.horizon, a), starts, pairs.targets, actions)
-        if batch.states is None:
-            return pairs
-        if batch_idx == 0:
-            show_components(self.trainer, pairs.target_features, batch.states[..., 0])
-        labels = state_labels(batch.states)
-        for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
-            rows = slice(0 if fit else 1, None, 2)
-            self.probe.update(pairs.target_features[rows].flatten(0, 1), labels[rows].flatten(0, 1), fit=fit)
-        return pairs
-
-    def on_validation_epoch_end(self) -> None:
-        rankme = self.target_statistics.compute()["rankme"]
-        super().on_validation_epoch_end()
-        ratios = self.forecast_errors.compute()
-        for name, ratio in ratios.items():
-            self.log(f"val/{name}", ratio, prog_bar=name == "persistence_ratio")
-        # The stronger of the two baselines: persistence predicts embeddings that hardly change, their mean predicts noise.
-        ratio = torch.maximum(ratios["persistence_ratio"], ratios["normalized_error"])
-        self.log("val/guarded_error", guarded_error(ratio, rankme, self.latent_dim))
-        if self.probe.update_called and not self.trainer.sanity_checking:
-            scores = dict(zip(LABELS, self.probe.compute(), strict=True))
-            self.log_dict({f"val/linear_r2_{name}": score for name, score in scores.items()})
-        self.probe.reset()
+    def mend_actions(self, theirs: int) -> str:
+        limits = "to match" if theirs else "to the limits of two torques"
+        return f"{super().mend_actions(theirs)}, or data.torque_limits {limits}"

@@ -1,6 +1,7 @@
 """Planning in latent space: sample action sequences, roll them out, keep those that come nearest to the goal.
 
-Shapes: E episodes, N sampled sequences, H steps, A scalars of an action in [-1, 1], D embedding dimension.
+Shapes: E episodes, N sampled sequences, H steps, A scalars of an action, D embedding dimension, G actions of a step, each of
+C choices. Actions are continuous, in [-1, 1], or discrete: A = G * C, one-hot vectors.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 Cost = Callable[[Tensor], Tensor]
 """Cost of action sequences (E, N, H, A), the lower the better: (E, N)."""
@@ -22,12 +24,16 @@ ROWS = 1024
 MIN_STD = 0.02
 """Below this, samples are all alike and nothing can be found."""
 
+MIN_PROBABILITY = 0.02
+"""Likewise for discrete actions: no choice is ever less probable in a sample, before all are normalized."""
+
 
 @dataclass
 class Planner:
     """A search for the best action sequence, for many episodes at once.
 
-    In each round, sequences are drawn from a normal distribution around the best guess, clipped to the limits, evaluated.
+    In each round, sequences are drawn from a normal distribution around the best guess, clipped to the limits, evaluated;
+    of discrete actions, from a categorical distribution for each step, whose probabilities take the place of the mean.
     "cem", the cross-entropy method (Rubinstein 1999), takes mean and standard deviation from the elites; "mppi", model
     predictive path integral control (Williams et al. 2017), from all samples under the weights
     exp(-(cost - lowest cost) / (temperature * standard deviation of the costs)), so that the temperature has no unit.
@@ -74,18 +80,23 @@ class Planner:
                 raise ValueError(f"planner.{name}={getattr(self, name)}: must be positive.")
 
     @torch.no_grad()
-    def plan(self, cost: Cost, guess: Tensor, generator: torch.Generator, further: bool = False) -> Tensor:
+    def plan(
+        self, cost: Cost, guess: Tensor, generator: torch.Generator, further: bool = False, num_choices: int = 0
+    ) -> Tensor:
         """The best sequences found.
 
         Args:
             cost: Cost of action sequences.
-            guess: Initial mean of the sequences, (E, H, A).
+            guess: Initial mean of the sequences, (E, H, A); zeros where nothing is known.
             generator: Random generator on the device of `guess`; same generator, same plan.
             further: Whether the guess is a plan already.
+            num_choices: Number of choices C of a discrete action; 0 for continuous actions.
 
         Returns:
-            (E, H, A) in [-1, 1].
+            (E, H, A) in [-1, 1], or one-hot vectors of discrete actions.
         """
+        if num_choices:
+            return self._choose(cost, guess, generator, further, num_choices)
         mean, std = guess, torch.full_like(guess, self.initial_std)
         for _ in range(self.num_further_iterations if further else self.num_iterations):
             noise = torch.randn(
@@ -95,6 +106,18 @@ class Planner:
             samples[:, 0] = mean  # what is known is not forgotten
             mean, std = self._improve(samples, cost(samples))
         return mean
+
+    def _choose(self, cost: Cost, guess: Tensor, generator: torch.Generator, further: bool, num_choices: int) -> Tensor:
+        """Plan discrete actions: as `plan`."""
+        known = guess.unflatten(-1, (-1, num_choices))  # (E, H, G, C)
+        probabilities = torch.where(known.sum(dim=-1, keepdim=True) > 0, known, 1 / num_choices)
+        for _ in range(self.num_further_iterations if further else self.num_iterations):
+            spread = probabilities.clamp(min=MIN_PROBABILITY)[:, None].expand(-1, self.num_samples, -1, -1, -1)
+            drawn = torch.multinomial(spread.flatten(0, -2), 1, generator=generator).view(spread.shape[:-1])
+            drawn[:, 0] = probabilities.argmax(dim=-1)  # what is known is not forgotten
+            samples = functional.one_hot(drawn, num_choices).to(guess.dtype).flatten(-2)  # (E, N, H, A)
+            probabilities = self._improve(samples, cost(samples))[0].unflatten(-1, (-1, num_choices))
+        return functional.one_hot(probabilities.argmax(dim=-1), num_choices).to(guess.dtype).flatten(-2)
 
     def _improve(self, samples: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the next round, (E, H, A) each, of samples (E, N, H, A) with costs (E, N)."""

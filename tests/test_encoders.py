@@ -41,6 +41,6 @@ def test_position_tables_have_no_weight_decay() -> None:
     held = {id(p) for group in (decay, free) for p in group["params"]}
     positions = model.context_encoder.pos_embed
     assert id(positions) not in held and not positions.requires_grad
-    decoder = LatentDecoder(8, 16, 1, width=32, depth=2)
+    decoder = LatentDecoder(8, (16, 16), 1, width=32, depth=2)
     assert id(decoder.query_token) in {id(p) for p in parameter_groups([decoder], 0.1)[1]["params"]}
     assert not torch.equal(decoder.layers[0].linear1.weight, decoder.layers[1].linear1.weight)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from jepa_lightning import DoublePendulum, PendulumJEPA, load
-from jepa_lightning.pendulum_checks import check_observations
+from jepa_lightning.dynamics_checks import check_observations
 
 ROOT = Path(__file__).parents[1]
 LAB = ROOT / "docs" / "lab"

@@ -10,13 +10,13 @@ from conftest import parameters_equal, run_script, small_data, small_driven_data
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks import CollapseAlarm, CollapseWarning
-from datamodules import PendulumBatch
+from datamodules import ClipBatch
 from jepa_lightning.weights.checkpoints import load_jepa
 
 MODES = ("default", "vjepa2", "none")
 
 
-def batch(count: int = 3, **changes: Any) -> PendulumBatch:
+def batch(count: int = 3, **changes: Any) -> ClipBatch:
     data = small_driven_data(size=max(count, 4), sequence_length=23, **changes)
     return data.observe(data.trajectories("train")[:count])
 
@@ -217,7 +217,7 @@ def test_alarm_is_silent_with_vicreg(tmp_path: Path, mode: str) -> None:
         ({"action_dim": -1}, "model.action_dim=-1"),
         ({"action_dim": 0, "inverse_dynamics": 1.0}, "needs actions to predict"),
         ({"encoder": "resnet"}, "model.encoder='resnet': choose one of cnn, mlp, vit"),
-        ({"encoder": "vit"}, "reads images, and observation is 'coordinates'"),
+        ({"encoder": "vit"}, "reads images, and there are only vectors"),
         ({"encoder": "vit", "observation": "pixels", "encoder_widths": (32, 64)}, "all of one width"),
         ({"encoder": "vit", "observation": "pixels", "encoder_widths": (32,), "image_size": 36}, "patches of 8 pixels"),
         ({"encoder_widths": ()}, r"model.encoder_widths=\(\)"),

@@ -9,7 +9,7 @@ from conftest import small_data, small_ijepa, small_iwm, small_model, trainer
 from test_python_face import pixels
 from torch.utils.data import DataLoader, TensorDataset
 
-from datamodules.batches import as_image_batch, as_pendulum_batch
+from datamodules.batches import as_clip_batch, as_image_batch
 from datamodules.preprocessing import normalize
 
 LABELS = torch.arange(24) % 2
@@ -72,21 +72,21 @@ def test_batches_that_cannot_be_read_are_explained(model: Any, batch: Any, said:
 
 def test_states_and_further_parts_of_a_batch() -> None:
     windows, states = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
-    assert as_pendulum_batch({"observation": windows, "states": states}).states is states
-    assert as_pendulum_batch((windows, None)).actions is None
+    assert as_clip_batch({"observation": windows, "states": states}).states is states
+    assert as_clip_batch((windows, None)).actions is None
     images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([1, 0], dtype=torch.int32)
     batch = as_image_batch((images, labels, ["names"]), (1, 2))
     assert batch.images is images and batch.labels.tolist() == [1, 0] and batch.labels.dtype == torch.int64
-    assert as_image_batch(images, (0,)).images is images and as_pendulum_batch(windows).observations is windows
+    assert as_image_batch(images, (0,)).images is images and as_clip_batch(windows).observations is windows
     assert batch.key == (1, 2) and as_image_batch([images], (0,)).labels.tolist() == [-1, -1]
     assert as_image_batch((images, ["a", "b"]), (0,)).labels.tolist() == [-1, -1], "labels that are no numbers"
 
 
 def test_actions_are_one_for_each_step() -> None:
     windows = torch.zeros(2, 4, 3)
-    assert as_pendulum_batch((windows, torch.arange(8.0).view(2, 4, 1))).actions[0].flatten().tolist() == [0, 1, 2]
+    assert as_clip_batch((windows, torch.arange(8.0).view(2, 4, 1))).actions[0].flatten().tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="2 actions with 4 windows"):
-        as_pendulum_batch((windows, torch.zeros(2, 2, 1)))
+        as_clip_batch((windows, torch.zeros(2, 2, 1)))
     model = small_model(action_dim=2)
     window = small_data().observe(small_data().trajectories("val")[:, :3]).observations[:, 0]
     for actions in (None, torch.zeros(len(window), 2, 2), torch.zeros(len(window), 3, 1)):

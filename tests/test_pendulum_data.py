@@ -8,7 +8,7 @@ import torch
 from conftest import small_data, small_driven_data, small_driven_model, trainer
 from lightning.pytorch import Callback, Trainer
 
-from datamodules import PendulumBatch
+from datamodules import ClipBatch
 from datamodules.physics import Pendulum
 from datamodules.rendering import render
 from datamodules.resumable import EpochBatches
@@ -105,7 +105,7 @@ def test_held_out_data_is_seen_once_and_in_order() -> None:
 @pytest.mark.parametrize("split", ["train", "val", "test"])
 def test_narrow_networks_see_exact_drawings_rounded_once(tmp_path: Path, split: str) -> None:
     class Record(Callback):
-        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: PendulumBatch, *_: Any) -> None:
+        def on_train_batch_start(self, trainer: Trainer, module: Any, batch: ClipBatch, *_: Any) -> None:
             self.seen = batch
 
         on_validation_batch_start = on_predict_batch_start = on_train_batch_start

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import small_data, small_model, trainer
 
-from datamodules import PendulumBatch
+from datamodules import ClipBatch
 from datamodules.physics import state_labels
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.jepa import TargetPairs
@@ -17,7 +17,7 @@ from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.rollouts import later_features, unroll
 
 
-def batch(model: PendulumJEPA, count: int = 3, frames: int = 8) -> PendulumBatch:
+def batch(model: PendulumJEPA, count: int = 3, frames: int = 8) -> ClipBatch:
     data = small_data(size=count, sequence_length=frames, observation=model.observation, image_size=32, clip_length=frames)
     return data.observe(data.trajectories("train"))
 

@@ -1,4 +1,4 @@
-"""A small convolutional encoder for images of the pendulum."""
+"""A small convolutional encoder for small images."""
 
 from itertools import pairwise
 
@@ -14,7 +14,7 @@ class ConvEncoder(nn.Module):
     kernel does not.
 
     Args:
-        image_size: Height and width S of the images in pixels; a multiple of the strides.
+        image_size: Height and width of the images in pixels; multiples of the strides.
         inputs: Number of channels of a window, history * C.
         widths: Number of channels of each convolution. The first divides the image's size by 4, the others by 2.
         output_dim: Embedding dimension D.
@@ -23,23 +23,26 @@ class ConvEncoder(nn.Module):
         ValueError: An image too small for the number of convolutions, or not divisible by their strides.
     """
 
-    def __init__(self, image_size: int, inputs: int, widths: tuple[int, ...], output_dim: int) -> None:
+    def __init__(self, image_size: tuple[int, int], inputs: int, widths: tuple[int, ...], output_dim: int) -> None:
         super().__init__()
         if not widths:
             raise ValueError("model.encoder_widths is empty: give the channels of at least one convolution.")
         factor = 2 * 2 ** len(widths)
-        if image_size % factor or image_size < 2 * factor:
+        if any(side % factor or side < 2 * factor for side in image_size):
+            height, width = image_size
+            size = height if height == width else list(image_size)
             raise ValueError(
-                f"model.image_size={image_size} is too small or not divisible for an encoder of {len(widths)} convolutions, "
+                f"model.image_size={size} is too small or not divisible for an encoder of {len(widths)} convolutions, "
                 f"which divide it by {factor}: choose a multiple of {factor} of at least {2 * factor}, or fewer "
                 "encoder_widths."
             )
         layers: list[nn.Module] = [nn.Conv2d(inputs, widths[0], kernel_size=8, stride=4, padding=2), nn.ReLU(inplace=True)]
         for narrow, wide in pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * (image_size // factor) ** 2, output_dim))
+        cells = widths[-1] * (image_size[0] // factor) * (image_size[1] // factor)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(cells, output_dim))
         self.to(memory_format=torch.channels_last)  # a third faster on CPUs and on tensor cores, with the same numbers
 
     def forward(self, windows: Tensor) -> Tensor:
-        """(N, history * C, S, S) in [0, 1] -> (N, D)."""
+        """(N, history * C, H, W) in [0, 1] -> (N, D)."""
         return self.layers(windows.contiguous(memory_format=torch.channels_last))

@@ -114,7 +114,7 @@ class LatentDecoder(nn.Module):
 
     Args:
         dim: Embedding dimension D.
-        image_size: Height and width S of the image in pixels, a multiple of `patch_size`.
+        image_size: Height and width of the image in pixels, multiples of `patch_size`.
         channels: Number of channels C of the image.
         width: Token dimension of the transformer, a multiple of 32.
         depth: Number of layers of the transformer.
@@ -128,7 +128,7 @@ class LatentDecoder(nn.Module):
     def __init__(
         self,
         dim: int,
-        image_size: int,
+        image_size: tuple[int, int],
         channels: int,
         width: int,
         depth: int,
@@ -136,13 +136,14 @@ class LatentDecoder(nn.Module):
         num_memory_tokens: int = 8,
     ) -> None:
         super().__init__()
-        if image_size % patch_size:
+        if any(side % patch_size for side in image_size):
             raise ValueError(
-                f"image_size={image_size}: this decoder draws patches of {patch_size} pixels; choose a multiple."
+                f"image_size={list(image_size)}: this decoder draws patches of {patch_size} pixels; choose multiples."
             )
-        self.channels, self.patch_size, self.side = channels, patch_size, image_size // patch_size
+        self.channels, self.patch_size = channels, patch_size
+        self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.remember = nn.Sequential(nn.Linear(dim, num_memory_tokens * width), nn.Unflatten(1, (num_memory_tokens, width)))
-        self.query_token = nn.Parameter(sincos_positions((self.side, self.side), width))
+        self.query_token = nn.Parameter(sincos_positions(self.grid, width))
         settings: dict[str, Any] = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
         self.layers = nn.ModuleList(
             nn.TransformerDecoderLayer(width, max(1, width // 32), 4 * width, **settings) for _ in range(depth)
@@ -151,9 +152,9 @@ class LatentDecoder(nn.Module):
         self.paint = nn.Linear(width, channels * patch_size**2)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, C, S, S)."""
+        """(N, D) -> (N, C, H, W)."""
         memory = self.remember(features)
         tokens = self.query_token.expand(len(features), -1, -1)
         for layer in self.layers:
             tokens = layer(tokens, memory)
-        return tiled(self.paint(self.norm(tokens)), (self.side, self.side), self.channels, self.patch_size)
+        return tiled(self.paint(self.norm(tokens)), self.grid, self.channels, self.patch_size)

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
+from jepa_lightning.dynamics_checks import check_observations
 from jepa_lightning.pendulum import PendulumJEPA
-from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.probes.baselines import BASELINE_SEED, PCA, RandomEncoder
 from jepa_lightning.signature import sign
 from jepa_lightning.weights.checkpoints import RECORD, load_jepa, record
@@ -82,7 +82,7 @@ class PendulumProbe(LightningModule, ABC):
         for name in ("random_encoder", "pca"):
             self.encoders[name].fit(windows)
 
-    def fit_batch(self) -> PendulumBatch:
+    def fit_batch(self) -> ClipBatch:
         """Three windows, spread over the time, of each of the first training trajectories."""
         data: Any = self.trainer.datamodule
         states = data.trajectories("train")[:BASELINE_FIT_TRAJECTORIES].to(self.device)
@@ -91,18 +91,18 @@ class PendulumProbe(LightningModule, ABC):
         observations, true_states = (
             torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("observations", "states")
         )
-        return PendulumBatch(observations, true_states)
+        return ClipBatch(observations, true_states)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
         checkpoint[RECORD] = record(self.jepa)
 
     @torch.no_grad()
-    def features(self, batch: PendulumBatch) -> dict[str, Tensor]:
+    def features(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Features of every encoder at all times: name -> (B, T, D)."""
         return {name: self.jepa.encode_windows(encoder, batch.observations) for name, encoder in self.encoders.items()}
 
-    def newest_frame(self, batch: PendulumBatch) -> Tensor:
+    def newest_frame(self, batch: ClipBatch) -> Tensor:
         """The newest frame of each window: (B, T, C, S, S), or (B, T, 4) of coordinates."""
         size = self.jepa.channels if self.jepa.observation == "pixels" else 4
         return batch.observations[:, :, -size:]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
 from callbacks.schedules import total_optimizer_steps
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
 from jepa_lightning.figures import reconstruction_figure, show
 from jepa_lightning.networks.decoders import ConvDecoder, MLPDecoder
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
@@ -108,14 +108,14 @@ class DecoderProbe(PendulumProbe):
         """Observations from embeddings of one encoder: (..., D) -> (..., C, S, S) or (..., 4)."""
         return self.decoders[name](features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
-    def training_step(self, batch: PendulumBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         frames = self.newest_frame(batch)
         losses = {name: F.mse_loss(self.decode(z, name), frames) for name, z in self.features(batch).items()}
         self.log_dict({f"train/mse_{name}": loss for name, loss in losses.items()})
         self.log("train/loss", losses["jepa"], prog_bar=True)
         return torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
 
-    def validation_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ClipBatch, batch_idx: int) -> None:
         frames = self.newest_frame(batch)
         features = self.features(batch)
         for name, z in features.items():

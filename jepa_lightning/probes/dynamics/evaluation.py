@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
 from datamodules.physics import FRAME_SECONDS, LABELS, Pendulum, state_labels
 from datamodules.rendering import render
 from jepa_lightning.figures import forecast_figure, reconstruction_figure, rows_figure, show, side_by_side, write_video
@@ -256,7 +256,7 @@ def decoder_figures(
     # A window's newest frame, at nine times of each trajectory.
     times = torch.linspace(0, features.shape[1] - 1, 9).long()
     truth = torch.cat([data.observe(scene.states[:, t : t + 1].expand(-1, history, -1)).observations for t in times])
-    frames = decoder.newest_frame(PendulumBatch(truth, scene.states))[:, 0]
+    frames = decoder.newest_frame(ClipBatch(truth, scene.states))[:, 0]
     decoded = torch.cat([decoder.decode(features[:, t], name) for t in times])
     error = (decoded - frames).square().mean()
     constant = (frames - frames.mean(dim=0)).square().mean()

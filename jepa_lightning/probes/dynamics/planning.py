@@ -14,11 +14,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
 from datamodules.physics import FRAME_SECONDS
 from datamodules.rng import seeded_generator
+from jepa_lightning.dynamics_checks import check_observations
 from jepa_lightning.figures import rows_figure, show, steps_figure, write_video
-from jepa_lightning.pendulum_checks import check_observations
 from jepa_lightning.planner import Planner
 from jepa_lightning.probes.dynamics.episodes import (
     Controller,
@@ -146,7 +146,7 @@ class PlanningProbe(LightningModule):
         data: Any = self.trainer.datamodule
         return (0.0, sum(data.pendulum.lengths)) if self.goal is None else self.goal
 
-    def test_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+    def test_step(self, batch: ClipBatch, batch_idx: int) -> None:
         assert batch.actions is not None
         self._collected.append((self.jepa.encode(batch.observations).float(), batch.actions))
         if batch_idx == 0:

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from datamodules.batches import PendulumBatch
+from datamodules.batches import ClipBatch
 from datamodules.physics import LABELS, state_labels
 from jepa_lightning.metrics import r2_score
 from jepa_lightning.probes.dynamics.base import PendulumProbe
@@ -107,16 +107,16 @@ class StateProbe(PendulumProbe):
         """Predicted embeddings of one encoder 1 ... H frames later: (..., D) -> (..., H, D)."""
         return unroll(self.jepa.predictor if name == "jepa" else self.predictors[name], features, horizon)
 
-    def training_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> None:
         self._collect("train", batch)
 
-    def validation_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ClipBatch, batch_idx: int) -> None:
         self._collect("val", batch)
 
-    def test_step(self, batch: PendulumBatch, batch_idx: int) -> None:
+    def test_step(self, batch: ClipBatch, batch_idx: int) -> None:
         self._collect("test", batch)
 
-    def _collect(self, split: str, batch: PendulumBatch) -> None:
+    def _collect(self, split: str, batch: ClipBatch) -> None:
         assert batch.states is not None
         for name, value in (self.features(batch) | {"states": batch.states}).items():
             self._collected.setdefault(f"{split}/{name}", []).append(value)

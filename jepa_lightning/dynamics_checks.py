@@ -1,12 +1,16 @@
-"""Do the arguments of a pendulum JEPA make sense, and do it and its data fit? Said before anything runs."""
+"""Do the arguments of a dynamics JEPA make sense, and do it and its data fit? Said before anything runs."""
 
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from datamodules.batches import PendulumBatch, check_batches
+from datamodules.batches import ClipBatch, check_batches
 
 TargetMode = Literal["default", "vjepa2", "none"]
+Observation = Literal["pixels", "vectors", "both"]
+
+SIZES = ("observation", "image_size", "channels", "history", "vector_dim", "action_dim", "num_choices")
+"""What a model and its data agree on, under the same names."""
 
 MODES = {
     "default": "predicts from the target encoder's embeddings to the target encoder's: the prediction loss trains "
@@ -18,8 +22,18 @@ MODES = {
 """Target mode -> what it does, for the log."""
 
 
+def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of a size that may be one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def sizes_of(data: Any) -> dict[str, Any]:
+    """What a data module says of its observations and actions, by the names of a model's arguments."""
+    return {name: getattr(data, name) for name in SIZES if getattr(data, name, None) is not None}
+
+
 def check_arguments(given: dict[str, Any]) -> None:
-    """Refuse values that a `PendulumJEPA` cannot have.
+    """Refuse values that a `DynamicsJEPA` cannot have.
 
     Args:
         given: Its arguments, by name.
@@ -30,12 +44,24 @@ def check_arguments(given: dict[str, Any]) -> None:
     for name in ("latent_dim", "predictor_width", "horizon", "history", "channels", "action_width"):
         if given[name] < 1:
             raise ValueError(f"model.{name}={given[name]}: give an integer of at least 1.")
-    for name, allowed in (("observation", ("pixels", "coordinates")), ("target_mode", get_args(TargetMode))):
+    for name, allowed in (("observation", get_args(Observation)), ("target_mode", get_args(TargetMode))):
         if given[name] not in allowed:
             raise ValueError(f"model.{name}={given[name]!r}: choose one of {', '.join(allowed)}.")
     if not 0 <= given["predictor_dropout"] < 1:
         raise ValueError(f"model.predictor_dropout={given['predictor_dropout']}: choose a fraction of the units in [0, 1).")
-    inverse_dynamics, action_dim = given["inverse_dynamics"], given["action_dim"]
+    if min(as_pair(given["image_size"])) < 1:
+        raise ValueError(f"model.image_size={given['image_size']}: give positive numbers of pixels, height and width.")
+    if given["observation"] != "pixels" and given["vector_dim"] < 1:
+        raise ValueError(
+            f"model.vector_dim={given['vector_dim']} with observation={given['observation']!r}: give the number of scalars "
+            "of a vector."
+        )
+    inverse_dynamics, action_dim, num_choices = (given[name] for name in ("inverse_dynamics", "action_dim", "num_choices"))
+    if num_choices < 0 or num_choices == 1 or (num_choices and (action_dim % num_choices or not action_dim)):
+        raise ValueError(
+            f"model.num_choices={num_choices} with action_dim={action_dim}: 0 for continuous actions, or at least 2 "
+            "choices, of which action_dim is a multiple."
+        )
     if action_dim < 0 or not inverse_dynamics >= 0:
         raise ValueError(f"model.action_dim={action_dim}, inverse_dynamics={inverse_dynamics}: neither may be negative.")
     if inverse_dynamics and not action_dim:
@@ -65,7 +91,7 @@ def check_clips(jepa: Any, data: Any) -> None:
     """Compare the length of clips with the horizon, and with the losses that compare windows.
 
     Args:
-        jepa: A `PendulumJEPA`.
+        jepa: A `DynamicsJEPA`.
         data: Its data module.
 
     Raises:
@@ -96,23 +122,24 @@ def check_observations(jepa: Any, data: Any) -> None:
     """Compare observations and actions with those that the networks were built for, and the physics with that trained on.
 
     Args:
-        jepa: A `PendulumJEPA`.
+        jepa: A `DynamicsJEPA`.
         data: Its data module, or one of the same kind.
 
     Raises:
         ValueError: They differ.
     """
-    check_batches(jepa, data, PendulumBatch)
+    check_batches(jepa, data, ClipBatch)
     theirs = getattr(data, "action_dim", jepa.action_dim)
     if jepa.action_dim != theirs:
         raise ValueError(
-            f"model.action_dim={jepa.action_dim}, but the data's actions have {theirs} scalars: set model.action_dim to "
-            f"{theirs}, or data.torque_limits {'to the limits of two torques' if not theirs else 'to match'}."
+            f"model.action_dim={jepa.action_dim}, but the data's actions have {theirs} scalars: {jepa.mend_actions(theirs)}."
         )
-    names = ["observation", "history"] + (["image_size", "channels"] if jepa.observation == "pixels" else [])
-    for name in names:
+    unused = () if jepa.sees_pixels else ("image_size", "channels")
+    for name in SIZES:
         mine, theirs = getattr(jepa, name), getattr(data, name, None)
-        if theirs is not None and mine != theirs:
+        if name == "image_size" and theirs is not None:
+            mine, theirs = as_pair(mine), as_pair(theirs)
+        if theirs is not None and mine != theirs and name not in unused:
             raise ValueError(f"The model has {name}={mine} but data.{name}={theirs}: set both to the same value.")
     dynamics = getattr(data, "dynamics", {})
     for name, value in jepa.trained_on.items():
