@@ -1,19 +1,23 @@
 """Data modules and what they are made of. Nothing here knows of the models."""
 
 from datamodules.batches import ClipBatch, ImageBatch, ViewBatch
+from datamodules.collecting import Collect
 from datamodules.double_pendulum import DoublePendulum
 from datamodules.image_folder import ImageFolder
 from datamodules.multi_task import MultiTask
 from datamodules.synthetic_images import SyntheticImages
+from datamodules.trajectories import Trajectories
 from datamodules.views import Views
 
 __all__ = [
     "ClipBatch",
+    "Collect",
     "DoublePendulum",
     "ImageBatch",
     "ImageFolder",
     "MultiTask",
     "SyntheticImages",
+    "Trajectories",
     "ViewBatch",
     "Views",
 ]

@@ -14,7 +14,8 @@ for _name in ("callbacks", "datamodules"):  # ours, and names that other project
         )
         raise SystemExit(f"error: {_text}") if sys.argv[:1] == ["-m"] else ImportError(_text)
 
-from datamodules import DoublePendulum, ImageFolder, SyntheticImages, Views  # noqa: E402
+from datamodules import DoublePendulum, ImageFolder, SyntheticImages, Trajectories, Views  # noqa: E402
+from jepa_lightning.dynamics import DynamicsJEPA  # noqa: E402
 from jepa_lightning.ijepa import IJEPA  # noqa: E402
 from jepa_lightning.iwm import IWM  # noqa: E402
 from jepa_lightning.jepa import JEPA, TargetPairs  # noqa: E402
@@ -28,11 +29,13 @@ __all__ = [
     "IWM",
     "JEPA",
     "DoublePendulum",
+    "DynamicsJEPA",
     "ImageFolder",
     "PendulumJEPA",
     "Planner",
     "SyntheticImages",
     "TargetPairs",
+    "Trajectories",
     "Views",
     "load",
     "start_from",

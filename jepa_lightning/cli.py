@@ -37,6 +37,8 @@ from callbacks import (
 from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is_local
 from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
+from jepa_lightning.collect_command import run_collect
+from jepa_lightning.dynamics_checks import sizes_of
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import DESCRIPTION, USAGE, readable, with_file_name
 from jepa_lightning.run_defaults import (
@@ -44,6 +46,7 @@ from jepa_lightning.run_defaults import (
     as_list,
     check_writable,
     default_run_directory,
+    is_built_for_data,
     options,
     with_atomic_writing,
     with_config_files,
@@ -59,8 +62,8 @@ TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 class JEPACommandLine(LightningCLI):
     """LightningCLI with this application's defaults: where a run is written, what is monitored, what is saved.
 
-    `--ckpt_path last` is the newest checkpoint of the run directory that can be read, and an error if there is none;
-    `--ckpt_path auto` begins at the start then.
+    `--ckpt_path last` is the newest checkpoint of the run directory that can be read, an error if there is none; "auto"
+    begins at the start then.
     """
 
     config: Any
@@ -179,6 +182,19 @@ class JEPACommandLine(LightningCLI):
         if section.get("ckpt_path") and arguments.get("checkpoint") and not os.path.exists(arguments["checkpoint"]):
             arguments["checkpoint"] = f"{section.ckpt_path}{DESCRIBED}"
 
+    def instantiate_classes(self) -> None:
+        """Build the model of a training for its data: sizes that were not given are those of the data."""
+        section, asked = self._section(), self._asked_model
+        data = None
+        if asked is not None and section.get("ckpt_path") is None and is_built_for_data(section):
+            data = self._parser(self.config.subcommand).instantiate_classes(Namespace(data=section.data)).data
+            given = vars(asked.get("init_args", Namespace()))
+            section.model.init_args.update(Namespace(**{k: v for k, v in sizes_of(data).items() if k not in given}))
+            self.__dict__.pop("config_dump", None)  # Lightning's copy for checkpoints, made with the data
+        super().instantiate_classes()
+        if data is not None:
+            self.datamodule = data  # which may have read much already
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         section = self._section()
         root = section.trainer.default_root_dir
@@ -257,7 +273,11 @@ def main(args: ArgsType = None) -> None:
     if args is None:  # a program of its own, not a call from one
         cpu.keep_freed_memory()
         cpu.choose_threads()
+    given = sys.argv[1:] if args is None else [str(argument) for argument in args]
     try:
+        if given[:1] == ["collect"]:
+            run_collect(given[1:])
+            return
         JEPACommandLine(
             LightningModule,
             LightningDataModule,
@@ -275,7 +295,7 @@ def main(args: ArgsType = None) -> None:
     except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        text = with_file_name(readable(error, USER_ERRORS), sys.argv[1:] if args is None else [str(arg) for arg in args])
+        text = with_file_name(readable(error, USER_ERRORS), given)
         where = " ".join(getattr(error, "__notes__", [f"{TRACEBACK_VARIABLE}=1 shows where it was raised"]))
         print(f"error: {text}\n({where})", file=sys.stderr)
         sys.exit(2 if isinstance(error, ArgumentError) else 1)

@@ -98,11 +98,12 @@ def check_clips(jepa: Any, data: Any) -> None:
         ValueError: The clips are too short.
     """
     clip_length, stride = getattr(data, "clip_length", None), getattr(data, "stride", 1)
+    lengthen = "data.windows" if hasattr(data, "windows") else "data.sequence_length and data.clip_length"
     if clip_length is not None and jepa.history + jepa.horizon * stride > clip_length:
         raise ValueError(
             f"model.horizon={jepa.horizon} steps from a window of history={jepa.history} frames do not fit into "
             f"data.clip_length={clip_length} frames: lower the horizon to at most "
-            f"{(clip_length - jepa.history) // stride} or lengthen data.sequence_length and data.clip_length."
+            f"{(clip_length - jepa.history) // stride} or lengthen {lengthen}."
         )
     needed = {"inverse_dynamics": 2} if jepa.inverse_dynamics else {}
     if jepa.regularizer is not None:
@@ -112,7 +113,7 @@ def check_clips(jepa: Any, data: Any) -> None:
         if seen < times:
             raise ValueError(
                 f"model.{name} compares {times} windows, and of a clip of {clip_length} frames the context encoder sees "
-                f"{seen}: lengthen data.clip_length by {(times - seen) * stride}, lower model.horizon, or set the "
+                f"{seen}: lengthen {lengthen} by {(times - seen) * stride} frames, lower model.horizon, or set the "
                 "weight of what compares them to 0 (curvature needs 3; temporal_similarity, inverse_dynamics and "
                 "barlow_twins 2)."
             )

@@ -1,5 +1,6 @@
 """What is chosen for a user who does not say it: the device, the run directory, and what a run has kept."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from jepa_lightning import probes
+from jepa_lightning.dynamics import DynamicsJEPA
 from jepa_lightning.weights.checkpoints import read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.runs import data_of, run_directory
@@ -144,6 +146,14 @@ def options(args: list[str]) -> Iterator[tuple[str, str]]:
     for name, following in zip(args, [*args[1:], ""], strict=True):
         if name.startswith("-"):
             yield tuple(name.split("=", 1)) if "=" in name else (name, following)  # type: ignore[misc]
+
+
+def is_built_for_data(section: Any) -> bool:
+    """Whether a configuration has data, and a model that takes its sizes from it."""
+    if section.get("model") is None or section.get("data") is None:
+        return False
+    module, _, name = section.model.class_path.rpartition(".")
+    return issubclass(getattr(importlib.import_module(module), name), DynamicsJEPA)
 
 
 def with_atomic_writing(plugins: list[Any]) -> list[Any]:

@@ -3,8 +3,8 @@
     np.savez("my_recording/episode_0.npz", frames=frames, actions=actions)
 
 `frames` (T + 1, H, W, C) uint8, `actions` (T, A) floats or (T,) integers; a last action that leads nowhere, (T + 1, A), is
-left out. Optional: `vectors` (T + 1, V), `states` (T + 1, L), `rewards` (T,), `seed`. What holds for all of them may stand in
-recording.json, see `RecordingInfo`; without it, limits and choices are those that occur.
+left out. Optional: `vectors` (T + 1, V), `states` (T + 1, L), `rewards` (T,), `seed`. What holds for all of them may stand
+in recording.json, see `RecordingInfo`; without it, limits and choices are those that occur.
 """
 
 import json

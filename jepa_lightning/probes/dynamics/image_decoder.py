@@ -123,9 +123,7 @@ class ImageDecoder(LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.jepa = world_model(checkpoint, "ImageDecoder")
         if not (self.jepa.sees_pixels or isinstance(self.jepa, PendulumJEPA)):
-            raise ValueError(
-                f"{checkpoint} holds a model of vectors: an ImageDecoder needs images."
-            )
+            raise ValueError(f"{checkpoint} holds a model of vectors: an ImageDecoder needs images.")
         network = LatentDecoder(self.jepa.latent_dim, as_pair(self.jepa.image_size), self.jepa.channels, width, depth)
         self.decoder = StandardizedDecoder(network, self.jepa.latent_dim)
         names = (*get_args(EmbeddingSource), "mean", "still")
