@@ -20,22 +20,17 @@ from datamodules.rng import seeded_generator
 from jepa_lightning.dynamics_checks import check_observations
 from jepa_lightning.figures import rows_figure, show, steps_figure, write_video
 from jepa_lightning.planner import Planner
-from jepa_lightning.probes.dynamics.episodes import (
-    Controller,
-    Imagination,
+from jepa_lightning.probes.dynamics.episodes import Controller, Imagination, Planning, Random, Zero, run
+from jepa_lightning.probes.dynamics.image_decoder import actuated_jepa, load_state_decoder, true_images
+from jepa_lightning.probes.dynamics.pendulum_episodes import (
     Oracle,
-    Planning,
-    Random,
+    PendulumWorld,
     Task,
-    World,
-    Zero,
     distances,
     reaching_task,
-    run,
     standing_task,
     windows_of,
 )
-from jepa_lightning.probes.dynamics.image_decoder import actuated_jepa, load_state_decoder, true_images
 from jepa_lightning.probes.dynamics.planning_film import episode_film, episode_images
 from jepa_lightning.probes.dynamics.planning_report import (
     RADII,
@@ -247,7 +242,7 @@ class PlanningProbe(LightningModule):
         films: list[np.ndarray] = []
         for name, controller in controllers.items():
             began = time.monotonic()
-            world = run(data, task, controller, steps)
+            world = run(PendulumWorld(data, task.starts), controller, steps)
             seconds[name] = time.monotonic() - began
             farther = distances(data, world.states, goals).amax(dim=-1)  # (E,)
             rates = {str(radius): (farther < radius).double().mean().item() for radius in RADII}
@@ -277,7 +272,7 @@ class PlanningProbe(LightningModule):
             "random_torque": Random(self._generator(CONTROL_STREAM, 2)),
         }
         for name, controller in controllers.items():
-            world = run(data, task, controller, steps)
+            world = run(PendulumWorld(data, task.starts), controller, steps)
             tips = data.pendulum.positions(world.frames)[..., 2:]  # (E, F, 2)
             away = (tips - tips.new_tensor(self.tip)).norm(dim=-1).amin(dim=1)
             highest = tips[..., 1].amax(dim=1)
@@ -291,7 +286,7 @@ class PlanningProbe(LightningModule):
                     film = episode_film(self, data, world, task, planning, 0, "predicted a step before")
         return figures, film
 
-    def _show_plan(self, data: Any, world: World, task: Task, planning: Planning) -> None:
+    def _show_plan(self, data: Any, world: PendulumWorld, task: Task, planning: Planning) -> None:
         """Write plan.png, the first episode at each window, and show the same figure."""
         happened, predicted, goal = episode_images(self, data, world, task, planning, 0)
         rows = {"what happened": happened[:: data.stride], "predicted": predicted, "goal": goal.expand_as(predicted)}

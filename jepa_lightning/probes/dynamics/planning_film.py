@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from jepa_lightning.figures import side_by_side
-from jepa_lightning.probes.dynamics.episodes import Planning, Task, World, windows_of
+from jepa_lightning.probes.dynamics.episodes import Planning
+from jepa_lightning.probes.dynamics.pendulum_episodes import PendulumWorld, Task, windows_of
 
 
 def episode_images(
-    probe: Any, data: Any, world: World, task: Task, planning: Planning, episode: int
+    probe: Any, data: Any, world: PendulumWorld, task: Task, planning: Planning, episode: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Frames of an episode (F, C, S, S), decoded predictions of each window (T, C, S, S), the goal (C, S, S).
 
@@ -33,7 +34,7 @@ def episode_images(
 
 
 def episode_film(
-    probe: Any, data: Any, world: World, task: Task, planning: Planning, episode: int, title: str
+    probe: Any, data: Any, world: PendulumWorld, task: Task, planning: Planning, episode: int, title: str
 ) -> np.ndarray:
     """Three panels; the prediction stands still until the next window. See `episode_images`."""
     happened, predicted, goal = episode_images(probe, data, world, task, planning, episode)
