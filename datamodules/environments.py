@@ -5,13 +5,15 @@ Shapes: H W pixels, C channels, A scalars of an action, V scalars of a vector, L
 
 import copy
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from datamodules.recordings.episode import RecordingInfo
 
 IMAGE_KEYS = ("pixels", "image", "rgb")
 """Keys of a dictionary of observations under which an image is looked for."""
@@ -54,6 +56,12 @@ class EnvironmentSettings:
         return asdict(self) | {"state": list(self.state)}
 
 
+def settings_of(info: RecordingInfo) -> EnvironmentSettings:
+    """The environment that a recording was made in."""
+    known = EnvironmentSettings.__dataclass_fields__.keys()
+    return EnvironmentSettings(**{name: value for name, value in info.environment.items() if name in known})
+
+
 class Step(NamedTuple):
     """What a step has led to."""
 
@@ -83,7 +91,9 @@ def make(settings: EnvironmentSettings) -> Any:
     try:
         if module and hasattr(importlib.import_module(module), name):
             return getattr(importlib.import_module(module), name)(**arguments)
-        return gymnasium().make(settings.id, disable_env_checker=True, **arguments)
+        # Episodes are as long as is asked for here, not as the environment's registration says.
+        limits = {"max_episode_steps": -1, "disable_env_checker": True}
+        return gymnasium().make(settings.id, **(limits | arguments))
     except ValueError:
         raise
     except Exception as error:
@@ -218,6 +228,19 @@ class Environment:
             env.set_state(copy.deepcopy(snapshot))
         else:
             env.state = copy.deepcopy(snapshot)
+
+    def try_out(self, snapshot: Any, actions: Iterable[NDArray[Any]]) -> NDArray[np.float32]:
+        """The state that actions (A,) in [-1, 1] or one-hot would lead to from a snapshot, which is restored: (L,)."""
+        self.restore(snapshot)
+        seen = self.observation, self.info
+        for action in actions:
+            self.act(self.own_action(action))
+        state = self.state()
+        self.restore(snapshot)
+        self.observation, self.info = seen
+        if state is None:
+            raise ValueError(f"{self.settings.id} has no state: name one with state.")
+        return state
 
     def close(self) -> None:
         """Free what the environment holds."""

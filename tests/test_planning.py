@@ -12,18 +12,8 @@ from conftest import small_data, small_driven_data, small_driven_model, small_mo
 from datamodules.physics import Pendulum
 from jepa_lightning.planner import Planner
 from jepa_lightning.probes import ImageDecoder, PlanningProbe, StateProbe
-from jepa_lightning.probes.dynamics.episodes import (
-    Imagination,
-    Oracle,
-    Planning,
-    Random,
-    World,
-    Zero,
-    distances,
-    reaching_task,
-    run,
-    standing_task,
-)
+from jepa_lightning.probes.dynamics.episodes import Imagination, Planning, Random, Zero, run
+from jepa_lightning.probes.dynamics.pendulum_episodes import Oracle, PendulumWorld, distances, reaching_task, standing_task
 from jepa_lightning.probes.dynamics.planning_report import action_figures
 
 
@@ -34,7 +24,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_the_world_does_what_physics_says_and_shows_what_the_data_module_shows() -> None:
     data = small_driven_data(observation="pixels", image_size=32)
     task = standing_task(data, 3, (0.0, 2.0), seeded())
-    world = World(data, task.starts)
+    world = PendulumWorld(data, task.starts)
     actions = torch.tensor([[1.0, -1.0], [0.0, 0.0], [-0.5, 0.3]])
     before = world.states
     world.act(actions)
@@ -63,7 +53,7 @@ def test_who_knows_the_physics_reaches_goals_and_who_does_nothing_does_not() -> 
     goals = task.goals[:, -1]
 
     def success(controller: Any) -> float:
-        world = run(data, task, controller, 5)
+        world = run(PendulumWorld(data, task.starts), controller, 5)
         assert world.frames.shape[1] == 3 + 25
         return (distances(data, world.states, goals).amax(dim=-1) < 0.25).double().mean().item()
 
@@ -81,17 +71,17 @@ def test_plans_end_at_the_deadline_and_go_on_from_the_last_one() -> None:
     data, lengths, guesses = small_driven_data(), [], []
 
     class Spy(Planner):
-        def plan(self, cost, guess, generator, further=False):
+        def plan(self, cost, guess, generator, further=False, num_choices=0):
             lengths.append((guess.shape[1], further))
             guesses.append(guess)
             return torch.rand(guess.shape, generator=generator)
 
     task = standing_task(data, 2, (0.0, 2.0), seeded())
-    run(data, task, Planning(Spy(), lambda world: None, 8, seeded(), deadline=5, every=2), 5)
+    run(PendulumWorld(data, task.starts), Planning(Spy(), lambda world: None, 8, seeded(), deadline=5, every=2), 5)
     assert lengths == [(5, False), (3, True), (1, True)]
     lengths.clear(), guesses.clear()
     controller = Planning(Spy(), lambda world: None, 4, seeded())
-    run(data, task, controller, 3)
+    run(PendulumWorld(data, task.starts), controller, 3)
     assert lengths == [(4, False), (4, True), (4, True)]
     first = torch.rand(2, 4, 2, generator=seeded())
     assert torch.equal(guesses[1][:, :3], first[:, 1:]) and not guesses[1][:, 3].any()
@@ -138,7 +128,7 @@ def test_a_perfect_world_model_reaches_goals() -> None:
     planner = Planner(num_samples=200, num_iterations=25)
     imagination = Imagination(model, task.goals[:, -1:].float(), planner)
 
-    class Seer(World):
+    class Seer(PendulumWorld):
         def window(self) -> torch.Tensor:
             return self.frames[:, -1:].float()
 
@@ -190,7 +180,7 @@ def test_each_figure_of_planning_is_that_of_its_controller(tmp_path: Path, monke
     probe = PlanningProbe(saved(tmp_path), planner=FEW, num_episodes=10, num_swing_ups=2)
     seen: list[Any] = []
 
-    def no_run(data: Any, task: Any, controller: Any, steps: int) -> SimpleNamespace:
+    def no_run(world: Any, controller: Any, steps: int) -> SimpleNamespace:
         seen.append(controller)
         return SimpleNamespace(states=None)
 

@@ -1,7 +1,9 @@
 """Evaluation of the frozen encoder (the second-phase module): probes, decoders, fine-tuning and planning."""
 
 from jepa_lightning.probes.dynamics.decoder import DecoderProbe
+from jepa_lightning.probes.dynamics.goals import GoalProbe
 from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
+from jepa_lightning.probes.dynamics.inverse import InverseModel
 from jepa_lightning.probes.dynamics.planning import PlanningProbe
 from jepa_lightning.probes.dynamics.state import StateProbe
 from jepa_lightning.probes.images.attentive import AttentiveProbe
@@ -18,7 +20,9 @@ __all__ = [
     "DecoderProbe",
     "EquivarianceProbe",
     "FineTuning",
+    "GoalProbe",
     "ImageDecoder",
+    "InverseModel",
     "KNNProbe",
     "LinearProbe",
     "PlanningProbe",
