@@ -152,9 +152,20 @@ def latent_cost(predictor: nn.Module, start: Tensor, goal: Tensor, kind: CostNam
                 total = total + (features - target[:, None]).square().mean(dim=-1)
         return total
 
+    return in_chunks(rollout_cost, start, goal)
+
+
+def in_chunks(cost_of: Callable[..., Tensor], *starts: Tensor) -> Cost:
+    """A cost that is computed for a few episodes at a time on a CPU, whose cache more would leave.
+
+    Args:
+        cost_of: From actions (E, N, H, A) and what is given here, cut to the same episodes, to costs (E, N).
+        starts: What differs between episodes, (E, ...) each.
+    """
+
     def cost(actions: Tensor) -> Tensor:
         episodes = max(1, ROWS // actions.shape[1]) if actions.device.type == "cpu" else len(actions)
-        parts = (part.split(episodes) for part in (actions, start, goal))
-        return torch.cat([rollout_cost(*part) for part in zip(*parts, strict=True)])
+        parts = (part.split(episodes) for part in (actions, *starts))
+        return torch.cat([cost_of(*part) for part in zip(*parts, strict=True)])
 
     return cost

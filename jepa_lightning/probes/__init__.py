@@ -5,6 +5,7 @@ from jepa_lightning.probes.dynamics.goals import GoalProbe
 from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
 from jepa_lightning.probes.dynamics.inverse import InverseModel
 from jepa_lightning.probes.dynamics.planning import PlanningProbe
+from jepa_lightning.probes.dynamics.reward import RewardProbe
 from jepa_lightning.probes.dynamics.state import StateProbe
 from jepa_lightning.probes.images.attentive import AttentiveProbe
 from jepa_lightning.probes.images.completion import CompletionProbe
@@ -27,5 +28,6 @@ __all__ = [
     "LinearProbe",
     "PlanningProbe",
     "PredictorFineTuning",
+    "RewardProbe",
     "StateProbe",
 ]
