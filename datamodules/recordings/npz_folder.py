@@ -43,7 +43,8 @@ class NpzFolder:
         """Read an episode; raises a ValueError that names it if it cannot be read."""
         file = self.files[number]
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            # Opened here, because NumPy leaves a file open that is no archive.
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 found = {name: arrays[name] for name in arrays.files}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{file.name} cannot be read ({type(error).__name__}: {error})") from error
