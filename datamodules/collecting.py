@@ -16,8 +16,8 @@ from numpy.random import SeedSequence
 from rich.progress import track
 
 from datamodules.environments import Environment, EnvironmentSettings
-from datamodules.recordings import Episode, RecordingInfo, read, write_episode, write_info
-from datamodules.recordings.npz_folder import INFO_FILE
+from datamodules.recordings import Episode, RecordingInfo, write_episode, write_info
+from datamodules.recordings.npz_folder import INFO_FILE, read_info
 
 Policy = Callable[[Any, dict[str, Any]], Any]
 """Chooses the environment's own action, from its observation and info."""
@@ -133,7 +133,7 @@ def origin(settings: Collect) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, settings: Collect) -> None:
-    before, now = read(folder).info.environment, origin(settings)
+    before, now = read_info(folder).environment, origin(settings)
     changed = [name for name in now if _plain(before.get(name)) != _plain(now[name])]
     if changed:
         name = changed[0]
