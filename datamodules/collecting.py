@@ -80,6 +80,8 @@ def collect(settings: Collect, root: str | os.PathLike[str]) -> None:
     missing = [number for number in range(settings.episodes) if not (folder / file_of(number)).exists()]
     if not missing:
         return
+    if settings.policy is not None:
+        imported(settings.policy)  # before anything is written
     if not (folder / INFO_FILE).exists():
         write_info(folder, describe(settings))
     workers = min(settings.num_workers or os.cpu_count() or 1, len(missing))
@@ -198,21 +200,23 @@ def _look(environment: Environment) -> dict[str, Any]:
 
 
 def make_policy(environment: Environment, settings: Collect, seed: int) -> Policy:
-    """What chooses the actions of an episode.
-
-    Raises:
-        ValueError: There is no such function.
-    """
+    """What chooses the actions of an episode."""
     if settings.policy is None:
         return RandomHeld(environment, settings.hold, seed)
-    module, _, name = settings.policy.rpartition(":")
+    return imported(settings.policy)(environment.env, seed, **settings.policy_arguments)
+
+
+def imported(policy: str) -> Callable[..., Policy]:
+    """The function of an import path.
+
+    Raises:
+        ValueError: There is none.
+    """
+    module, _, name = policy.rpartition(":")
     try:
-        factory = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"collect.policy={settings.policy!r} cannot be imported ({error}): give package.module:function."
-        ) from error
-    return factory(environment.env, seed, **settings.policy_arguments)
+        raise ValueError(f"collect.policy={policy!r} cannot be imported ({error}): give package.module:function.") from error
 
 
 class RandomHeld:
