@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from datamodules import DoublePendulum, ImageFolder, Views
-from jepa_lightning import IJEPA, IWM, PendulumJEPA
+from datamodules import Collect, DoublePendulum, ImageFolder, Trajectories, Views
+from datamodules.collecting import collect
+from datamodules.environments import EnvironmentSettings
+from jepa_lightning import IJEPA, IWM, DynamicsJEPA, PendulumJEPA
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,3 +177,26 @@ def apart(jepa: torch.nn.Module) -> None:
     with torch.no_grad():
         for parameter in jepa.context_encoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def record_points(root: Path, episodes: int = 12, steps: int = 10, **environment: Any) -> Path:
+    """A recording of the pushed point of `points.py`."""
+    settings = EnvironmentSettings("points:Points", environment, image_size=16)
+    collect(Collect(settings, episodes=episodes, steps=steps, num_workers=1), root)
+    return root
+
+
+def small_trajectories(root: Path, **changes: Any) -> Trajectories:
+    return Trajectories(**({"root": str(root), "windows": 5, "batch_size": 2} | changes))
+
+
+def small_dynamics(data: Trajectories, **changes: Any) -> DynamicsJEPA:
+    torch.manual_seed(0)
+    settings = {"encoder_widths": (4,), "latent_dim": 8, "predictor_width": 16, "horizon": 2, "learning_rate": 1e-3}
+    return DynamicsJEPA.for_data(data, **(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def points_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve episodes of a pushed point, ten steps each."""
+    return record_points(tmp_path_factory.mktemp("points") / "recording")
