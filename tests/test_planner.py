@@ -72,3 +72,23 @@ def test_latent_cost_is_the_distance_of_the_roll_out_from_the_goal(kind: str) ->
             steps = model.forecast(start[episode], 4, actions[episode, sample])  # (H, D)
             errors = (steps - goal[episode]).square().mean(dim=-1)
             torch.testing.assert_close(costs[episode, sample], errors[-1] if kind == "last" else errors.sum())
+
+
+@pytest.mark.parametrize("method", ["cem", "mppi"])
+def test_discrete_sequences_are_one_hot_and_the_best_is_found(method: str) -> None:
+    wanted = torch.tensor([[[2, 0], [1, 1]], [[0, 1], [2, 2]]])  # (E, H, G): two choices a step, of three each
+    goal = torch.nn.functional.one_hot(wanted, 3).float().flatten(2)  # (E, H, A)
+
+    def cost(actions: torch.Tensor) -> torch.Tensor:
+        assert set(actions.unique().tolist()) <= {0.0, 1.0} and actions.unflatten(-1, (-1, 3)).sum(-1).unique().tolist() == [
+            1.0
+        ]
+        return (actions - goal[:, None]).abs().sum(dim=(2, 3))
+
+    planner = Planner(method=method, num_samples=64, num_elites=8, num_iterations=10, num_further_iterations=1)
+    found = planner.plan(cost, torch.zeros(2, 2, 6), torch.Generator().manual_seed(0), num_choices=3)
+    assert torch.equal(found, goal)
+    again = planner.plan(cost, goal, torch.Generator().manual_seed(1), further=True, num_choices=3)
+    assert torch.equal(again, goal), "what is known is not forgotten"
+    partly = torch.cat([goal[:, 1:], torch.zeros(2, 1, 6)], dim=1)
+    assert planner.plan(lambda actions: torch.rand(2, 64), partly, torch.Generator(), num_choices=3).sum() == 8

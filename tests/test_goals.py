@@ -1,0 +1,220 @@
+"""Planning in any environment: starts are reached by replay, and each controller is evaluated on the same goals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import record_points, small_dynamics, small_trajectories, trainer
+
+from callbacks import LastCheckpoint
+from datamodules import Trajectories
+from datamodules.environments import Environment, EnvironmentSettings
+from jepa_lightning import DynamicsJEPA, Planner
+from jepa_lightning.probes import GoalProbe, InverseModel, RewardProbe
+from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld, window_of
+from jepa_lightning.probes.dynamics.goal_tasks import draw_goals, goal_windows
+from jepa_lightning.probes.dynamics.reward import Foresight
+
+FEW = Planner(num_samples=64, num_iterations=5, num_elites=8, num_further_iterations=3)
+
+
+def saved(root: Path, data: Trajectories, **changes: Any) -> Path:
+    model = small_dynamics(data, **changes)
+    trainer(root, max_steps=2, enable_checkpointing=True, callbacks=[LastCheckpoint()]).fit(model, data)
+    return root / "checkpoints" / "last.ckpt"
+
+
+class Knowing(torch.nn.Module):
+    """An encoder that reads the place from the image: the center of the spot, in [-1, 1], and nothing else."""
+
+    def forward(self, windows: torch.Tensor, vectors: torch.Tensor | None = None) -> torch.Tensor:
+        image = windows[:, -1].double() + 1e-6
+        axis = torch.linspace(-1.2, 1.2, image.shape[-1], dtype=torch.float64)
+        total = image.sum(dim=(1, 2))
+        places = [(image.sum(dim=1) * axis).sum(dim=1) / total, (image.sum(dim=2) * axis).sum(dim=1) / total]
+        return torch.nn.functional.pad(torch.stack(places, dim=1), (0, 6)).float()
+
+
+class Moving(torch.nn.Module):
+    """A predictor that knows the physics of one step of the point."""
+
+    def forward(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        moved = features[..., :2]
+        for push in actions.unflatten(-1, (-1, 2)).unbind(-2):
+            moved = (moved + 0.3 * push).clamp(-1, 1)
+        return torch.cat([moved, torch.zeros_like(features[..., 2:])], dim=-1)
+
+
+def knowing(probe: Any) -> Any:
+    """Put the true encoder and dynamics into a probe's JEPA."""
+    probe.jepa.target_encoder = probe.jepa.context_encoder = Knowing()
+    probe.jepa.predictor = Moving()
+    return probe
+
+
+def report(probe: Any, data: Trajectories, root: Path) -> dict[str, Any]:
+    trainer(root).test(probe, datamodule=data, verbose=False)
+    return json.loads((root / "report.json").read_text())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_model_that_knows_reaches_goals_and_each_baseline_does_what_it_says(
+    tmp_path: Path, points_root: Path, stride: int
+) -> None:
+    data = small_trajectories(points_root, stride=stride, windows=3 if stride == 2 else 5, test_fraction=0.4)
+    checkpoint = saved(tmp_path, data, horizon=1 if stride == 2 else 2, regularizer="variance_hinge")
+    settings = {"offset": 4, "budget": 6, "radius": 0.2, "planner": FEW, "num_episodes": 12, "parallel": 5, "horizon": 3}
+    found = report(knowing(GoalProbe(str(checkpoint), **settings)), data, tmp_path)["goals"]
+    assert found["replay"]["success"] == 1.0, "the recorded actions lead to the recorded goal"
+    assert found["world_model"]["success"] >= 0.9 and found["one_plan"]["success"] >= 0.9
+    assert found["oracle"]["success"] >= 0.9
+    assert found["zero"]["success"] == 0.0, "no episode starts at its goal, and zero actions do not move"
+    assert found["random"]["success"] < 0.7 and found["untrained"]["success"] < 0.7
+    for row in found.values():
+        assert row["standard_error"] == pytest.approx((row["success"] * (1 - row["success"]) / 12) ** 0.5)
+    assert (tmp_path / "goals.mp4").stat().st_size > 100
+    text = (tmp_path / "report.md").read_text()
+    assert "within 0.2 of its state" in text and "| the recorded actions | 1.00 (0.00) |" in text
+
+
+def test_the_environment_s_own_criterion_counts_without_a_radius(tmp_path: Path) -> None:
+    data = small_trajectories(record_points(tmp_path / "recording", ends=True, episodes=30), test_fraction=0.3, windows=5)
+    probe = GoalProbe(
+        str(saved(tmp_path, data)), offset=2, budget=2, planner=FEW, num_episodes=6, baselines=["replay", "oracle"]
+    )
+    found = report(probe, data, tmp_path)["goals"]
+    goals = draw_goals(data, 2, 6, lambda goal: False)
+    ended = [np.abs(goal.episode.states[goal.start + 1 : goal.end + 1]).sum(axis=1).min() < 0.3 for goal in goals]
+    assert found["replay"]["success"] == pytest.approx(np.mean(ended)) and "oracle" not in found
+
+
+def test_starts_are_put_where_the_recording_was_and_goals_show_what_it_showed(points_root: Path) -> None:
+    data = small_trajectories(points_root, history=2, observation="both", channels=1, test_fraction=0.4)
+    goals = draw_goals(data, 3, 8, lambda goal: False)
+    assert len({(goal.episode.name, goal.start) for goal in goals}) == 8
+    names = {data.store.names[number] for number in data.episodes("test")}
+    world = EnvironmentWorld(data, [Environment(EnvironmentSettings("points:Points", image_size=16)) for _ in goals])
+    for number, goal in enumerate(goals):
+        assert goal.episode.name in names and goal.end == goal.start + 3 and goal.start >= 1
+        world.begin(number, goal.episode.seed, goal.episode.actions[: goal.start])
+        assert np.array_equal(world.states[number][-1], goal.episode.states[goal.start])
+    windows, vectors = goal_windows(data, goals)
+    assert windows.shape == (8, 1, 2, 16, 16) and vectors.shape == (8, 1, 4)
+    assert world.window().shape == windows.shape and world.vectors().shape == vectors.shape
+    actions = torch.stack([torch.from_numpy(goal.episode.actions[goal.start : goal.end]) for goal in goals], dim=1) / 2
+    for action in actions:
+        world.act(action)
+    assert torch.equal(world.window(), windows) and torch.equal(world.vectors(), vectors)
+
+
+def test_frames_of_the_beginning_are_repeated() -> None:
+    frames = [np.full((1, 2, 2), value, np.uint8) for value in (51, 102)]
+    assert window_of(frames, 3)[0, :, 0, 0].tolist() == pytest.approx([0.2, 0.2, 0.4])
+
+
+def test_an_environment_that_does_not_repeat_itself_is_refused(tmp_path: Path) -> None:
+    data = small_trajectories(record_points(tmp_path / "noisy", noise=0.3), test_fraction=0.4)
+    probe = GoalProbe(str(saved(tmp_path, data)), offset=4, num_episodes=8, planner=FEW, baselines=[])
+    with pytest.raises(ValueError, match="does not show what was recorded"):
+        report(probe, data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"offset": 0}, "model.offset=0"),
+        ({"radius": 0.0}, "model.radius=0.0"),
+        ({"offset": 40}, "Only 0 of 50 starts"),
+        ({"radius": 0.1, "state": ["height"]}, r"model.state=\['height'\]: the recording has observation.0, observation.1"),
+    ],
+)
+def test_wrong_tasks_are_refused(tmp_path: Path, points_root: Path, changes: Any, said: str) -> None:
+    data = small_trajectories(points_root)
+    checkpoint = saved(tmp_path, data)
+    with pytest.raises(ValueError, match=said):
+        report(GoalProbe(str(checkpoint), **changes), data, tmp_path)
+
+
+def test_an_inverse_model_learns_which_action_leads_to_a_goal(tmp_path: Path) -> None:
+    data = small_trajectories(record_points(tmp_path / "r", episodes=40), batch_size=16, test_fraction=0.2)
+    checkpoint = saved(tmp_path, data)
+    model = knowing(InverseModel(str(checkpoint), width=64, learning_rate=3e-3))
+    run = trainer(tmp_path / "inverse", max_epochs=60, limit_val_batches=1.0, enable_checkpointing=True)
+    run.fit(model, data)
+    assert run.callback_metrics["val/error_over_mean"] < 0.75
+    now, goal = torch.zeros(1, 8), torch.zeros(1, 8)
+    goal[0, 0] = 0.6
+    action = model.eval().act(now, goal)
+    assert action[0, 0] > 0.3 > abs(action[0, 1])
+    assert (model.act(now, goal * 100).abs() <= 1).all()
+
+
+def test_an_inverse_model_of_discrete_actions_chooses_one(tmp_path: Path) -> None:
+    data = small_trajectories(record_points(tmp_path / "r", episodes=40, choices=True), batch_size=16)
+    model = knowing(InverseModel(str(saved(tmp_path, data)), width=64, learning_rate=3e-3))
+    trainer(tmp_path / "inverse", max_epochs=40, limit_val_batches=1.0).fit(model, data)
+    goals = torch.nn.functional.pad(torch.tensor([[0.6, 0.0], [-0.6, 0.0], [0.0, 0.6], [0.0, -0.6]]), (0, 6))
+    chosen = model.eval().act(torch.zeros(4, 8), goals)
+    assert chosen.argmax(dim=1).tolist() == [1, 2, 3, 4] and chosen.sum(dim=1).tolist() == [1.0] * 4
+
+
+def test_an_inverse_model_of_another_jepa_is_refused(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    first, second = saved(tmp_path / "a", data), saved(tmp_path / "b", data, learning_rate=1e-2)
+    run = trainer(tmp_path / "i", max_steps=1, enable_checkpointing=True, callbacks=[LastCheckpoint()])
+    run.fit(InverseModel(str(first), width=8), data)
+    inverse = str(tmp_path / "i" / "checkpoints" / "last.ckpt")
+    assert GoalProbe(str(first), inverse=inverse).inverse is not None
+    with pytest.raises(ValueError, match="was fitted on another JEPA"):
+        GoalProbe(str(second), inverse=inverse)
+
+
+def test_a_reward_head_is_learned_and_planned_for(tmp_path: Path) -> None:
+    data = small_trajectories(record_points(tmp_path / "r", episodes=60), batch_size=16)
+    probe = knowing(
+        RewardProbe(
+            str(saved(tmp_path, data)), width=64, learning_rate=3e-3, horizon=3, planner=FEW, num_episodes=4, frames=8
+        )
+    )
+    probe.encoders["jepa"] = probe.jepa.target_encoder
+    run = trainer(tmp_path, max_epochs=60, limit_val_batches=1.0)
+    run.fit(probe, data)
+    assert run.callback_metrics["val/r2"] > 0.9
+    places = torch.nn.functional.pad(torch.tensor([[0.0, 0.0], [0.8, 0.8]]), (0, 6))
+    center, corner = probe.eval().reward(places, torch.zeros(2, 2))
+    assert center > corner + 0.6, "the reward is minus the distance from the center"
+    trainer(tmp_path).test(probe, datamodule=data, verbose=False)
+    found = json.loads((tmp_path / "report.json").read_text())["returns"]
+    assert (
+        found["world_model"]["return"] > found["zero"]["return"] + 2
+        and found["world_model"]["return"] > found["random"]["return"]
+    )
+    assert (tmp_path / "return.mp4").stat().st_size > 100
+
+
+def test_the_cost_of_foresight_is_minus_the_sum_of_predicted_rewards(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    probe = knowing(RewardProbe(str(saved(tmp_path, data)), width=8)).eval()
+    environment = Environment(EnvironmentSettings("points:Points", image_size=16))
+    world = EnvironmentWorld(data, [environment])
+    world.begin(0, 3, np.zeros((0, 2)))
+    actions = torch.rand(1, 5, 3, 2) - 0.5
+    costs = Foresight(probe)(world)(actions)
+    for sample in range(5):
+        features, total = probe.jepa.encode(world.window())[0, 0], 0.0
+        for step in range(3):
+            total -= probe.reward(features, actions[0, sample, step]).item()
+            features = probe.jepa.predictor(features, actions[0, sample, step])
+        assert costs[0, sample].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_data_without_rewards_is_refused(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    checkpoint = saved(tmp_path, data)
+    data.store.widths["rewards"] = 0
+    with pytest.raises(ValueError, match="holds no rewards"):
+        trainer(tmp_path, max_steps=1).fit(RewardProbe(str(checkpoint), width=8), data)
+    assert isinstance(small_dynamics(small_trajectories(points_root)), DynamicsJEPA)

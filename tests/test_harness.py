@@ -1,0 +1,112 @@
+"""The adapter for stable-worldmodel, asked as its planners ask, without the package."""
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import small_dynamics, small_trajectories
+
+from jepa_lightning import harness
+from jepa_lightning.harness import BoxScaler, JEPACost, RecordedStarts
+from jepa_lightning.planner import latent_cost
+
+
+def frames(count: int, seed: int = 0) -> torch.Tensor:
+    """(E, 1, 16, 16, 3) uint8."""
+    return torch.randint(0, 256, (count, 1, 16, 16, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def as_solver(info: dict[str, torch.Tensor], samples: int) -> dict[str, Any]:
+    """What their CEM makes of an info: each tensor (E, ...) seen (E, N, ...)."""
+    return {name: value.unsqueeze(1).expand(len(value), samples, *value.shape[1:]) for name, value in info.items()}
+
+
+def test_costs_are_distances_of_roll_outs_from_the_goal(points_root: Path) -> None:
+    jepa = small_dynamics(small_trajectories(points_root))
+    torch.nn.init.normal_(jepa.predictor.change[-1].weight, std=0.1)
+    pixels, goals = frames(3), frames(3, 1)
+    info = as_solver({"pixels": pixels, "goal": goals}, 6)
+    candidates = 3 * torch.rand(3, 6, 4, 2) - 1.5
+    costs = JEPACost(jepa).get_cost(info, candidates)
+    start, goal = (jepa.encode(of.permute(0, 1, 4, 2, 3).float() / 255)[:, 0] for of in (pixels, goals))
+    expected = latent_cost(jepa.predictor, start, goal, "last")(candidates.clamp(-1, 1))
+    assert costs.shape == (3, 6) and torch.allclose(costs, expected)
+    summed = JEPACost(jepa, "summed").criterion(as_solver({"pixels": pixels, "goal": goals}, 6), candidates)
+    assert not torch.allclose(costs, summed)
+
+
+def test_an_image_is_encoded_once_a_plan(points_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = JEPACost(small_dynamics(small_trajectories(points_root)))
+    calls: list[int] = []
+    encode = cost.jepa.encode
+    monkeypatch.setattr(cost.jepa, "encode", lambda *given: calls.append(1) or encode(*given))
+    info = as_solver({"pixels": frames(2), "goal": frames(2, 1)}, 4)
+    for _ in range(5):
+        cost.get_cost(info, torch.zeros(2, 4, 3, 2))
+    assert len(calls) == 2
+    with pytest.raises(ValueError, match="No goal image"):
+        cost.get_cost({"pixels": frames(2)}, torch.zeros(2, 4, 3, 2))
+
+
+def test_recent_frames_fill_the_history_and_one_is_repeated(points_root: Path) -> None:
+    jepa = small_dynamics(small_trajectories(points_root, history=3))
+    cost = JEPACost(jepa)
+    several = torch.cat([frames(2, seed) for seed in range(3)], dim=1)  # (E, F, H, W, C)
+    windows = several.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 255
+    assert torch.allclose(cost._encode(several[:, None]), jepa.encode(windows[:, None])[:, 0])
+    still = several[:, -1:].expand(-1, 3, -1, -1, -1)
+    assert torch.allclose(cost._encode(several[:, None, -1:]), cost._encode(still[:, None]))
+    info = as_solver({"pixels": several[:, -1:], "recent": several, "goal": frames(2, 5)}, 4)
+    cost.get_cost(info, torch.zeros(2, 4, 2, 2))
+    assert torch.allclose(info["jepa"][0], cost._encode(several[:, None]))
+
+
+def test_limits_become_one_and_what_exceeds_them_is_cut() -> None:
+    scaler = BoxScaler([0.0, -2.0], [4.0, 2.0])
+    assert scaler.transform(np.array([[4.0, 0.0]], np.float32)).tolist() == [[1.0, 0.0]]
+    assert scaler.inverse_transform(np.array([[-3.0, 0.5]], np.float32)).tolist() == [[0.0, 1.0]]
+
+
+def test_starts_and_goals_are_held_out_and_far_apart_if_asked(points_root: Path) -> None:
+    data = small_trajectories(points_root, test_fraction=0.4)
+    starts = RecordedStarts(data)
+    episodes, frames_of = starts.tasks(8, 4, 0.5, seed=0)
+    assert len(set(zip(episodes, frames_of, strict=True))) == 8
+    assert (episodes, frames_of) == starts.tasks(8, 4, 0.5, seed=0) != starts.tasks(8, 4, 0.5, seed=1)
+    for episode, start in zip(episodes, frames_of, strict=True):
+        (chunk,) = starts.load_chunk([episode], [start], [start + 5])
+        assert chunk["pixels"].shape == (5, 3, 16, 16) and chunk["state"].shape == (5, 2)
+        assert np.linalg.norm(chunk["state"][0] - chunk["state"][-1]) > 0.5
+        whole = data.store.table[data.store.episode(data.episodes("test")[episode]), data.store.column("states")]
+        assert np.array_equal(whole[start : start + 5].numpy(), chunk["state"])
+    with pytest.raises(ValueError, match="starts have a goal 10 steps ahead"):
+        starts.tasks(20, 10, 0.0, seed=0)
+
+
+def test_without_the_package_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> ModuleType:
+        raise ImportError(name)
+
+    monkeypatch.setattr(harness.importlib, "import_module", missing)
+    with pytest.raises(ValueError, match=r'pip install "jepa-lightning\[swm\]"'):
+        harness.stable_worldmodel()
+
+
+def test_a_policy_of_the_package_acts_within_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Far:
+        def __init__(self, seed: int, action_noise: float) -> None:
+            self.far = seed * action_noise
+
+        def set_env(self, env: Any) -> None:
+            self.env = env
+
+        def get_action(self, info: dict[str, Any]) -> Any:
+            return np.array([self.far, -0.5 + info["shift"]])
+
+    monkeypatch.setattr(harness, "stable_worldmodel", lambda module: SimpleNamespace(Far=Far))
+    env = SimpleNamespace(action_space=SimpleNamespace(low=np.array([-1.0, -1.0]), high=np.array([1.0, 1.0])))
+    act = harness.expert(env, 3, ".module:Far", action_noise=2.0)
+    assert act(None, {"shift": 0.25}).tolist() == [1.0, -0.25]
