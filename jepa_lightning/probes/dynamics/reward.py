@@ -79,7 +79,7 @@ class RewardProbe(LightningModule):
         frames: int = 200,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["planner"])
+        self.save_hyperparameters(ignore=["planner", "horizon", "num_episodes", "frames"])  # those of a test are its own
         for name, value in {"width": width, "horizon": horizon, "num_episodes": num_episodes, "frames": frames}.items():
             if value < 1:
                 raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
