@@ -9,7 +9,7 @@ DATA ?=
 MODULES ?=
 SAMPLE ?=
 
-.PHONY: help install demo images coordinates plan lab lab-model lab-images ijepa iwm test campaign mutate check docs format benchmark clean
+.PHONY: help install demo images coordinates plan room lab lab-model lab-images ijepa iwm test campaign mutate check docs format benchmark clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,15 @@ plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is 
 	$(RUN) fit --config configs/pendulum/actuated.yaml --ckpt_path auto
 	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --trainer.default_root_dir runs/plan/decoder
 	$(RUN) test --config configs/probes/planning.yaml --model.checkpoint runs/plan --model.decoder runs/plan/decoder/checkpoints/best.ckpt --trainer.default_root_dir runs/plan
+
+room: .venv/.swm ## a world model of stable-worldmodel's TwoRoom: collect, train, plan; 12 minutes on 2 CPU cores and 0.6 GB of packages, into runs/tworoom
+	$(RUN) fit --config configs/worlds/tworoom.yaml --ckpt_path auto --trainer.accelerator cpu
+	$(BIN)/python -m jepa_lightning.harness runs/tworoom
+	$(RUN) test --config configs/probes/goals.yaml --config configs/overlays/tworoom_goals.yaml --model.checkpoint runs/tworoom --trainer.accelerator cpu
+
+.venv/.swm: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,swm]'
+	@touch $@
 
 lab: $(READY) ## the three notebooks of docs/lab as scripts, one after the other: 5 minutes on one CPU core, figures into runs/lab
 	MPLBACKEND=agg $(BIN)/python docs/lab/1_learn.py

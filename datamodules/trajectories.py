@@ -204,7 +204,7 @@ class Trajectories(SingleLoaderDataModule):
         if short and not self._said:
             rank_zero_info(
                 f"{len(short)} of {len(chosen)} {split} episodes are shorter than a clip of {self.clip_length} frames and "
-                f"are not learned from, such as {short[0]}."
+                f"are left out, such as {short[0]}."
             )
             self._said = training
         count = max(1, len(places) // max(1, (self.windows - 1) * self.stride)) if training else len(places)

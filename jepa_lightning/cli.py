@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, Namespace
-from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningCLI, SaveConfigCallback
@@ -47,7 +46,9 @@ from jepa_lightning.run_defaults import (
     check_writable,
     default_run_directory,
     is_built_for_data,
+    is_overruled,
     options,
+    requeued,
     with_atomic_writing,
     with_config_files,
     with_the_run,
@@ -171,7 +172,7 @@ class JEPACommandLine(LightningCLI):
         if self._asked_model is not None and section.get("ckpt_path"):
             asked = vars(self._asked_model.get("init_args", Namespace()))
             loaded = vars(section.model.get("init_args", {}))
-            differing = [name for name in asked if asked[name] not in (None, loaded.get(name, asked[name]))]
+            differing = [name for name in asked if is_overruled(asked[name], loaded.get(name, asked[name]))]
             for name in differing:
                 warnings.warn(
                     f"model.{name}={asked[name]} is overruled by {loaded[name]} from the checkpoint {section.ckpt_path}: "
@@ -220,11 +221,6 @@ class JEPACommandLine(LightningCLI):
         self.trainer_defaults["callbacks"] = [callback for callback in defaults if type(callback) not in given]
         kwargs.setdefault("plugins", with_atomic_writing(as_list(trainer.plugins)))
         return super().instantiate_trainer(**kwargs)
-
-
-def requeued(root: str) -> bool:
-    """Whether a batch system has started this job again after its signal had it saved."""
-    return SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt"))
 
 
 def newest_checkpoint(root: str) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -154,6 +155,18 @@ def is_built_for_data(section: Any) -> bool:
         return False
     module, _, name = section.model.class_path.rpartition(".")
     return issubclass(getattr(importlib.import_module(module), name), DynamicsJEPA)
+
+
+def is_overruled(asked: Any, loaded: Any) -> bool:
+    """Whether a value that was asked for, or any that it consists of, is another one than what is loaded."""
+    if isinstance(asked, Namespace) and isinstance(loaded, Namespace):
+        return any(is_overruled(value, loaded.get(name, value)) for name, value in vars(asked).items())
+    return asked is not None and asked != loaded
+
+
+def requeued(root: str) -> bool:
+    """Whether a batch system has started this job again after its signal had it saved."""
+    return SLURMEnvironment.detect() and any(Path(root).glob("hpc_ckpt_*.ckpt"))
 
 
 def with_atomic_writing(plugins: list[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """Every YAML of configs/ is run, at the smallest sizes, through the command line."""
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from jsonargparse import ArgumentError
 
 import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
+from jepa_lightning import DynamicsJEPA
 from jepa_lightning.cli import main
 from jepa_lightning.probes import StateProbe
 from jepa_lightning.run_defaults import config_file, with_config_files
@@ -102,6 +104,35 @@ def test_planning_from_torques_to_report(tmp_path: Path) -> None:
     pendulum("test", "probes/planning", model__checkpoint=root, model__decoder=decoder, **settings)
     for file in ("report.json", "report.md", "plan.mp4", "plan.png", "rollouts.png", "rollouts_decoded.png"):
         assert (root / "planning" / file).stat().st_size > 100, file
+
+
+WORLDS = [path.stem for path in sorted((CONFIGS / "worlds").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_world_from_collecting_to_planning(name: str, tmp_path: Path) -> None:
+    """With a point in the place of the environment, whose package may not be installed."""
+    points = {"id": "points:Points", "arguments": {}, "state": [], "image_size": 64, "action_repeat": 1}
+    recording = {"environment": points, "episodes": 8, "steps": 60, "policy": None, "policy_arguments": {}, "num_workers": 1}
+    data = {"root": tmp_path / "recording", "collect": json.dumps(recording), "batch_size": 2, "val_fraction": 0.2}
+    settings = {f"data__{key}": value for key, value in data.items()} | {"data__test_fraction": 0.4}
+    root = tmp_path / "run"
+    few = {"trainer__max_steps": 2, "trainer__check_val_every_n_epoch": 1, "trainer__default_root_dir": root}
+    run("fit", f"worlds/{name}", **settings, **few)
+    jepa = load_jepa(root)
+    assert isinstance(jepa, DynamicsJEPA) and jepa.action_dim == 2 * yaml.safe_load(
+        (CONFIGS / "worlds" / f"{name}.yaml").read_text()
+    )["data"]["init_args"].get("stride", 1)
+    planner = {"num_samples": 8, "num_iterations": 2, "num_elites": 2, "num_further_iterations": 1}
+    search = {f"model__planner.{key}": value for key, value in planner.items()}
+    run("fit", "probes/inverse", model__checkpoint=root, trainer__max_steps=1)
+    goals = {"offset": 10, "budget": 10, "num_episodes": 3, "inverse": root / "inverse"}
+    run("test", "probes/goals", model__checkpoint=root, **{f"model__{key}": value for key, value in goals.items()}, **search)
+    assert (root / "goals" / "report.md").stat().st_size > 100 and (root / "goals" / "goals.mp4").exists()
+    run("fit", "probes/reward", model__checkpoint=root, trainer__max_steps=1)
+    few = {"model__frames": 10, "model__num_episodes": 2, "model__horizon": 2}
+    run("test", "probes/reward", model__checkpoint=root, ckpt_path=root / "reward", **few, **search)
+    assert (root / "reward" / "report.md").stat().st_size > 100
 
 
 # Images.
