@@ -98,10 +98,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(run, run.with_name("mine"))
     runs = {
         yaml.safe_load(path.read_text())["trainer"]["default_root_dir"]: path
-        for path in ROOT.glob("configs/[ip]*/*.yaml")
+        for path in ROOT.glob("configs/[ipw]*/*.yaml")
         if path.parent.name != "probes"
     }
-    for place, config in (runs | {"runs/change": ROOT / "configs" / "iwm" / "cifar10_cpu.yaml"}).items():
+    more = {"runs/change": ROOT / "configs" / "iwm" / "cifar10_cpu.yaml"}
+    more["runs/my_recording"] = ROOT / "configs" / "worlds" / "tworoom.yaml"
+    for place, config in (runs | more).items():
         (folder / place).mkdir(parents=True, exist_ok=True)
         if not (folder / place / "config.yaml").exists():
             shutil.copy(config, folder / place / "config.yaml")

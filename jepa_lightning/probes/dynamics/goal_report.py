@@ -10,7 +10,7 @@ TITLES = {
     "zero": "zero actions",
     "random": "random actions",
     "untrained": "random-initialization baseline, receding horizon",
-    "oracle": "oracle (the simulator itself), receding horizon, 64 samples",
+    "oracle": "oracle (the simulator itself), receding horizon, 32 samples",
 }
 """Controller -> what it is."""
 

@@ -35,7 +35,7 @@ from jepa_lightning.probes.dynamics.image_decoder import world_model
 from jepa_lightning.probes.dynamics.inverse import InverseController, load_inverse
 from jepa_lightning.probes.report import save_report
 
-ORACLE = Planner(num_samples=64, num_iterations=6, num_further_iterations=4, num_elites=8)
+ORACLE = Planner(num_samples=32, num_iterations=5, num_further_iterations=2, num_elites=6)
 """The oracle's search: a simulator in Python is slower than a network by far."""
 
 
