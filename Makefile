@@ -43,7 +43,7 @@ coordinates: $(READY) ## the full pendulum run from coordinates and its report, 
 
 plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is there) and planned with: 16 minutes on 2 CPU cores, into runs/plan
 	$(RUN) fit --config configs/pendulum/actuated.yaml --ckpt_path auto
-	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --trainer.default_root_dir runs/plan/decoder
+	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --data.size 20000 --data.clip_length 23 --trainer.default_root_dir runs/plan/decoder
 	$(RUN) test --config configs/probes/planning.yaml --model.checkpoint runs/plan --model.decoder runs/plan/decoder/checkpoints/best.ckpt --trainer.default_root_dir runs/plan
 
 room: .venv/.swm ## a world model of stable-worldmodel's TwoRoom: collect, train, plan; 12 minutes on 2 CPU cores and 0.6 GB of packages, into runs/tworoom

@@ -13,6 +13,7 @@ FAMILIES = {
     "ijepa": "I-JEPA: train",
     "iwm": "IWM: train",
     "pendulum": "World model of the double pendulum: train",
+    "worlds": "World models of other environments: record, train",
     "probes": "Evaluate a run",
     "overlays": "Overlays",
 }

@@ -1,5 +1,6 @@
 """Every YAML of configs/ is run, at the smallest sizes, through the command line."""
 
+import inspect
 import json
 import tomllib
 from pathlib import Path
@@ -14,6 +15,7 @@ import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
 from jepa_lightning import DynamicsJEPA
 from jepa_lightning.cli import main
+from jepa_lightning.dynamics_checks import SIZES
 from jepa_lightning.probes import StateProbe
 from jepa_lightning.run_defaults import config_file, with_config_files
 from jepa_lightning.weights.checkpoints import load_jepa, load_probe
@@ -77,10 +79,11 @@ def test_every_overlay_of_a_pendulum(overlay: str, tmp_path: Path) -> None:
     settings = {"trainer__default_root_dir": tmp_path, "trainer__limit_train_batches": 1}
     pendulum("fit", f"pendulum/{base}", f"overlays/{overlay}", **settings)
     text = (CONFIGS / "overlays" / f"{overlay}.yaml").read_text()
-    asked = yaml.safe_load(text)["model"]["init_args"]
+    asked = yaml.safe_load(text).get("model", {"init_args": {}})["init_args"]
     weights = asked.pop("regularizer_weights", None)
     jepa = load_jepa(tmp_path)
     assert asked.items() <= dict(jepa.hparams).items()
+    assert jepa.channels == (3 if overlay == "rgb" else 1)
     if "regularizer" in asked:
         assert jepa.hparams["regularizer_weights"] == weights
     if base == "actuated":
@@ -96,7 +99,7 @@ def test_planning_from_torques_to_report(tmp_path: Path) -> None:
     again = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     assert again["global_step"] == 2, "a finished run is not trained again"
     assert all(torch.equal(value, again["state_dict"][name]) for name, value in first["state_dict"].items())
-    pendulum("fit", "probes/image_decoder", model__checkpoint=root)
+    pendulum("fit", "probes/image_decoder", model__checkpoint=root, trainer__val_check_interval=1.0, data__clip_length=23)
     few = {"num_episodes": 3, "num_swing_ups": 2}
     few |= {"planner.num_samples": 8, "planner.num_iterations": 2, "planner.num_elites": 2}
     settings = {f"model__{name}": value for name, value in few.items()} | {"data__test_sequence_length": 60}
@@ -127,7 +130,15 @@ def test_every_world_from_collecting_to_planning(name: str, tmp_path: Path) -> N
     search = {f"model__planner.{key}": value for key, value in planner.items()}
     run("fit", "probes/inverse", model__checkpoint=root, trainer__max_steps=1)
     goals = {"offset": 10, "budget": 10, "num_episodes": 3, "inverse": root / "inverse"}
-    run("test", "probes/goals", model__checkpoint=root, **{f"model__{key}": value for key, value in goals.items()}, **search)
+    overlays = ["overlays/tworoom_goals"] if name == "tworoom" else []
+    run(
+        "test",
+        "probes/goals",
+        *overlays,
+        model__checkpoint=root,
+        **{f"model__{key}": value for key, value in goals.items()},
+        **search,
+    )
     assert (root / "goals" / "report.md").stat().st_size > 100 and (root / "goals" / "goals.mp4").exists()
     run("fit", "probes/reward", model__checkpoint=root, trainer__max_steps=1)
     few = {"model__frames": 10, "model__num_episodes": 2, "model__horizon": 2}
@@ -232,10 +243,11 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     tested |= {f"pendulum/{name}" for name in ("demo", "images", "coordinates", "actuated")}
     tested |= {f"probes/{name}" for name in ("decoder", "state", "image_decoder", "planning")}
     tested |= {"probes/equivariance", "probes/predictor_finetuning", "overlays/synthetic", "overlays/multi_task"}
-    tested |= {f"overlays/{name}" for name in OF_THE_PENDULUM}
+    tested |= {f"overlays/{name}" for name in (*OF_THE_PENDULUM, "tworoom_goals")}
+    tested |= {f"worlds/{name}" for name in WORLDS} | {f"probes/{name}" for name in ("goals", "inverse", "reward")}
     found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
     assert found == tested
-    assert len([name for name in found if not name.startswith("overlays")]) <= 20, "one per thing a person would run"
+    assert len([name for name in found if not name.startswith("overlays")]) <= 30, "one per thing a person would run"
     for path in CONFIGS.rglob("*.yaml"):
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]
         text = "\n".join(header)
@@ -243,9 +255,12 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
         assert "TIME" not in text and "EXPECTED" not in text, f"{path} has a placeholder"
 
 
-def test_no_config_repeats_a_default() -> None:
-    import inspect
+def parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class itself takes: what it passes on is its base's."""
+    return dict(inspect.signature(cls.__init__).parameters) if "__init__" in vars(cls) else {}
 
+
+def test_no_config_repeats_a_default_or_what_the_data_says() -> None:
     import datamodules
     import jepa_lightning.probes
 
@@ -260,11 +275,12 @@ def test_no_config_repeats_a_default() -> None:
                 for package in (jepa_lightning, jepa_lightning.probes, datamodules)
                 if hasattr(package, name)
             }
-            defaults = inspect.signature(cls).parameters
+            defaults = {key: value for base in reversed(cls.__mro__) for key, value in parameters(base).items()}
             for key, value in content.get("init_args", {}).items():
                 default = defaults[key].default
                 default = list(default) if isinstance(default, tuple) else default
                 assert value != default, f"{path.name}: {section}.{key}={value} is the default"
+                assert section == "data" or not (issubclass(cls, DynamicsJEPA) and key in SIZES), f"{path.name}: {key}"
 
 
 def test_a_configuration_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
