@@ -12,6 +12,7 @@ from conftest import small_dynamics, small_trajectories, trainer
 from test_encoder_decoder import saved
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from callbacks import LastCheckpoint
 from datamodules.batches import ClipBatch
@@ -92,6 +93,9 @@ def test_an_almost_perfect_model_has_hardly_an_error_and_listens_to_its_actions(
     assert report["structural_similarity"]["true"]["6"] == pytest.approx(1, abs=1e-3)
     assert report["structural_similarity"]["persistence"]["6"] < report["structural_similarity"]["true"]["6"]
     images = torch.cat([batch.observations for batch in data.batches])
+    for step in (1, 2, 4, 6):
+        similarity = structural_similarity_index_measure(images[:, 0], images[:, step], data_range=(0.0, 1.0))
+        assert report["structural_similarity"]["persistence"][str(step)] == pytest.approx(similarity.item(), rel=1e-4)
     still = (images[:, :1] - images[:, 1:]).square().mean(dim=(0, 2, 3, 4))
     torch.testing.assert_close(torch.tensor(report["squared_error"]["persistence"]), still)
     mean = images[:, 1:].mean(dim=(0, 1))
@@ -126,7 +130,11 @@ def test_the_decoder_s_floor_is_seen(tmp_path: Path) -> None:
 
 
 def test_fewer_steps_and_single_clips(tmp_path: Path) -> None:
-    report = report_of(tmp_path, probe_of(tmp_path, 1.0, steps=3), Ramp((1, 1)))
+    data = Ramp((1, 1))
+    report = report_of(tmp_path, probe_of(tmp_path, 0.99, steps=3), data)
+    first, second = (batch.actions[0, :3, 0].cumsum(dim=0) for batch in data.batches)
+    wrong = (0.99 * first - second).square()  # of the second clip alone
+    torch.testing.assert_close(torch.tensor(report["squared_error"]["shuffled"]), wrong, rtol=1e-3, atol=1e-7)
     assert report["steps"] == 3 and len(report["squared_error"]["true"]) == 3
     assert set(report["shuffled_over_true"]) == {"1", "2", "3"}, "the second clip is given the actions of the first"
     report = report_of(tmp_path / "alone", probe_of(tmp_path, 1.0, steps=1), Ramp((1,)))
@@ -144,8 +152,8 @@ def test_it_reads_an_encoder_decoder(tmp_path: Path, points_root: Path, feedback
     batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
     images = probe.jepa.forecast_images(probe.jepa.encode_batch(batch)[:, 0], 4, batch.actions)[:, :, 3:]
     error = (images - batch.observations[:, 1:, 3:]).square().mean(dim=(0, 2, 3, 4))
-    if len(data.test_dataloader()) == 1:
-        torch.testing.assert_close(torch.tensor(report["squared_error"]["true"]), error)
+    assert len(data.test_dataloader()) == 1
+    torch.testing.assert_close(torch.tensor(report["squared_error"]["true"]), error)
 
 
 def test_it_reads_a_jepa_with_its_image_decoder(tmp_path: Path, points_root: Path) -> None:
@@ -155,13 +163,20 @@ def test_it_reads_a_jepa_with_its_image_decoder(tmp_path: Path, points_root: Pat
         trainer(root, max_steps=2, enable_checkpointing=True, callbacks=[LastCheckpoint()]).fit(module, data)
         return str(root / "checkpoints" / "last.ckpt")
 
-    path = fit(tmp_path, small_dynamics(data))
+    model = small_dynamics(data)
+    nn.init.normal_(model.predictor.change[-1].weight, std=0.3)
+    path = fit(tmp_path, model)
     decoder = fit(tmp_path / "decoder", ImageDecoder(path, width=32, depth=1))
     asked = ["--config", "probes/forecast", "--model.checkpoint", path, "--model.decoder", decoder]
     named = ["--data", "Trajectories", "--data.root", str(points_root), "--data.windows", "5", "--data.batch_size", "2"]
     run = ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "forecast")]
     main(["test", *asked, *named, *run, "--trainer.enable_progress_bar", "false"])
-    assert json.loads((tmp_path / "forecast" / "report.json").read_text())["steps"] == 4
+    report = json.loads((tmp_path / "forecast" / "report.json").read_text())
+    probe = ForecastProbe(path, decoder)
+    batch = data.on_after_batch_transfer(next(iter(data.test_dataloader())), 0)
+    images = probe.decoder.decode(probe.jepa.rollout(batch.observations[:, 0], 4, batch.actions))
+    error = (images - batch.observations[:, 1:]).square().mean(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(torch.tensor(report["squared_error"]["true"]), error)
     with pytest.raises(ValueError, match="which decodes no images: fit an ImageDecoder"):
         ForecastProbe(path)
     other = fit(tmp_path / "other", small_dynamics(data, momentum=0.5))

@@ -122,21 +122,20 @@ class ForecastProbe(LightningModule):
         found = {"true": self.forecast(features, actions), "persistence": start.expand_as(truth)}
         others = self._others(actions)
         if others is not None:
-            found["shuffled"] = self.forecast(features[-len(others) :], others)
+            found["shuffled"] = self.forecast(features, others)
         for kind, images in found.items():
-            self._sums.add(kind, images, truth[-len(images) :])
+            self._sums.add(kind, images, truth)
             for step in shown_steps(steps):
-                self._compare(f"{kind}_{step}", images[:, step - 1], truth[-len(images) :, step - 1])
+                self._compare(f"{kind}_{step}", images[:, step - 1], truth[:, step - 1])
         decoded = self.decode(features)[:, None]
         self._sums.add("start", decoded, start)
         self._compare("start", decoded[:, 0], start[:, 0])
         self._sums.add_truth(truth)
         if others is not None:
             shown = {"truth": frames, "true actions": torch.cat([decoded, found["true"]], dim=1)}
-            shown["another clip's"] = torch.cat([decoded[-len(others) :], found["shuffled"]], dim=1)
-            for row in range(min(len(others), FILMED - len(self._clips))):
-                place = row - len(others)
-                self._clips.append({title: images[place].cpu() for title, images in shown.items()})
+            shown["another clip's"] = torch.cat([decoded, found["shuffled"]], dim=1)
+            for row in range(min(len(frames), FILMED - len(self._clips))):
+                self._clips.append({title: images[row].cpu() for title, images in shown.items()})
 
     def _others(self, actions: Tensor) -> Tensor | None:
         """Actions of another clip for each clip: those of the one before it, (B, K, A).
