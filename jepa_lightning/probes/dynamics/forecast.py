@@ -133,7 +133,7 @@ class ForecastProbe(LightningModule):
         self._sums.add_truth(truth)
         if others is not None:
             shown = {"truth": frames, "true actions": torch.cat([decoded, found["true"]], dim=1)}
-            shown["another clip's"] = torch.cat([decoded, found["shuffled"]], dim=1)
+            shown["shuffled"] = torch.cat([decoded, found["shuffled"]], dim=1)
             for row in range(min(len(frames), FILMED - len(self._clips))):
                 self._clips.append({title: images[row].cpu() for title, images in shown.items()})
 
