@@ -16,6 +16,7 @@ for _name in ("callbacks", "datamodules"):  # ours, and names that other project
 
 from datamodules import DoublePendulum, ImageFolder, SyntheticImages, Trajectories, Views  # noqa: E402
 from jepa_lightning.dynamics import DynamicsJEPA  # noqa: E402
+from jepa_lightning.encoder_decoder import EncoderDecoder  # noqa: E402
 from jepa_lightning.ijepa import IJEPA  # noqa: E402
 from jepa_lightning.iwm import IWM  # noqa: E402
 from jepa_lightning.jepa import JEPA, TargetPairs  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "JEPA",
     "DoublePendulum",
     "DynamicsJEPA",
+    "EncoderDecoder",
     "ImageFolder",
     "PendulumJEPA",
     "Planner",

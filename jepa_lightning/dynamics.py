@@ -20,6 +20,7 @@ from jepa_lightning.dynamics_checks import (
     TargetMode,
     as_pair,
     check_arguments,
+    check_batch,
 )
 from jepa_lightning.embedding_figures import show_components
 from jepa_lightning.jepa import TargetPairs
@@ -185,15 +186,7 @@ class DynamicsJEPA(LatentDynamics):
 
     def target_pairs(self, batch: ClipBatch) -> TargetPairs:
         windows, horizon = batch.observations, self.horizon
-        if windows.shape[1] <= horizon:
-            raise ValueError(
-                f"model.horizon={horizon} needs clips of more than {horizon} windows; the batch has {windows.shape[1]}."
-            )
-        if (0 if batch.actions is None else batch.actions.shape[-1]) != self.action_dim:
-            given = "none" if batch.actions is None else f"some of {batch.actions.shape[-1]} scalars"
-            raise ValueError(
-                f"model.action_dim={self.action_dim} needs actions of that many scalars; the batch has {given}."
-            )
+        check_batch(self, batch)
         seen = slice(windows.shape[1] - self.unseen_windows)
         vectors = None if batch.vectors is None else batch.vectors[:, seen]
         context = self.encode_windows(self.context_encoder, windows[:, seen], vectors)  # (B, S or T, D)

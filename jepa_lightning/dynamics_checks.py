@@ -87,6 +87,26 @@ def check_actions(actions: Tensor | None, expected: tuple[int, int, int]) -> Non
         raise ValueError(f"Actions of shape {given}: give some {wanted}." if given else f"No actions: give some {wanted}.")
 
 
+def check_batch(jepa: Any, batch: ClipBatch) -> None:
+    """Compare a batch with the horizon and the actions of a model that is to learn from it.
+
+    Args:
+        jepa: A `DynamicsJEPA`.
+        batch: The batch, which may come from any data set.
+
+    Raises:
+        ValueError: Its clips are too short, or it has other actions.
+    """
+    windows, horizon = batch.observations, jepa.horizon
+    if windows.shape[1] <= horizon:
+        raise ValueError(
+            f"model.horizon={horizon} needs clips of more than {horizon} windows; the batch has {windows.shape[1]}."
+        )
+    if (0 if batch.actions is None else batch.actions.shape[-1]) != jepa.action_dim:
+        given = "none" if batch.actions is None else f"some of {batch.actions.shape[-1]} scalars"
+        raise ValueError(f"model.action_dim={jepa.action_dim} needs actions of that many scalars; the batch has {given}.")
+
+
 def check_clips(jepa: Any, data: Any) -> None:
     """Compare the length of clips with the horizon, and with the losses that compare windows.
 

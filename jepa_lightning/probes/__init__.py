@@ -1,6 +1,7 @@
 """Evaluation of the frozen encoder (the second-phase module): probes, decoders, fine-tuning and planning."""
 
 from jepa_lightning.probes.dynamics.decoder import DecoderProbe
+from jepa_lightning.probes.dynamics.forecast import ForecastProbe
 from jepa_lightning.probes.dynamics.goals import GoalProbe
 from jepa_lightning.probes.dynamics.image_decoder import ImageDecoder
 from jepa_lightning.probes.dynamics.inverse import InverseModel
@@ -21,6 +22,7 @@ __all__ = [
     "DecoderProbe",
     "EquivarianceProbe",
     "FineTuning",
+    "ForecastProbe",
     "GoalProbe",
     "ImageDecoder",
     "InverseModel",
