@@ -28,8 +28,8 @@ SPLITS = ("train", "val", "test")
 class Trajectories(SingleLoaderDataModule):
     """Episodes of any length from a recording: what an environment or a robot showed, and which actions it was given.
 
-    Training, validation and test episodes are told apart by a hash of their names, so that episodes that are added later
-    move none from one to another. Actions are scaled by their limits to [-1, 1]; discrete ones become one-hot vectors. If
+    Training, validation and test episodes are chosen by a hash of their names, so that episodes that are added later move
+    hardly any from one to another. Actions are scaled by their limits to [-1, 1]; discrete ones become one-hot vectors. If
     several steps lie between two windows (`stride`), their actions are joined: A = stride * scalars.
 
     >>> data = Trajectories("data/tworoom", stride=5)  # doctest: +SKIP

@@ -129,6 +129,10 @@ def test_every_world_from_collecting_to_planning(name: str, tmp_path: Path) -> N
     planner = {"num_samples": 8, "num_iterations": 2, "num_elites": 2, "num_further_iterations": 1}
     search = {f"model__planner.{key}": value for key, value in planner.items()}
     run("fit", "probes/inverse", model__checkpoint=root, trainer__max_steps=1)
+    few = {"trainer__max_steps": 1, "trainer__val_check_interval": 1, "data__batch_size": 2}
+    run("fit", "probes/image_decoder", model__checkpoint=root, **few)
+    run("test", "probes/forecast", model__checkpoint=root, model__decoder=root / "image_decoder")
+    assert (root / "forecast" / "report.md").stat().st_size > 100
     goals = {"offset": 10, "budget": 10, "num_episodes": 3, "inverse": root / "inverse"}
     overlays = ["overlays/tworoom_goals"] if name == "tworoom" else []
     run(
@@ -244,7 +248,9 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     tested |= {f"probes/{name}" for name in ("decoder", "state", "image_decoder", "planning")}
     tested |= {"probes/equivariance", "probes/predictor_finetuning", "overlays/synthetic", "overlays/multi_task"}
     tested |= {f"overlays/{name}" for name in (*OF_THE_PENDULUM, "tworoom_goals")}
-    tested |= {f"worlds/{name}" for name in WORLDS} | {f"probes/{name}" for name in ("goals", "inverse", "reward")}
+    tested |= {f"worlds/{name}" for name in WORLDS} | {
+        f"probes/{name}" for name in ("goals", "inverse", "reward", "forecast")
+    }
     found = {str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")}
     assert found == tested
     assert len([name for name in found if not name.startswith("overlays")]) <= 30, "one per thing a person would run"
