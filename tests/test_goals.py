@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,20 @@ def test_a_model_that_knows_reaches_goals_and_each_baseline_does_what_it_says(
     assert (tmp_path / "goals.mp4").stat().st_size > 100
     text = (tmp_path / "report.md").read_text()
     assert "within 0.2 of its state" in text and "| the recorded actions | 1.00 (0.00) |" in text
+
+
+def test_at_the_end_it_does_not_count_who_passed_by(tmp_path: Path, points_root: Path) -> None:
+    probe = GoalProbe(str(saved(tmp_path, small_trajectories(points_root))), radius=0.1)
+    probe._trainer = SimpleNamespace(datamodule=small_trajectories(points_root))
+    goals = draw_goals(probe.data, 2, 2, lambda goal: False)
+    ends = [goal.episode.states[goal.end] for goal in goals]
+    world = SimpleNamespace(states=[[ends[0], ends[0] + 1], [ends[1] + 1, ends[1]]])
+    assert probe.reached(world, goals) == [True, True]
+    probe.at_end = True
+    assert probe.reached(world, goals) == [False, True]
+    probe.state_names = ["observation.1"]
+    world.states[0][-1] = ends[0] + np.array([5, 0.05], np.float32)
+    assert probe.reached(world, goals) == [True, True], "the other scalar does not count"
 
 
 def test_the_environment_s_own_criterion_counts_without_a_radius(tmp_path: Path) -> None:

@@ -79,6 +79,10 @@ def test_plans_end_at_the_deadline_and_go_on_from_the_last_one() -> None:
     task = standing_task(data, 2, (0.0, 2.0), seeded())
     run(PendulumWorld(data, task.starts), Planning(Spy(), lambda world: None, 8, seeded(), deadline=5, every=2), 5)
     assert lengths == [(5, False), (3, True), (1, True)]
+    lengths.clear()
+    shrinking = Planning(Spy(), lambda world: None, 3, seeded(), shrinking=True)
+    run(PendulumWorld(data, task.starts), shrinking, 7)
+    assert [length for length, _ in lengths] == [3, 2, 1, 3, 2, 1, 3], "arrival is not put off, and begins anew"
     lengths.clear(), guesses.clear()
     controller = Planning(Spy(), lambda world: None, 4, seeded())
     run(PendulumWorld(data, task.starts), controller, 3)

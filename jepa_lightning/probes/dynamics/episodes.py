@@ -85,6 +85,8 @@ class Planning:
         generator: Random generator of the samples.
         deadline: Number of steps of the episode if the goal is to be met at its end; plans then do not reach beyond it.
         every: Number of steps between two plans.
+        shrinking: Whether plans become shorter until the first H steps are over, and then begin anew: a plan that always
+            reaches as far ahead puts off its arrival for ever.
     """
 
     def __init__(
@@ -95,16 +97,18 @@ class Planning:
         generator: torch.Generator,
         deadline: int | None = None,
         every: int = 1,
+        shrinking: bool = False,
     ) -> None:
         self.planner, self.look, self.horizon = planner, look, horizon
-        self.generator, self.deadline, self.every = generator, deadline, every
+        self.generator, self.deadline, self.every, self.shrinking = generator, deadline, every, shrinking
         self.plan = torch.empty(0)
         self.predicted: list[Tensor] = []
         """Embeddings that a world model predicted under the actions that were taken, (E, `every`, D) a plan."""
 
     def __call__(self, world: World, step: int) -> Tensor:
         if step % self.every == 0:
-            horizon = self.horizon if self.deadline is None else min(self.horizon, self.deadline - step)
+            horizon = self.horizon - (step % self.horizon if self.shrinking else 0)
+            horizon = horizon if self.deadline is None else min(horizon, self.deadline - step)
             guess = torch.zeros(world.num_episodes, horizon, world.action_dim, device=self.generator.device)
             if step:
                 left = self.plan[:, self.every :][:, :horizon]

@@ -45,16 +45,19 @@ class GoalProbe(LightningModule):
     There is nothing to fit: `test` alone writes report.json, report.md and goals.mp4. Starts are reached by the seed and the
     first actions of held-out episodes, so that any environment will do that is a function of its seed; the goal is what the
     same episode showed `offset` frames later. Planning has a receding horizon: a new plan at each step of the model, of what
-    is then seen. Baselines: the first plan carried out to its end, the recorded actions themselves, zero and random actions,
-    the same model at random initialization and, where the simulator can be set, a search by trying out (the oracle).
+    is then seen, for arrival at the same time as the first plan's; if that has passed, for another as far ahead.
+    Baselines: the first plan carried out to its end, the recorded actions themselves, zero and random actions, the same
+    model at random initialization and, where the simulator can be set, a search by trying out (the oracle).
 
     Args:
         checkpoint: Path of the checkpoint of a dynamics JEPA with actions, written by `fit`.
         offset: Frames from the start to the goal in the recording.
         budget: Frames that an episode may take; `offset` by default.
         horizon: Steps of a plan; by default those to the goal.
-        radius: Distance of named states within which the goal is reached, at any frame of the episode. With None, the goal
-            is reached where the environment ends the episode (`terminated`).
+        radius: Distance of named states within which the goal is reached. With None, the goal is reached where the
+            environment ends the episode (`terminated`).
+        at_end: Whether it counts where the episode is at its last frame, not whether it has passed the goal: what swings or
+            spins passes most goals.
         state: Names of the scalars of the state whose Euclidean distance counts; all by default.
         planner: Planner that searches for action sequences; one with its defaults if None.
         inverse: Path of the checkpoint of an `InverseModel` on the same JEPA, which chooses actions without a search.
@@ -74,6 +77,7 @@ class GoalProbe(LightningModule):
         budget: int | None = None,
         horizon: int | None = None,
         radius: float | None = None,
+        at_end: bool = False,
         state: list[str] | None = None,
         planner: Planner | None = None,
         inverse: str | None = None,
@@ -89,7 +93,7 @@ class GoalProbe(LightningModule):
         if radius is not None and not radius > 0:
             raise ValueError(f"model.radius={radius}: must be positive, or null for the environment's own criterion.")
         self.checkpoint, self.offset, self.budget, self.horizon = checkpoint, offset, budget or offset, horizon
-        self.radius, self.state_names, self.planner = radius, state, planner or Planner()
+        self.radius, self.at_end, self.state_names, self.planner = radius, at_end, state, planner or Planner()
         self.num_episodes, self.parallel = num_episodes, parallel
         self.jepa = world_model(checkpoint, "GoalProbe")
         with torch.random.fork_rng(devices=[]):
@@ -158,7 +162,7 @@ class GoalProbe(LightningModule):
         states = None if self.radius is None else self._goal_states(goals)
 
         def planning(look: Callable[[Any], Any], planner: Planner, every: int = 1, device: Any = "cpu") -> Planning:
-            return Planning(planner, look, horizon, torch.Generator(device).manual_seed(data.seed), every=every)
+            return Planning(planner, look, horizon, torch.Generator(device).manual_seed(data.seed), None, every, True)
 
         def model(jepa: Any, every: int = 1) -> Planning:
             return planning(Imagination(jepa, windows, self.planner, vectors), self.planner, every, self.device)
@@ -202,11 +206,12 @@ class GoalProbe(LightningModule):
         return successes, seconds, film
 
     def reached(self, world: EnvironmentWorld, goals: list[Goal]) -> list[bool]:
-        """Whether each episode has been at its goal."""
+        """Whether each episode has been at its goal, or is there at its end."""
         if self.radius is None:
             return world.ended.tolist()
         pairs = zip(world.states, self._goal_states(goals), strict=True)
-        return [bool((self.distance(np.stack(states), goal) <= self.radius).any()) for states, goal in pairs]
+        counted = slice(-1 if self.at_end else 0, None)
+        return [bool((self.distance(np.stack(states)[counted], goal) <= self.radius).any()) for states, goal in pairs]
 
     def _film(self, world: EnvironmentWorld, goal: Goal) -> np.ndarray:
         frames = torch.from_numpy(np.stack(world.frames[0][self.data.history - 1 :])).float() / 255
@@ -247,13 +252,14 @@ class GoalProbe(LightningModule):
         if films:
             write_video(directory / "goals.mp4", np.concatenate(films), frames_per_second=10)
             show(self.trainer, "goals/video", np.concatenate(films))
-        task = {"offset": self.offset, "budget": self.budget, "radius": self.radius, "state": self.state_names}
+        task = {name: getattr(self, name) for name in ("offset", "budget", "radius", "at_end")} | {"state": self.state_names}
         report = {"goals": figures, "episodes": len(goals), "task": task, "planner": vars(self.planner)}
         report |= {"data": self.data.dynamics, "checkpoint": self.checkpoint, "seconds": time.monotonic() - began}
         reached_if = "the environment ends the episode" if self.radius is None else f"within {self.radius} of its state"
+        when = "at its last frame" if self.at_end else "at any frame"
         notes = (
             f"Of `{self.checkpoint}` in {settings.id}: {len(goals)} starts in held-out episodes, goals {self.offset} frames "
-            f"ahead, {self.budget} frames to get there; reached: {reached_if}, at any frame. None starts at its goal. "
+            f"ahead, {self.budget} frames to get there; reached: {reached_if}, {when}. None starts at its goal. "
             "Standard errors are binomial."
         )
         save_report(directory, report, "Goals", notes, goal_table(figures))
