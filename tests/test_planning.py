@@ -128,7 +128,7 @@ def test_a_perfect_world_model_reaches_goals() -> None:
     model = small_driven_model(latent_dim=4)
     model.predictor = Physics()
     task = reaching_task(data, 10, 5, 0.25, seeded())
-    model.encode = lambda windows: windows  # the world below shows states
+    model.encode = lambda windows, vectors: windows  # the world below shows states
     planner = Planner(num_samples=200, num_iterations=25)
     imagination = Imagination(model, task.goals[:, -1:].float(), planner)
 
