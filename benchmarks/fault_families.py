@@ -13,6 +13,14 @@ FAMILIES = {
         *("--data.clip_length", "8", "--data.val_size", "64", "--data.batch_size", "8", "--trainer.max_epochs", "4"),
         *("--trainer.max_steps", "-1", "--trainer.check_val_every_n_epoch", "1"),
     ),
+    "worlds": (
+        *("--config", "configs/worlds/pendulum.yaml", "--data.image_size", "16", "--model.encoder_widths", "[4]"),
+        *("--data.collect.environment.id", "datamodules.pendulum_environment:DoublePendulum-v0"),
+        *("--data.collect.episodes", "40", "--data.collect.steps", "30", "--data.collect.num_workers", "1"),
+        *("--data.collect.environment.image_size", "16", "--data.batch_size", "4", "--model.latent_dim", "8"),
+        *("--model.predictor_width", "16", "--trainer.max_epochs", "4", "--trainer.max_steps", "-1"),
+        *("--trainer.check_val_every_n_epoch", "1"),
+    ),
     "ijepa": ("--config", "configs/ijepa/cifar10_cpu.yaml", *SYNTHETIC, *SMALL_IMAGES),
     "iwm": ("--config", "configs/iwm/cifar10_cpu.yaml", *SYNTHETIC, *SMALL_IMAGES),
 }

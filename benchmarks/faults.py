@@ -1,6 +1,6 @@
 """Cut runs short in every way they are cut in practice, resume them, and compare them with runs that were left alone.
 
-    python benchmarks/faults.py                 # `make campaign`: 12 cuts of each kind and model, 5 full disks: 159 in all
+    python benchmarks/faults.py                 # `make campaign`: 12 cuts of each kind and model, 5 full disks: 212 in all
     python benchmarks/faults.py --cuts 1 --full 1 --families pendulum
 
 A model is trained for a few epochs by the command line. At a random moment it gets SIGKILL, SIGTERM, SIGUSR1 (under an

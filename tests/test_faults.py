@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.mark.parametrize("family", ["pendulum", "ijepa"])
+@pytest.mark.parametrize("family", ["pendulum", "worlds", "ijepa"])
 def test_runs_that_are_cut_end_as_if_they_were_not(family: str) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--cuts", "1", "--full", "1", "--families", family]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=290, check=False)
