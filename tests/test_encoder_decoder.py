@@ -13,7 +13,7 @@ from test_dynamics import Cut
 
 from callbacks import LastCheckpoint
 from datamodules import Trajectories
-from jepa_lightning import EncoderDecoder, Planner, load
+from jepa_lightning import EncoderDecoder, Planner, load, start_from
 from jepa_lightning.cli import main
 from jepa_lightning.probes import GoalProbe, ImageDecoder, InverseModel
 
@@ -257,3 +257,12 @@ def test_it_knows_no_actions_and_goes_with_other_losses(tmp_path: Path, points_r
 def test_wrong_arguments_are_refused(changes: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         EncoderDecoder(**changes)
+
+
+def test_another_training_starts_from_the_decoder_too(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    path = saved(tmp_path, data)
+    first, second = load(path), EncoderDecoder.for_data(data, **SMALL)
+    assert not parameters_equal(first.decoder, second.decoder)
+    start_from(second, path)
+    assert parameters_equal(first.decoder, second.decoder) and parameters_equal(first.predictor, second.predictor)

@@ -68,6 +68,7 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
     if not isinstance(source, JEPA):
         raise ValueError(f"{path} holds a {type(source).__name__}: training can start from a JEPA or an encoder alone.")
     parts = ["context_encoder", "target_encoder", *(["predictor"] if is_whole(path) else [])]
+    parts += ["decoder"] if all(hasattr(of, "decoder") for of in (source, model)) else []  # of encoder-decoders
     for part in parts:
         theirs, ours = source.get_submodule(part).state_dict(), model.get_submodule(part).state_dict()
         odd = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
