@@ -120,6 +120,7 @@ benchmark: $(READY) ## speed beside plain references
 	$(BIN)/python benchmarks/views.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/trajectories.py
 
 clean: ## remove the environment, all runs and the built documentation
 	rm -rf .venv runs site
