@@ -44,7 +44,7 @@ class DynamicsJEPA(LatentDynamics):
     >>> images, goals = torch.zeros(3, 3, 32, 32), torch.zeros(3, 3, 32, 32)
     >>> model.rollout(images, steps=4, actions=torch.zeros(3, 4, 2)).shape
     torch.Size([3, 4, 16])
-    >>> model.plan(images, goals, horizon=4, planner=Planner(num_samples=8, num_elites=2, num_iterations=2)).shape
+    >>> model.plan(images, goals, horizon=4).shape
     torch.Size([3, 4, 2])
 
     What the data says (`observation`, `image_size`, `channels`, `history`, `vector_dim`, `action_dim`, `num_choices`) need

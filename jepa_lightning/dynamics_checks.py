@@ -28,7 +28,9 @@ def as_pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def sizes_of(data: Any) -> dict[str, Any]:
-    """What a data module says of its observations and actions, by the names of a model's arguments."""
+    """What a data module says of its observations and actions, by the names of a model's arguments; nothing if of images."""
+    if getattr(data, "batch_type", ClipBatch) is not ClipBatch:
+        return {}  # `check_observations` says what is wrong
     return {name: getattr(data, name) for name in SIZES if getattr(data, name, None) is not None}
 
 
@@ -158,9 +160,9 @@ def check_observations(jepa: Any, data: Any) -> None:
     unused = () if jepa.sees_pixels else ("image_size", "channels")
     for name in SIZES:
         mine, theirs = getattr(jepa, name), getattr(data, name, None)
-        if name == "image_size" and theirs is not None:
-            mine, theirs = as_pair(mine), as_pair(theirs)
-        if theirs is not None and mine != theirs and name not in unused:
+        if theirs is None or name in unused:
+            continue
+        if as_pair(mine) != as_pair(theirs) if name == "image_size" else mine != theirs:
             raise ValueError(f"The model has {name}={mine} but data.{name}={theirs}: set both to the same value.")
     dynamics = getattr(data, "dynamics", {})
     for name, value in jepa.trained_on.items():

@@ -17,6 +17,11 @@ class PendulumJEPA(DynamicsJEPA):
 
     Its linear probes regress sine and cosine of both angles, and both angular velocities.
 
+    >>> import torch
+    >>> model = PendulumJEPA(image_size=32, latent_dim=16)
+    >>> model.rollout(torch.zeros(3, 2, 32, 32), steps=4).shape  # two frames each
+    torch.Size([3, 4, 16])
+
     Args:
         observation: Kind of observations, "pixels" or "coordinates" of the two bobs.
         channels: Number of channels, 1 for gray, 3 for RGB; as in the data.
