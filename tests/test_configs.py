@@ -126,6 +126,8 @@ def test_every_world_from_collecting_to_planning(name: str, tmp_path: Path) -> N
     assert isinstance(jepa, DynamicsJEPA) and jepa.action_dim == 2 * yaml.safe_load(
         (CONFIGS / "worlds" / f"{name}.yaml").read_text()
     )["data"]["init_args"].get("stride", 1)
+    if name != "tworoom":
+        return  # what comes after is the same for all
     planner = {"num_samples": 8, "num_iterations": 2, "num_elites": 2, "num_further_iterations": 1}
     search = {f"model__planner.{key}": value for key, value in planner.items()}
     run("fit", "probes/inverse", model__checkpoint=root, trainer__max_steps=1)

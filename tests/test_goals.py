@@ -11,11 +11,12 @@ import torch
 from conftest import record_points, small_dynamics, small_trajectories, trainer
 
 from callbacks import LastCheckpoint
-from datamodules import Trajectories
+from datamodules import Collect, Trajectories
+from datamodules.collecting import collect
 from datamodules.environments import Environment, EnvironmentSettings
 from jepa_lightning import DynamicsJEPA, Planner
 from jepa_lightning.probes import GoalProbe, InverseModel, RewardProbe
-from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld, window_of
+from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld, check_replay, window_of
 from jepa_lightning.probes.dynamics.goal_tasks import draw_goals, goal_windows
 from jepa_lightning.probes.dynamics.reward import Foresight
 
@@ -123,6 +124,19 @@ def test_starts_are_put_where_the_recording_was_and_goals_show_what_it_showed(po
     for action in actions:
         world.act(action)
     assert torch.equal(world.window(), windows) and torch.equal(world.vectors(), vectors)
+
+
+def test_what_is_seen_has_the_size_of_the_data_and_random_actions_are_held_as_recorded(tmp_path: Path) -> None:
+    settings = EnvironmentSettings("points:Points", image_size=32)
+    collect(Collect(settings, episodes=6, steps=8, hold=4, num_workers=1), tmp_path)
+    data = small_trajectories(tmp_path, image_size=16, stride=2, windows=3)
+    (goal,) = draw_goals(data, 4, 1, lambda goal: False)
+    world = EnvironmentWorld(data, [Environment(settings)])
+    world.begin(0, goal.episode.seed, goal.episode.actions[: goal.start])
+    check_replay(world, 0, goal.episode, goal.start)
+    assert world.window().shape == (1, 1, 3, 16, 16) and world.held == 2
+    frames = data.store.frames[data.store.episode(data.store.names.index(goal.episode.name))]
+    assert torch.equal((world.window()[0, 0] * 255).round().to(torch.uint8), frames[goal.start])
 
 
 def test_frames_of_the_beginning_are_repeated() -> None:

@@ -34,7 +34,7 @@ class EnvironmentWorld:
     def __init__(self, data: Trajectories, environments: list[Environment], filmed: int = 0) -> None:
         self.data, self.environments, self.filmed = data, environments, filmed
         self.num_episodes, self.action_dim, self.num_choices = len(environments), data.action_dim, data.num_choices
-        self.held = 1
+        self.held = max(1, int(data.store.info.environment.get("hold", 1)) // data.stride)
         self.frames: list[list[NDArray[np.uint8]]] = [[] for _ in environments]
         self.seen_vectors: list[list[NDArray[np.float32]]] = [[] for _ in environments]
         self.states: list[list[NDArray[np.float32]]] = [[] for _ in environments]
@@ -66,7 +66,7 @@ class EnvironmentWorld:
         if vector is not None and self.data.observation != "pixels":
             self.seen_vectors[number].append(vector)
         if self.data.observation != "vectors" and (drawn or number < self.filmed):
-            self.frames[number].append(prepared(environment.frame()[None], None, self.data.channels)[0])
+            self.frames[number].append(prepared(environment.frame()[None], self.data.image_size, self.data.channels)[0])
 
     def window(self) -> Tensor:
         """What is seen now, (E, 1, ...): pixels in [0, 1], or vectors."""
