@@ -22,7 +22,7 @@ from datamodules.environments import Environment, EnvironmentSettings, resized
 from datamodules.recordings import Episode, write_episode
 
 BATCHES, TURNS, BATCH_SIZE, WINDOWS, STRIDE = 60, 7, 64, 7, 5
-EPISODES, STEPS = 24, 100
+EPISODES, STEPS, LONGER = 12, 100, 12
 NAME = "datamodules.pendulum_environment:DoublePendulum-v0"
 
 
@@ -107,21 +107,23 @@ def in_this_process(settings: Collect, folder: str) -> None:
 def collecting() -> dict[str, list[float]]:
     """Frames a second of the collector over those of the bare loop, on one core and on two."""
     one = Collect(EnvironmentSettings(NAME), EPISODES, STEPS, num_workers=1)
-    many = Collect(EnvironmentSettings(NAME), 20 * EPISODES, STEPS, num_workers=2)
+    many = Collect(EnvironmentSettings(NAME), LONGER * EPISODES, STEPS, num_workers=2)
     ratios: dict[str, list[float]] = {"one core": [], "two cores, start of the processes included": []}
-    for _ in range(3):
+    for _ in range(2):
         alone = timed(lambda: bare(one))
         with tempfile.TemporaryDirectory() as folder:
             ratios["one core"].append(alone / timed(lambda: in_this_process(one, folder)))
         with tempfile.TemporaryDirectory() as folder:
             both = timed(lambda: collect(many, folder))
-        ratios["two cores, start of the processes included"].append(20 * alone / both)
+        ratios["two cores, start of the processes included"].append(LONGER * alone / both)
     return ratios
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {"batches over those of tensors": loading()} | {f"collecting, {name}": r for name, r in collecting().items()}
-    for name, ratios in found.items():
-        print(f"{name}: median {statistics.median(ratios):.2f} of {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
-    print(json.dumps({name: statistics.median(ratios) for name, ratios in found.items()}))
+    found = {}
+    for measure in (lambda: {"batches over those of tensors": loading()}, collecting):
+        for name, ratios in measure().items():
+            found[name] = statistics.median(ratios)
+            print(f"{name}: median {found[name]:.2f} of {', '.join(f'{ratio:.2f}' for ratio in ratios)}", flush=True)
+    print(json.dumps(found))
