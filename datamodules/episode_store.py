@@ -194,6 +194,8 @@ def checked(episode: Episode, first: Episode | None, pixels: bool) -> Episode:
         wanted = steps if field in ("actions", "rewards") else steps + 1
         if len(values) < wanted:
             raise ValueError(f"{name} has {len(values)} {field} with {len(seen)} frames")
+    if actions.ndim == 1 and len(actions) and actions.min() < 0:
+        raise ValueError(f"{name} has the action {actions.min()}: discrete actions are numbered from 0")
     if first is not None:
         for field in ("frames", *COLUMNS):
             mine, theirs = (None if of is None else of.shape[1:] for of in (getattr(episode, field), getattr(first, field)))

@@ -14,6 +14,7 @@ from callbacks import LastCheckpoint
 from datamodules import Collect, Trajectories
 from datamodules.collecting import collect
 from datamodules.environments import Environment, EnvironmentSettings
+from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner
 from jepa_lightning.probes import GoalProbe, InverseModel, RewardProbe
 from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld, check_replay, window_of
@@ -137,6 +138,26 @@ def test_what_is_seen_has_the_size_of_the_data_and_random_actions_are_held_as_re
     assert world.window().shape == (1, 1, 3, 16, 16) and world.held == 2
     frames = data.store.frames[data.store.episode(data.store.names.index(goal.episode.name))]
     assert torch.equal((world.window()[0, 0] * 255).round().to(torch.uint8), frames[goal.start])
+
+
+def test_a_last_action_that_leads_nowhere_is_no_goal_and_other_limits_are_refused(tmp_path: Path) -> None:
+    root = record_points(tmp_path / "recording", steps=8)
+    for path in sorted(root.glob("*.npz")):
+        episode = dict(np.load(path))
+        write_episode(root, Episode(path.name, **(episode | {"actions": np.pad(episode["actions"], ((0, 1), (0, 0)))})))
+    data = small_trajectories(root)
+    goals = draw_goals(data, 8, 1, lambda goal: False)
+    assert [goal.end for goal in goals] == [8]
+    with pytest.raises(ValueError, match="Only 0 of 1 starts"):
+        draw_goals(data, 9, 1, lambda goal: False)
+    checkpoint = saved(tmp_path, data)
+    info = json.loads((root / "recording.json").read_text()) | {"action_low": None, "action_high": None}
+    (root / "recording.json").write_text(json.dumps(info))
+    other = small_trajectories(root)
+    probe = GoalProbe(str(checkpoint), offset=2, num_episodes=1)
+    probe.jepa.trained_on = {}
+    with pytest.raises(ValueError, match="write action_low and action_high of the environment"):
+        report(probe, other, tmp_path)
 
 
 def test_frames_of_the_beginning_are_repeated() -> None:

@@ -83,6 +83,7 @@ def test_plans_end_at_the_deadline_and_go_on_from_the_last_one() -> None:
     shrinking = Planning(Spy(), lambda world: None, 3, seeded(), shrinking=True)
     run(PendulumWorld(data, task.starts), shrinking, 7)
     assert [length for length, _ in lengths] == [3, 2, 1, 3, 2, 1, 3], "arrival is not put off, and begins anew"
+    assert [further for _, further in lengths] == [False, True, True, False, True, True, False], "a new plan from scratch"
     lengths.clear(), guesses.clear()
     controller = Planning(Spy(), lambda world: None, 4, seeded())
     run(PendulumWorld(data, task.starts), controller, 3)

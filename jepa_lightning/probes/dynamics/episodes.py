@@ -109,12 +109,14 @@ class Planning:
         if step % self.every == 0:
             horizon = self.horizon - (step % self.horizon if self.shrinking else 0)
             horizon = horizon if self.deadline is None else min(horizon, self.deadline - step)
+            further = False
             guess = torch.zeros(world.num_episodes, horizon, world.action_dim, device=self.generator.device)
             if step:
                 left = self.plan[:, self.every :][:, :horizon]
                 guess[:, : left.shape[1]] = left
+                further = left.shape[1] > 0  # a plan that is used up is of no help to the next
             cost = self.look(world)  # type: ignore[arg-type]  # a controller acts in the kind of world that its cost knows
-            self.plan = self.planner.plan(cost, guess, self.generator, step > 0, world.num_choices)
+            self.plan = self.planner.plan(cost, guess, self.generator, further, world.num_choices)
             if isinstance(self.look, Imagination):
                 self.predicted.append(self.look.predict(self.plan[:, : self.every]))
         return self.plan[:, step % self.every]

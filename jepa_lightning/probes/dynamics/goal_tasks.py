@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.episode_store import checked
 from datamodules.recordings import Episode, read
 from datamodules.trajectories import Trajectories
 from jepa_lightning.probes.dynamics.environment_world import window_of
@@ -41,7 +42,8 @@ def draw_goals(data: Trajectories, offset: int, count: int, trivial: Callable[[G
     """
     recording = read(data.root)
     place = {name: number for number, name in enumerate(recording.names)}
-    episodes = [recording.episode(place[data.store.names[number]]) for number in data.episodes("test")]
+    read_again = [recording.episode(place[data.store.names[number]]) for number in data.episodes("test")]
+    episodes = [checked(episode, None, data.observation != "vectors") for episode in read_again]  # as they were learned from
     starts = [range(data.history - 1, len(episode.actions) - offset + 1) for episode in episodes]
     possible = [(episode, start) for episode, found in zip(episodes, starts, strict=True) for start in found]
     goals: list[Goal] = []

@@ -122,6 +122,16 @@ class GoalProbe(LightningModule):
         for name in ("offset", "budget"):
             if getattr(self, name) % data.stride:
                 raise ValueError(f"model.{name}={getattr(self, name)}: give a multiple of data.stride={data.stride} frames.")
+        low, high = data.store.info.action_low, data.store.info.action_high
+        environment = Environment(settings_of(data.store.info))
+        if not environment.num_choices and not (
+            np.allclose(np.asarray(low), environment.low) and np.allclose(np.asarray(high), environment.high)
+        ):
+            raise ValueError(
+                f"{data.root} has actions between {low} and {high}, and {environment.settings.id} takes "
+                f"{environment.low} to {environment.high}: write action_low and action_high of the environment into its recording.json."
+            )
+        environment.close()
         unknown = [name for name in self.state_names or [] if name not in data.state_names]
         if unknown or (self.radius is not None and not data.state_names):
             raise ValueError(f"model.state={unknown}: the recording has {', '.join(data.state_names) or 'no states'}.")
