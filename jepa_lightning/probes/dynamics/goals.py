@@ -129,7 +129,8 @@ class GoalProbe(LightningModule):
         ):
             raise ValueError(
                 f"{data.root} has actions between {low} and {high}, and {environment.settings.id} takes "
-                f"{environment.low} to {environment.high}: write action_low and action_high of the environment into its recording.json."
+                f"{environment.low} to {environment.high}: write action_low and action_high of "
+                "the environment into its recording.json."
             )
         environment.close()
         unknown = [name for name in self.state_names or [] if name not in data.state_names]
