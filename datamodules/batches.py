@@ -36,6 +36,9 @@ class ClipBatch(NamedTuple):
     rewards: Tensor | None = None
     """(B, T - 1): reward from window t to window t + 1, for probes only."""
 
+    episodes: Tensor | None = None
+    """(B,), int64: number of a clip's episode in its split; None if each clip is all that is seen of its own."""
+
 
 class ImageBatch(NamedTuple):
     """A batch of images."""

@@ -27,6 +27,9 @@ class Clip(NamedTuple):
     numbers: Tensor
     """(B, F, K) int32, the bits of float32, which no precision plugin rounds on the way to the device."""
 
+    episodes: Tensor
+    """(B,) int64: number of the episode in its split."""
+
 
 class Clips(Dataset[Clip]):
     """Clips of episodes, none across an end. Where a clip starts is a function of (seed, epoch, index).
@@ -37,6 +40,7 @@ class Clips(Dataset[Clip]):
     Args:
         store: The episodes.
         starts: Frames at which a clip can start, (N,).
+        episodes: Number of the episode of each of them in its split, (N,).
         length: Frames of a clip F.
         shown: Offsets of the frames that windows show.
         count: Clips of an epoch.
@@ -44,10 +48,17 @@ class Clips(Dataset[Clip]):
     """
 
     def __init__(
-        self, store: Store, starts: NDArray[np.int64], length: int, shown: Tensor, count: int, seed: int | None
+        self,
+        store: Store,
+        starts: NDArray[np.int64],
+        episodes: NDArray[np.int64],
+        length: int,
+        shown: Tensor,
+        count: int,
+        seed: int | None,
     ) -> None:
         self.store, self.length, self.shown, self.count, self.seed = store, length, shown, count, seed
-        self.starts = torch.from_numpy(starts)
+        self.starts, self.episodes = torch.from_numpy(starts), torch.from_numpy(episodes)
         self._chosen: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def __len__(self) -> int:
@@ -60,20 +71,21 @@ class Clips(Dataset[Clip]):
         """The clips named by (epoch, index)."""
         epoch = items[0][0]
         if self.seed is None:
-            chosen = self.starts
+            chosen = torch.arange(len(self.starts))
         else:
             if self._chosen[0] != epoch:
                 generator = seeded_generator(self.seed, CLIP_STREAM, epoch)
                 places = torch.arange(self.count) + torch.rand(self.count, generator=generator, dtype=torch.float64)
-                self._chosen = (epoch, self.starts[(places * len(self.starts) / self.count).long()])
+                self._chosen = (epoch, (places * len(self.starts) / self.count).long())
             chosen = self._chosen[1]
-        starts = chosen[torch.tensor([index for _, index in items])]
+        which = chosen[torch.tensor([index for _, index in items])]
+        starts, episodes = self.starts[which], self.episodes[which]
         rows = starts[:, None] + torch.arange(self.length)
         numbers = self.store.table[rows].view(torch.int32)
         if self.store.frames is None:
-            return Clip(None, numbers)
+            return Clip(None, numbers, episodes)
         shown = starts[:, None] + self.shown
-        return Clip(self.store.frames.index_select(0, shown.flatten()).unflatten(0, shown.shape), numbers)
+        return Clip(self.store.frames.index_select(0, shown.flatten()).unflatten(0, shown.shape), numbers, episodes)
 
 
 class HeldOut(Dataset[Any]):

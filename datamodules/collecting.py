@@ -1,6 +1,7 @@
 """Recordings of an environment, made here: random held actions, or a policy of the user's."""
 
 import importlib
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -77,6 +78,9 @@ def collect(settings: Collect, root: str | os.PathLike[str]) -> None:
     folder = Path(root)
     if (folder / INFO_FILE).exists() or any(folder.glob("*.npz")):
         _check_same(folder, settings)
+    there = len(list(folder.glob("*.npz")))
+    if there > settings.episodes:
+        rank_zero_info(f"{folder} holds {there} episodes, of {settings.episodes} that are asked for: all of them are kept.")
     missing = [number for number in range(settings.episodes) if not (folder / file_of(number)).exists()]
     if not missing:
         return
@@ -146,7 +150,7 @@ def _check_same(folder: Path, settings: Collect) -> None:
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return json.loads(json.dumps(value))  # tuples and lists are the same
 
 
 _environments: dict[str, Environment] = {}

@@ -165,14 +165,14 @@ class Environment:
         seen = self.observation
         if isinstance(seen, dict):
             seen = next((seen[key] for key in IMAGE_KEYS if key in seen), None)
-        seen = None if seen is None else np.asarray(seen)
-        return seen if seen is not None and seen.dtype == np.uint8 and seen.ndim == 3 and seen.shape[-1] in (1, 3) else None
+        return np.asarray(seen) if seen is not None and _is_image(seen) else None
 
     def vector(self) -> NDArray[np.float32] | None:
         """The observation if it is a vector, (V,); of a dictionary, all vectors in it, by name."""
         seen = self.observation
         values = [seen[key] for key in sorted(seen)] if isinstance(seen, dict) else [seen]
-        flat = [np.asarray(value, np.float32).ravel() for value in values if np.asarray(value).ndim < 3]
+        numbers = [np.asarray(value) for value in values if not _is_image(value)]
+        flat = [value.astype(np.float32).ravel() for value in numbers if value.dtype.kind in "biuf" and value.ndim < 3]
         return np.concatenate(flat) if flat else None
 
     def state(self) -> NDArray[np.float32] | None:
@@ -210,7 +210,11 @@ class Environment:
     def can_be_set(self) -> bool:
         """Whether `snapshot` and `restore` work: an oracle can then try actions out."""
         env = self.env.unwrapped
-        return (hasattr(env, "get_state") and hasattr(env, "set_state")) or _is_mujoco(env) or hasattr(env, "state")
+        if _is_mujoco(env) or (hasattr(env, "get_state") and hasattr(env, "set_state")):
+            return True
+        # Gymnasium's classic environments keep their state in one vector. Of others, `state` may be an image.
+        state = np.asarray(getattr(env, "state", None), dtype=object)
+        return state.ndim == 1 and all(isinstance(value, float | np.floating) for value in state)
 
     def snapshot(self) -> Any:
         """The whole state of the simulator, for `restore`."""
@@ -245,6 +249,11 @@ class Environment:
     def close(self) -> None:
         """Free what the environment holds."""
         self.env.close()
+
+
+def _is_image(value: Any) -> bool:
+    array = np.asarray(value)
+    return array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3)))
 
 
 def _is_mujoco(env: Any) -> bool:

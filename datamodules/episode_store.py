@@ -191,6 +191,8 @@ def checked(episode: Episode, first: Episode | None, pixels: bool) -> Episode:
             continue
         if not np.isfinite(values).all():
             raise ValueError(f"{name} has {field} that are not finite")
+        if field == "rewards" and values.size != len(values):
+            raise ValueError(f"{name} has rewards of shape {values.shape}: one number for each step")
         wanted = steps if field in ("actions", "rewards") else steps + 1
         if len(values) < wanted:
             raise ValueError(f"{name} has {len(values)} {field} with {len(seen)} frames")
@@ -219,8 +221,13 @@ def completed(info: RecordingInfo, actions: list[NDArray[Any]]) -> RecordingInfo
     """Limits or choices of the actions, found in the data where nothing says them."""
     known: dict[str, Any] = vars(info).copy()
     if actions[0].ndim == 1:
+        most = int(max(part.max() for part in actions))
+        if info.num_choices and most >= info.num_choices:
+            raise ValueError(
+                f"An action is {most}, and recording.json says num_choices={info.num_choices}: mend one of them."
+            )
         if not info.num_choices:
-            known["num_choices"] = int(max(part.max() for part in actions)) + 1
+            known["num_choices"] = most + 1
             rank_zero_info(f"Actions are integers up to {known['num_choices'] - 1}: {known['num_choices']} choices.")
         return RecordingInfo(**known)
     known["num_choices"] = 0
@@ -249,7 +256,7 @@ def table_of(part: dict[str, Any], info: RecordingInfo) -> NDArray[np.float32]:
         if part[name] is not None:
             columns.append(np.asarray(part[name], np.float32)[: len(actions) + 1].reshape(len(actions) + 1, -1))
     if part["rewards"] is not None:
-        columns.append(np.pad(np.asarray(part["rewards"], np.float32)[: len(actions)], (0, 1))[:, None])
+        columns.append(np.pad(np.asarray(part["rewards"], np.float32).ravel()[: len(actions)], (0, 1))[:, None])
     return np.concatenate(columns, axis=1)
 
 

@@ -188,13 +188,19 @@ class Trajectories(SingleLoaderDataModule):
         return sorted(chosen[split])
 
     def _clips(self, split: str) -> Clips:
-        """The clips of a split: random ones to train on, else one after the other."""
+        """The clips of a split: random ones to train on, else the first ones of all episodes, then the second, and so on.
+
+        In that order, neighbors are of different episodes, as comparisons with the actions of another clip want it.
+        """
         store, training = self.store, split == "train"
         step = 1 if training else self.clip_length - self.history + 1
         chosen = self.episodes(split)
         starts = [np.arange(store.starts[e], store.ends[e] - self.clip_length + 1, step) for e in chosen]
         short = [store.names[e] for e, found in zip(chosen, starts, strict=True) if not len(found)]
-        places = np.concatenate(starts)
+        rounds = np.concatenate([np.arange(len(found)) for found in starts])
+        order = np.arange(len(rounds)) if training else np.argsort(rounds, kind="stable")
+        places = np.concatenate(starts)[order]
+        numbers = np.repeat(np.arange(len(chosen)), [len(found) for found in starts])[order]
         if not len(places):
             longest = max(int(store.ends[e] - store.starts[e]) for e in chosen)
             raise ValueError(
@@ -208,7 +214,7 @@ class Trajectories(SingleLoaderDataModule):
             )
             self._said = training
         count = max(1, len(places) // max(1, (self.windows - 1) * self.stride)) if training else len(places)
-        return Clips(store, places, self.clip_length, self.shown, count, self.seed if training else None)
+        return Clips(store, places, numbers, self.clip_length, self.shown, count, self.seed if training else None)
 
     @property
     def shown(self) -> Tensor:
@@ -241,7 +247,7 @@ class Trajectories(SingleLoaderDataModule):
         }  # (B, T - 1, stride, scalars)
         states = parts["states"][:, newest] if "states" in parts else None
         rewards = steps["rewards"].sum(dim=(2, 3)) if "rewards" in steps else None
-        return ClipBatch(windows, states, steps["actions"].flatten(2), vectors, rewards)
+        return ClipBatch(windows, states, steps["actions"].flatten(2), vectors, rewards, clip.episodes)
 
     def on_after_batch_transfer(self, batch: Clip, dataloader_idx: int) -> ClipBatch:
         seen = self.observe(batch)
@@ -254,7 +260,7 @@ class Trajectories(SingleLoaderDataModule):
         """Training clips, for a device: the first `count` of an epoch."""
         clips = self._clips("train")
         found = clips.__getitems__([(0, index) for index in range(min(count, len(clips)))])
-        return self.observe(Clip(None if found.frames is None else found.frames.to(device), found.numbers.to(device)))
+        return self.observe(Clip(*(None if part is None else part.to(device) for part in found)))  # type: ignore[arg-type]
 
     def make_train_loader(self) -> ResumableLoader:
         clips = self._clips("train")

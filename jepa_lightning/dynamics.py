@@ -224,7 +224,9 @@ class DynamicsJEPA(LatentDynamics):
         if self.probe is None:
             self.probe = RidgeProbe(self.latent_dim, labels.shape[-1]).to(self.device)
         for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
-            rows = slice(0 if fit else 1, None, 2)
+            rows: Any = slice(0 if fit else 1, None, 2)
+            if batch.episodes is not None:  # clips of one trajectory stay together: they have too much in common
+                rows = batch.episodes % 2 == (0 if fit else 1)
             self.probe.update(pairs.target_features[rows].flatten(0, 1), labels[rows].flatten(0, 1), fit=fit)
         return pairs
 

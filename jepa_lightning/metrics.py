@@ -181,7 +181,9 @@ class RidgeProbe(WideMetric):
         return 1 - error / (squares - moments[0, labels].square() / count)
 
     def compute(self) -> Tensor:
-        """R2 of each label on the evaluation samples: (L,)."""
+        """R2 of each label on the evaluation samples: (L,); NaN without samples to fit or to evaluate on."""
+        if not self.fit_moments[0, 0] or not self.test_moments[0, 0]:
+            return torch.full_like(self.test_moments[0, 1 + self.dim :], math.nan)
         return self.r2(self.weights())
 
 

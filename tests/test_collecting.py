@@ -126,6 +126,28 @@ def test_an_episode_ends_where_the_environment_ends_it(tmp_path: Path) -> None:
         assert distances[-1] < 0.3 and (distances[1:-1] >= 0.3).all()
 
 
+def test_only_numbers_are_a_vector_and_a_gray_image_is_a_frame() -> None:
+    env = Environment(EnvironmentSettings("points:Points", image_size=None))
+    env.reset(0)
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    env.observation = {"image": gray, "mission": "go there", "heading": 2, "place": np.array([0.5, 1.0])}
+    assert np.array_equal(env.frame(), gray[..., None]) and env.vector().tolist() == [2.0, 0.5, 1.0]
+
+
+def test_a_simulator_whose_state_is_an_image_cannot_be_set() -> None:
+    env = Environment(POINTS)
+    env.reset(0)
+    assert env.can_be_set
+    env.env.unwrapped.state = np.zeros((4, 4, 3), np.uint8)
+    assert not env.can_be_set
+
+
+def test_the_same_settings_with_a_tuple_are_the_same(tmp_path: Path) -> None:
+    for value in ((0, 1), [0, 1]):
+        same = EnvironmentSettings("points:Points", {"choices": False}, image_size=16, reset_options={"pair": value})
+        collect(settings(environment=same, episodes=1), tmp_path)
+
+
 def test_limits_other_than_ours_are_scaled_both_ways() -> None:
     env = Environment(POINTS)
     assert env.own_action(np.array([-1.0, 0.5])).tolist() == [-2, 1] and env.own_action(np.array([3.0, 0])).tolist() == [

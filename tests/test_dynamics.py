@@ -15,6 +15,7 @@ from callbacks.collapse import CollapseWarning
 from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner, load
 from jepa_lightning.cli import main
+from jepa_lightning.metrics import RidgeProbe
 
 
 def test_sizes_are_those_of_the_data(points_root: Path) -> None:
@@ -95,6 +96,32 @@ def test_states_of_any_width_are_probed_and_none_are_needed(tmp_path: Path, poin
     named = {"pixels": batch.observations, "action": batch.actions, "states": wide}
     run.validate(model, DataLoader([named] * 2, batch_size=None), verbose=False)
     assert {f"val/linear_r2_{k}" for k in range(3)} <= run.callback_metrics.keys()
+
+
+def test_the_probe_of_the_state_is_fitted_and_evaluated_on_different_episodes(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root, windows=3, val_fraction=0.4, batch_size=3)
+    model = small_dynamics(data, horizon=1, regularizer="variance_hinge")
+    seen: dict[bool, set[float]] = {True: set(), False: set()}
+
+    class Watching(RidgeProbe):
+        def update(self, features: torch.Tensor, labels: torch.Tensor, fit: bool) -> None:
+            seen[fit] |= set(labels[:, 0].tolist())
+            super().update(features, labels, fit)
+
+    model.probe = Watching(model.latent_dim, 2)
+    trainer(tmp_path, limit_val_batches=1.0).validate(model, datamodule=data, verbose=False)
+    store = data.store
+    for fit in (True, False):
+        mine = [e for k, e in enumerate(data.episodes("val")) if (k % 2 == 0) == fit]
+        rows = torch.cat([store.table[store.episode(e), store.column("states")][:, 0] for e in mine])
+        assert seen[fit] and seen[fit] <= set(rows.tolist())
+
+
+def test_with_a_single_held_out_episode_nothing_can_be_evaluated(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root, val_fraction=0.05)
+    run = trainer(tmp_path, limit_val_batches=1.0)
+    run.validate(small_dynamics(data), datamodule=data, verbose=False)
+    assert run.callback_metrics["val/linear_r2_observation.0"].isnan() and run.callback_metrics["val/loss"].isfinite()
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner
 from jepa_lightning.probes import GoalProbe, InverseModel, RewardProbe
 from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld, check_replay, window_of
-from jepa_lightning.probes.dynamics.goal_tasks import draw_goals, goal_windows
+from jepa_lightning.probes.dynamics.goal_tasks import Once, draw_goals, goal_windows
 from jepa_lightning.probes.dynamics.reward import Foresight
 
 FEW = Planner(num_samples=64, num_iterations=5, num_elites=8, num_further_iterations=3)
@@ -168,13 +168,30 @@ def test_frames_of_the_beginning_are_repeated() -> None:
 def test_an_environment_that_does_not_repeat_itself_is_refused(tmp_path: Path) -> None:
     data = small_trajectories(record_points(tmp_path / "noisy", noise=0.3), test_fraction=0.4)
     probe = GoalProbe(str(saved(tmp_path, data)), offset=4, num_episodes=8, planner=FEW, baselines=[])
-    with pytest.raises(ValueError, match="does not show what was recorded"):
+    with pytest.raises(ValueError, match="the environment is in the state"):
         report(probe, data, tmp_path)
+
+
+def test_a_replay_is_compared_by_what_it_shows_too(points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    (goal,) = draw_goals(data, 4, 1, lambda goal: False)
+    world = EnvironmentWorld(data, [Environment(EnvironmentSettings("points:Points", image_size=16))])
+    world.begin(0, goal.episode.seed, goal.episode.actions[:2])
+    check_replay(world, 0, goal.episode, 2)
+    with pytest.raises(ValueError, match="does not show what was recorded"):
+        check_replay(world, 0, goal.episode._replace(frames=255 - goal.episode.frames), 2)
+
+
+def test_the_first_plan_is_carried_out_to_its_end_and_no_further() -> None:
+    world = SimpleNamespace(num_episodes=1, action_dim=2, num_choices=0)
+    once = Once(lambda world, step: torch.full((1, 2), float(step + 1)), 2)
+    assert [once(world, step)[0, 0].item() for step in range(4)] == [1.0, 2.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"at_end": True}, "model.at_end=true needs a model.radius"),
         ({"offset": 0}, "model.offset=0"),
         ({"radius": 0.0}, "model.radius=0.0"),
         ({"offset": 40}, "Only 0 of 50 starts"),

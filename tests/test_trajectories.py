@@ -85,6 +85,15 @@ def test_held_out_clips_follow_one_another_and_no_episode_is_in_two_splits(tmp_p
     assert batch.states[:, 0, 1].tolist() == [float(s) for s in range(0, lengths[episode] - 2, 3)]
 
 
+def test_neighbors_among_held_out_clips_are_of_different_episodes(tmp_path: Path) -> None:
+    module = data(write(tmp_path, (12, 12, 12, 20, 12, 12, 12)), val_fraction=0.4)
+    (batch,) = [module.observe(clip) for clip in data(tmp_path, batch_size=64, val_fraction=0.4).val_dataloader()]
+    names = batch.states[:, 0, 0].long()
+    places = {episode: place for place, episode in enumerate(module.episodes("val"))}
+    assert batch.episodes.tolist() == [places[episode] for episode in names.tolist()]
+    assert len(places) == 3 and (names[:12].diff() != 0).all()
+
+
 def test_episodes_that_are_added_leave_the_others_in_their_order(tmp_path: Path) -> None:
     before = data(write(tmp_path / "few"), val_fraction=0.17, test_fraction=0.17)
     after = data(write(tmp_path / "more", (12, 9, 15, 8, 20, 11, 9)), val_fraction=0.17, test_fraction=0.17)
@@ -202,6 +211,24 @@ def test_vectors_alone_need_no_frames(tmp_path: Path) -> None:
     assert batch.observations.shape[1:] == (3, 6) and batch.vectors is None and module.image_size is None
     with pytest.warns(UserWarning, match="has no frames"), pytest.raises(ValueError, match="None of 6"):
         _ = data(tmp_path).store
+
+
+def test_choices_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, actions=lambda n, length: np.arange(length - 1) % 4)
+    write_info(tmp_path, RecordingInfo(num_choices=3))
+    with pytest.raises(ValueError, match="An action is 3, and recording.json says num_choices=3"):
+        _ = data(tmp_path).store
+    write(tmp_path / "n", actions=lambda n, length: np.arange(length - 1) % 3 - (n == 2))
+    with pytest.warns(UserWarning, match="e2.npz has the action -1: discrete actions are numbered from 0"):
+        assert len(data(tmp_path / "n").store.names) == 5
+
+
+def test_rewards_may_have_a_column(tmp_path: Path) -> None:
+    module = data(write(tmp_path, rewards=lambda n, length: np.arange(length - 1, dtype=np.float32)[:, None]))
+    assert module.first_clips(1, torch.device("cpu")).rewards.shape == (1, 2)
+    write(tmp_path / "w", rewards=lambda n, length: np.zeros((length - 1, 1 + (n == 1)), np.float32))
+    with pytest.warns(UserWarning, match=r"e1.npz has rewards of shape \(8, 2\): one number for each step"):
+        assert len(data(tmp_path / "w").store.names) == 5
 
 
 @pytest.mark.parametrize(

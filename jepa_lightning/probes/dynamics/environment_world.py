@@ -22,6 +22,10 @@ SAME_IMAGE = 2.0
 """Mean difference of gray levels (0 to 255) above which a replayed frame is not the recorded one."""
 
 
+SAME_STATE = 1e-3
+"""Absolute and relative difference of states above which a replayed one is not the recorded one."""
+
+
 class EnvironmentWorld:
     """Environments that act side by side, each with an episode of its own.
 
@@ -115,19 +119,24 @@ def window_of(frames: list[NDArray[np.uint8]], history: int) -> Tensor:
 
 
 def check_replay(world: EnvironmentWorld, number: int, episode: Episode, frame: int) -> None:
-    """Compare what an environment shows with what was recorded.
+    """Compare what an environment shows, and its state, with what was recorded.
 
     Raises:
-        ValueError: It shows something else: it does not repeat its recordings.
+        ValueError: It is something else: the environment does not repeat its recordings.
     """
+    cause = "It is not deterministic, or not the recorded one."
+    place = f"{episode.name}: after its seed and its first {frame} actions the environment"
+    if episode.states is not None and world.states[number]:
+        state, recorded_state = world.states[number][-1], episode.states[frame]
+        if not np.allclose(state, recorded_state, rtol=SAME_STATE, atol=SAME_STATE):
+            raise ValueError(f"{place} is in the state {state}, and {recorded_state} was recorded. {cause}")
     if episode.frames is None or not world.frames[number]:
         return
     recorded = prepared(episode.frames[frame : frame + 1], world.data.image_size, world.data.channels)[0]
     away = float(np.abs(recorded.astype(float) - world.frames[number][-1]).mean())
     if away > SAME_IMAGE:
         raise ValueError(
-            f"{episode.name}: after its seed and its first {frame} actions the environment does not show what was recorded "
-            f"(mean difference of {away:.1f} gray levels of 255). It is not deterministic, or not the recorded one."
+            f"{place} does not show what was recorded (mean difference of {away:.1f} gray levels of 255). {cause}"
         )
 
 

@@ -22,7 +22,8 @@ from jepa_lightning.probes.dynamics.forecast_report import (
     forecast_table,
     shown_steps,
 )
-from jepa_lightning.probes.dynamics.image_decoder import load_state_decoder, newest_images, world_model
+from jepa_lightning.probes.dynamics.image_decoder import load_state_decoder, newest_images
+from jepa_lightning.probes.dynamics.world_model_probe import check_same, world_model
 from jepa_lightning.probes.report import save_report
 
 FILMED, FRAMES_PER_SECOND = 4, 5
@@ -66,9 +67,11 @@ class ForecastProbe(LightningModule):
             )
         self.decoder = None if decoder is None else load_state_decoder(decoder).requires_grad_(False).eval()
         if self.decoder is not None:
-            mine, theirs = self.jepa.state_dict(), self.decoder.jepa.state_dict()
-            if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-                raise ValueError(f"model.decoder={decoder} decodes another JEPA than {checkpoint}: fit the decoder anew.")
+            check_same(
+                self.jepa,
+                self.decoder.jepa,
+                f"model.decoder={decoder} decodes another JEPA than {checkpoint}: fit the decoder anew.",
+            )
 
     def setup(self, stage: str) -> None:
         """Compare with the data module.

@@ -93,6 +93,21 @@ class Replay:
         return self.actions[step] if step < len(self.actions) else Zero()(world, step)
 
 
+class Once:
+    """Another controller for some steps, then nothing.
+
+    Args:
+        controller: The other one.
+        steps: Number of steps.
+    """
+
+    def __init__(self, controller: Controller, steps: int) -> None:
+        self.controller, self.steps = controller, steps
+
+    def __call__(self, world: World, step: int) -> Tensor:
+        return self.controller(world, step) if step < self.steps else Zero()(world, step)
+
+
 class Timed:
     """A controller whose time is taken."""
 
@@ -101,6 +116,6 @@ class Timed:
 
     def __call__(self, world: World, step: int) -> Tensor:
         began = time.monotonic()
-        actions = self.controller(world, step)
+        actions = self.controller(world, step).cpu()  # which waits for a GPU
         self.seconds += time.monotonic() - began
         return actions

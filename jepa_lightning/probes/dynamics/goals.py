@@ -30,9 +30,9 @@ from jepa_lightning.probes.dynamics.environment_world import (
 )
 from jepa_lightning.probes.dynamics.episodes import Controller, Imagination, Planning, Random, Zero, run
 from jepa_lightning.probes.dynamics.goal_report import TITLES, goal_table
-from jepa_lightning.probes.dynamics.goal_tasks import Goal, Replay, Timed, draw_goals, goal_windows
-from jepa_lightning.probes.dynamics.image_decoder import world_model
+from jepa_lightning.probes.dynamics.goal_tasks import Goal, Once, Replay, Timed, draw_goals, goal_windows
 from jepa_lightning.probes.dynamics.inverse import InverseController, load_inverse
+from jepa_lightning.probes.dynamics.world_model_probe import world_model
 from jepa_lightning.probes.report import save_report
 
 ORACLE = Planner(num_samples=32, num_iterations=5, num_further_iterations=2, num_elites=6)
@@ -55,7 +55,8 @@ class GoalProbe(LightningModule):
         budget: Frames that an episode may take; `offset` by default.
         horizon: Steps of a plan; by default those to the goal.
         radius: Distance of named states within which the goal is reached. With None, the goal is reached where the
-            environment ends the episode (`terminated`).
+            environment ends the episode (`terminated`), whatever the goal image shows: for environments that end at a goal
+            of their own, which the image has in it.
         at_end: Whether it counts where the episode is at its last frame, not whether it has passed the goal: what swings or
             spins passes most goals.
         state: Names of the scalars of the state whose Euclidean distance counts; all by default.
@@ -92,6 +93,8 @@ class GoalProbe(LightningModule):
                 raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
         if radius is not None and not radius > 0:
             raise ValueError(f"model.radius={radius}: must be positive, or null for the environment's own criterion.")
+        if radius is None and at_end:
+            raise ValueError("model.at_end=true needs a model.radius: without one, the end of the episode is what counts.")
         self.checkpoint, self.offset, self.budget, self.horizon = checkpoint, offset, budget or offset, horizon
         self.radius, self.at_end, self.state_names, self.planner = radius, at_end, state, planner or Planner()
         self.num_episodes, self.parallel = num_episodes, parallel
@@ -173,7 +176,8 @@ class GoalProbe(LightningModule):
         states = None if self.radius is None else self._goal_states(goals)
 
         def planning(look: Callable[[Any], Any], planner: Planner, every: int = 1, device: Any = "cpu") -> Planning:
-            return Planning(planner, look, horizon, torch.Generator(device).manual_seed(data.seed), None, every, True)
+            deadline = steps if self.at_end else None
+            return Planning(planner, look, horizon, torch.Generator(device).manual_seed(data.seed), deadline, every, True)
 
         def model(jepa: Any, every: int = 1) -> Planning:
             return planning(Imagination(jepa, windows, self.planner, vectors), self.planner, every, self.device)
@@ -182,7 +186,7 @@ class GoalProbe(LightningModule):
         if self.inverse is not None:
             found["inverse"] = InverseController(self.inverse, windows, vectors)
         makers: dict[str, Callable[[], Controller]] = {
-            "one_plan": lambda: model(self.jepa, every=horizon),
+            "one_plan": lambda: Once(model(self.jepa, every=horizon), horizon),
             "replay": lambda: Replay([actions_of(g.episode, g.start, self.offset // data.stride, data) for g in goals]),
             "zero": Zero,
             "random": lambda: Random(torch.Generator().manual_seed(data.seed)),
@@ -266,11 +270,14 @@ class GoalProbe(LightningModule):
         task = {name: getattr(self, name) for name in ("offset", "budget", "radius", "at_end")} | {"state": self.state_names}
         report = {"goals": figures, "episodes": len(goals), "task": task, "planner": vars(self.planner)}
         report |= {"data": self.data.dynamics, "checkpoint": self.checkpoint, "seconds": time.monotonic() - began}
-        reached_if = "the environment ends the episode" if self.radius is None else f"within {self.radius} of its state"
-        when = "at its last frame" if self.at_end else "at any frame"
+        when = "at the last frame" if self.at_end else "at any frame"
+        reached_if = f"within {self.radius} of its state, {when}"
+        trivial = "None starts at its goal. "
+        if self.radius is None:
+            reached_if, trivial = "the environment ends the episode, whatever the goal image shows", ""
         notes = (
             f"Of `{self.checkpoint}` in {settings.id}: {len(goals)} starts in held-out episodes, goals {self.offset} frames "
-            f"ahead, {self.budget} frames to get there; reached: {reached_if}, {when}. None starts at its goal. "
+            f"ahead, {self.budget} frames to get there; reached: {reached_if}. {trivial}"
             "Standard errors are binomial."
         )
         save_report(directory, report, "Goals", notes, goal_table(figures))

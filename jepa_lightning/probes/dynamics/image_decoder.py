@@ -7,51 +7,26 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ClipBatch
 from datamodules.rendering import render
 from jepa_lightning.dynamics import DynamicsJEPA
-from jepa_lightning.dynamics_checks import as_pair, check_observations
+from jepa_lightning.dynamics_checks import as_pair
 from jepa_lightning.figures import rows_figure, show
 from jepa_lightning.networks.decoders import LatentDecoder
-from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.pendulum import PendulumJEPA
 from jepa_lightning.probes.dynamics.decoder import StandardizedDecoder
 from jepa_lightning.probes.dynamics.evaluation import intersection_over_union
-from jepa_lightning.signature import sign
-from jepa_lightning.weights.checkpoints import RECORD, load_jepa, load_probe, record
+from jepa_lightning.probes.dynamics.world_model_probe import SCALED_ON, WorldModelProbe, world_model
+from jepa_lightning.weights.checkpoints import load_probe
 
 EmbeddingSource = Literal["online", "target", "predicted"]
 
 SHOWN = 8
 """Images in a figure."""
-
-SCALED_ON = 256
-"""Training clips from which mean and standard deviation of the embeddings are taken."""
-
-
-def world_model(checkpoint: str, reader: str) -> DynamicsJEPA:
-    """The frozen world model of a checkpoint, in eval mode.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be read, holds no dynamics JEPA, or one without actions.
-    """
-    jepa = load_jepa(checkpoint)
-    if not isinstance(jepa, DynamicsJEPA):
-        raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; {reader} reads a DynamicsJEPA or PendulumJEPA.")
-    if not jepa.action_dim:
-        raise ValueError(
-            f"{checkpoint} holds a {type(jepa).__name__} without actions, and {reader} needs them: train one on data with "
-            "actions, as configs/pendulum/actuated.yaml does with data.torque_limits."
-        )
-    return jepa.requires_grad_(False).eval()
 
 
 def actuated_jepa(checkpoint: str, reader: str) -> PendulumJEPA:
@@ -75,7 +50,7 @@ def newest_images(jepa: DynamicsJEPA, data: Any, batch: ClipBatch) -> Tensor:
     return true_images(jepa, data, batch.states)
 
 
-class ImageDecoder(LightningModule):
+class ImageDecoder(WorldModelProbe):
     """Decode frozen embeddings of a world model to the image of the newest frame, with a small transformer.
 
     `fit` also writes reconstruction.png, with the truth above what is decoded from the embeddings of each kind, one step
@@ -106,7 +81,7 @@ class ImageDecoder(LightningModule):
         learning_rate: float = 2e-3,
         weight_decay: float = 1e-4,
     ) -> None:
-        super().__init__()
+        super().__init__(checkpoint, learning_rate, weight_decay)
         self.save_hyperparameters()
         if embedding_source not in get_args(EmbeddingSource):
             raise ValueError(
@@ -117,11 +92,7 @@ class ImageDecoder(LightningModule):
                 raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
         if width % 32:
             raise ValueError(f"model.width={width}: give a multiple of 32, the width of an attention head.")
-        if not learning_rate > 0:
-            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
-        self.checkpoint, self.source = checkpoint, embedding_source
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.jepa = world_model(checkpoint, "ImageDecoder")
+        self.source = embedding_source
         if not (self.jepa.sees_pixels or isinstance(self.jepa, PendulumJEPA)):
             raise ValueError(f"{checkpoint} holds a model of vectors: an ImageDecoder needs images.")
         network = LatentDecoder(self.jepa.latent_dim, as_pair(self.jepa.image_size), self.jepa.channels, width, depth)
@@ -130,18 +101,6 @@ class ImageDecoder(LightningModule):
         self.errors = nn.ModuleDict({name: MeanMetric() for name in names})
         overlaps = (*get_args(EmbeddingSource), "still") if isinstance(self.jepa, PendulumJEPA) else ()
         self.overlaps = nn.ModuleDict({name: MeanMetric() for name in overlaps})
-
-    def train(self, mode: bool = True) -> "ImageDecoder":
-        """Switch to training mode, all but the frozen networks."""
-        super().train(mode)
-        self.jepa.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Raise a ValueError if the data is not what the JEPA was trained on."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            check_observations(self.jepa, data)
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is None:  # a resumed run has its scales
@@ -203,17 +162,6 @@ class ImageDecoder(LightningModule):
         figure = rows_figure(rows)
         figure.savefig(Path(self.trainer.default_root_dir) / "reconstruction.png")
         show(self.trainer, "reconstruction", figure, self.global_step)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(parameter_groups([self.decoder], self.weight_decay), lr=self.learning_rate)
-        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    best_metric = ("val/loss", "min")  # of a decoder that sees the truth, unlike a JEPA's
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sign(self, checkpoint)
-        checkpoint[RECORD] = record(self.jepa)
 
 
 def load_state_decoder(path: str) -> ImageDecoder:

@@ -6,28 +6,19 @@ Shapes: B batch, T windows, P pairs, E episodes, D embedding dimension, A scalar
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn import functional
 
-from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ClipBatch
 from jepa_lightning.dynamics import DynamicsJEPA
-from jepa_lightning.dynamics_checks import check_observations
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.probes.dynamics.decoder import StandardizedDecoder
 from jepa_lightning.probes.dynamics.episodes import World
-from jepa_lightning.probes.dynamics.image_decoder import world_model
-from jepa_lightning.signature import sign
-from jepa_lightning.weights.checkpoints import RECORD, load_probe, record
-
-SCALED_ON = 256
-"""Training clips from which mean and standard deviation of the embeddings are taken."""
+from jepa_lightning.probes.dynamics.world_model_probe import SCALED_ON, WorldModelProbe, check_same
+from jepa_lightning.weights.checkpoints import load_probe
 
 
-class InverseModel(LightningModule):
+class InverseModel(WorldModelProbe):
     """Regress the next action from the embeddings of now and of a later window of the same clip (hindsight).
 
     One call of a small network takes the place of a search: as in GC-IDM on frozen latents (arXiv 2605.08732). It averages
@@ -45,31 +36,13 @@ class InverseModel(LightningModule):
         ValueError: It cannot be read, holds no world model with actions, or an argument is out of its range.
     """
 
-    best_metric = ("val/loss", "min")
-
     def __init__(self, checkpoint: str, width: int = 512, learning_rate: float = 1e-3, weight_decay: float = 1e-4) -> None:
-        super().__init__()
+        super().__init__(checkpoint, learning_rate, weight_decay)
         self.save_hyperparameters()
         if width < 1:
             raise ValueError(f"model.width={width}: give an integer of at least 1.")
-        if not learning_rate > 0:
-            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
-        self.checkpoint, self.learning_rate, self.weight_decay = checkpoint, learning_rate, weight_decay
-        self.jepa = world_model(checkpoint, "InverseModel")
         inputs = 2 * self.jepa.latent_dim
         self.network = StandardizedDecoder(mlp(inputs, (width, width), self.jepa.action_dim), inputs)
-
-    def train(self, mode: bool = True) -> "InverseModel":
-        """Switch to training mode, all but the frozen networks."""
-        super().train(mode)
-        self.jepa.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Raise a ValueError if the data is not what the JEPA was trained on."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        if data is not None:
-            check_observations(self.jepa, data)
 
     def on_fit_start(self) -> None:
         if self.trainer.ckpt_path is None:  # a resumed run has its scales
@@ -115,15 +88,6 @@ class InverseModel(LightningModule):
             error = functional.mse_loss(self.network(inputs), actions) / actions.var(dim=0, unbiased=False).mean()
             self.log("val/error_over_mean", error, batch_size=len(inputs), sync_dist=True)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(parameter_groups([self.network], self.weight_decay), lr=self.learning_rate)
-        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sign(self, checkpoint)
-        checkpoint[RECORD] = record(self.jepa)
-
 
 def load_inverse(path: str, jepa: DynamicsJEPA) -> InverseModel:
     """The inverse model in a checkpoint, in eval mode.
@@ -133,9 +97,7 @@ def load_inverse(path: str, jepa: DynamicsJEPA) -> InverseModel:
         ValueError: It cannot be read, or was fitted on another JEPA.
     """
     found = load_probe(path, InverseModel).requires_grad_(False)
-    mine, theirs = jepa.state_dict(), found.jepa.state_dict()
-    if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-        raise ValueError(f"model.inverse={path} was fitted on another JEPA: fit it anew.")
+    check_same(jepa, found.jepa, f"model.inverse={path} was fitted on another JEPA: fit it anew.")
     return found
 
 

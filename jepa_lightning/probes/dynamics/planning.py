@@ -39,6 +39,7 @@ from jepa_lightning.probes.dynamics.planning_report import (
     planning_table,
     rollout_errors,
 )
+from jepa_lightning.probes.dynamics.world_model_probe import check_same
 from jepa_lightning.probes.report import save_report
 
 REACH_FRAMES = 25
@@ -106,9 +107,11 @@ class PlanningProbe(LightningModule):
         self.jepa = actuated_jepa(checkpoint, "PlanningProbe")
         self.decoder = None if decoder is None else load_state_decoder(decoder).requires_grad_(False)
         if self.decoder is not None:
-            mine, theirs = self.jepa.state_dict(), self.decoder.jepa.state_dict()
-            if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-                raise ValueError(f"model.decoder={decoder} decodes another JEPA than {checkpoint}: fit the decoder anew.")
+            check_same(
+                self.jepa,
+                self.decoder.jepa,
+                f"model.decoder={decoder} decodes another JEPA than {checkpoint}: fit the decoder anew.",
+            )
         self._collected: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, stage: str) -> None:

@@ -10,39 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import R2Score
 
-from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ClipBatch
 from datamodules.environments import Environment, settings_of
 from datamodules.trajectories import Trajectories
-from jepa_lightning.dynamics_checks import check_observations
 from jepa_lightning.figures import side_by_side, write_video
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.planner import Cost, Planner, in_chunks
 from jepa_lightning.probes.baselines import BASELINE_SEED
 from jepa_lightning.probes.dynamics.decoder import StandardizedDecoder
 from jepa_lightning.probes.dynamics.environment_world import EnvironmentWorld
 from jepa_lightning.probes.dynamics.episodes import Controller, Planning, Random, World, Zero, run
-from jepa_lightning.probes.dynamics.image_decoder import world_model
+from jepa_lightning.probes.dynamics.world_model_probe import SCALED_ON, WorldModelProbe
 from jepa_lightning.probes.report import save_report
-from jepa_lightning.signature import sign
-from jepa_lightning.weights.checkpoints import RECORD, record
-
-SCALED_ON = 256
-"""Training clips from which mean and standard deviation of embeddings and rewards are taken."""
 
 EPISODE_STREAM = 2**30
 """Use of the data's seed that no split and no epoch has: episodes that are planned for."""
 
 
-class RewardProbe(LightningModule):
+class RewardProbe(WorldModelProbe):
     """Predict the reward of a step from a frozen embedding and the action, and plan for the sum of predicted rewards.
 
     `fit` trains the head; "val/r2" is on validation episodes, next to that of the same head on the random-initialization
@@ -65,8 +55,6 @@ class RewardProbe(LightningModule):
         ValueError: It cannot be read, holds no world model with actions, or an argument is out of its range.
     """
 
-    best_metric = ("val/loss", "min")
-
     def __init__(
         self,
         checkpoint: str,
@@ -78,16 +66,12 @@ class RewardProbe(LightningModule):
         num_episodes: int = 10,
         frames: int = 200,
     ) -> None:
-        super().__init__()
+        super().__init__(checkpoint, learning_rate, weight_decay)
         self.save_hyperparameters(ignore=["planner", "horizon", "num_episodes", "frames"])  # those of a test are its own
         for name, value in {"width": width, "horizon": horizon, "num_episodes": num_episodes, "frames": frames}.items():
             if value < 1:
                 raise ValueError(f"model.{name}={value}: give an integer of at least 1.")
-        if not learning_rate > 0:
-            raise ValueError(f"model.learning_rate={learning_rate}: must be positive.")
-        self.checkpoint, self.learning_rate, self.weight_decay = checkpoint, learning_rate, weight_decay
         self.horizon, self.planner, self.num_episodes, self.frames = horizon, planner or Planner(), num_episodes, frames
-        self.jepa = world_model(checkpoint, "RewardProbe")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(BASELINE_SEED)
             untrained = self.jepa.build_encoder()
@@ -105,7 +89,6 @@ class RewardProbe(LightningModule):
     def train(self, mode: bool = True) -> "RewardProbe":
         """Switch to training mode, all but the frozen networks."""
         super().train(mode)
-        self.jepa.eval()
         self.encoders.eval()
         return self
 
@@ -118,7 +101,7 @@ class RewardProbe(LightningModule):
         data: Any = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, Trajectories):
             raise ValueError(f"RewardProbe needs recorded episodes: set data to Trajectories, not {type(data).__name__}.")
-        check_observations(self.jepa, data)
+        super().setup(stage)
         if not data.store.widths["rewards"]:
             raise ValueError(f"{data.root} holds no rewards: record them, as the command collect does.")
         if stage == "test" and not data.store.info.environment.get("id"):
@@ -214,15 +197,6 @@ class RewardProbe(LightningModule):
             f"their own, planned {self.horizon} steps of the model ahead, anew at each."
         )
         save_report(directory, report, "Return", notes, "\n".join(lines))
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(parameter_groups([self.heads], self.weight_decay), lr=self.learning_rate)
-        schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        sign(self, checkpoint)
-        checkpoint[RECORD] = record(self.jepa)
 
 
 class Foresight:

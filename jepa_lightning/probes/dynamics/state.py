@@ -15,6 +15,7 @@ from jepa_lightning.metrics import r2_score
 from jepa_lightning.probes.dynamics.base import PendulumProbe
 from jepa_lightning.probes.dynamics.decoder import load_decoder
 from jepa_lightning.probes.dynamics.evaluation import evaluate
+from jepa_lightning.probes.dynamics.world_model_probe import check_same
 from jepa_lightning.probes.ridge import LinearReadout, MLPReadout, fit_predictor
 from jepa_lightning.rollouts import unroll
 
@@ -78,9 +79,8 @@ class StateProbe(PendulumProbe):
     def _check_decoder(self, path: str) -> None:
         """Raise a ValueError if the decoder reads the embeddings of another network than this probe."""
         assert self.decoder is not None
-        mine, theirs = self.encoders["jepa"].state_dict(), self.decoder.encoders["jepa"].state_dict()
-        if mine.keys() != theirs.keys() or not all(torch.equal(mine[name], theirs[name]) for name in mine):
-            raise ValueError(f"model.decoder={path} decodes another encoder than that of {self.checkpoint}: fit it anew.")
+        message = f"model.decoder={path} decodes another encoder than that of {self.checkpoint}: fit it anew."
+        check_same(self.encoders["jepa"], self.decoder.encoders["jepa"], message)
 
     def on_fit_start(self) -> None:
         if self.decoder is None:
