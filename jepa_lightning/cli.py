@@ -63,8 +63,7 @@ TRACEBACK_VARIABLE = "JEPA_TRACEBACK"
 class JEPACommandLine(LightningCLI):
     """LightningCLI with this application's defaults: where a run is written, what is monitored, what is saved.
 
-    `--ckpt_path last` is the newest checkpoint of the run directory that can be read, an error if there is none; "auto"
-    begins at the start then.
+    `--ckpt_path last` is the newest checkpoint of the run that can be read, an error without one; "auto" then begins anew.
     """
 
     config: Any
@@ -77,8 +76,8 @@ class JEPACommandLine(LightningCLI):
             "Face's layout. (--ckpt_path goes on with a training that was cut.)",
         )
 
-        groups = parser._action_groups  # in the help, what is ours comes before the Trainer's forty arguments
-        groups.sort(key=lambda group: "every aspect of training" in (group.title or ""))
+        # In the help, what is ours comes before the Trainer's forty arguments.
+        parser._action_groups.sort(key=lambda group: "every aspect of training" in (group.title or ""))
 
     def before_fit(self) -> None:
         """Take over weights, unless the run goes on from a checkpoint of its own."""
@@ -116,8 +115,7 @@ class JEPACommandLine(LightningCLI):
         self._asked_model = parser.parse_args(given, defaults=False)[self.config.subcommand].get("model")
         fit = self.config.get("subcommand") == "fit"
         asked = section.get("ckpt_path")
-        if asked is None and fit and requeued(section.trainer.default_root_dir):
-            asked = "last"
+        asked = "last" if asked is None and fit and requeued(section.trainer.default_root_dir) else asked
         if asked in ("last", "auto"):
             section.ckpt_path = newest_checkpoint(section.trainer.default_root_dir)
             if section.ckpt_path is None and asked == "last":
@@ -159,8 +157,7 @@ class JEPACommandLine(LightningCLI):
         model = {"class_path": ours, "dict_kwargs": arguments}
         self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
-    def _parse_ckpt_path(self) -> None:
-        """Nothing: `_check_checkpoint` has taken over the model's arguments, also from folders and URLs."""
+    def _parse_ckpt_path(self) -> None: ...  # `_check_checkpoint` has taken over the model's arguments
 
     def _section(self) -> Any:
         """The configuration of the chosen subcommand."""

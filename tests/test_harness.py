@@ -10,8 +10,9 @@ import torch
 from conftest import small_dynamics, small_trajectories
 
 from jepa_lightning import harness
-from jepa_lightning.harness import BoxScaler, JEPACost, RecordedStarts
+from jepa_lightning.harness import BoxScaler, JEPACost
 from jepa_lightning.planner import latent_cost
+from jepa_lightning.recorded_starts import RecordedStarts
 
 
 def frames(count: int, seed: int = 0) -> torch.Tensor:

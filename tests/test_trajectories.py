@@ -28,7 +28,7 @@ def write(root: Path, lengths: tuple[int, ...] = (12, 9, 15, 8, 20, 11), **chang
             "rewards": t[:-1].astype(np.float32),
         } | {name: value(number, length) for name, value in changes.items()}
         write_episode(root, Episode(f"e{number}.npz", **arrays))
-    write_info(root, RecordingInfo(action_low=[0, 0], action_high=[10, 40], state_names=["episode", "frame"]))
+    write_info(root, RecordingInfo(action_low=[-2, 0], action_high=[10, 40], state_names=["episode", "frame"]))
     return root
 
 
@@ -52,7 +52,7 @@ def test_windows_actions_states_and_rewards_belong_together(tmp_path: Path, hist
     between = newest[:, :-1, None] + torch.arange(stride)  # frames at which the actions of a step are applied
     actions = batch.actions.unflatten(2, (stride, 2))
     torch.testing.assert_close(actions[..., 1], between / 20 - 1)
-    torch.testing.assert_close(actions[..., 0], (episodes[:, :1, None] / 5 - 1).expand_as(between))
+    torch.testing.assert_close(actions[..., 0], ((episodes[:, :1, None] - 4) / 6).expand_as(between))
     torch.testing.assert_close(batch.rewards, between.sum(dim=-1))
     assert module.action_dim == 2 * stride and module.image_size == (4, 6) and module.vector_dim == 3
 
@@ -144,10 +144,10 @@ def test_a_damaged_file_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
 
 def test_a_last_action_that_leads_nowhere_is_not_used(tmp_path: Path) -> None:
     module = data(
-        write(tmp_path, actions=lambda n, length: np.full((length, 2), [5.0, 20.0]) * (np.arange(length)[:, None] > 0))
+        write(tmp_path, actions=lambda n, length: np.full((length, 2), [4.0, 20.0]) * (np.arange(length)[:, None] > 0))
     )
     table = module.store.table[module.store.episode(0), module.store.column("actions")]
-    assert table[0].tolist() == [-1, -1] and table[1].tolist() == [0, 0] and table[-1].tolist() == [0, 0]
+    assert table[0].tolist() == pytest.approx([-2 / 3, -1]) and table[1].tolist() == [0, 0] and table[-1].tolist() == [0, 0]
     assert len(table) == 12
 
 
