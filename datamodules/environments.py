@@ -29,8 +29,10 @@ class EnvironmentSettings:
         arguments: Arguments of the environment.
         image_size: Height and width of the frames in pixels, one number if they are equal; None records no frames.
         action_repeat: How often an action is applied from one frame to the next. Rewards are added up.
-        state: Names of what is kept as the state: keys of `info`, or attributes of the environment, dots between them
-            ("data.qpos"). By default the observation, if it is a vector.
+        action_share: Share of the limits of a continuous action that is used, in (0, 1]: both limits are multiplied by it,
+            when episodes are recorded and in planning. Gentle torques keep what moves fast within what frames can show.
+        state: Names of what is kept as the state: keys of a dictionary of observations or of `info`, or attributes of the
+            environment, dots between them ("data.qpos"). By default the observation, if it is a vector.
         reset_options: The `options` of `reset`.
 
     Raises:
@@ -41,12 +43,15 @@ class EnvironmentSettings:
     arguments: dict[str, Any] = field(default_factory=dict)
     image_size: int | tuple[int, int] | None = 64
     action_repeat: int = 1
+    action_share: float = 1.0
     state: Sequence[str] = ()
     reset_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.action_repeat < 1:
             raise ValueError(f"action_repeat={self.action_repeat}: give an integer of at least 1.")
+        if not 0 < self.action_share <= 1:
+            raise ValueError(f"action_share={self.action_share}: give a share of the action limits in (0, 1].")
         sides = () if self.image_size is None else np.atleast_1d(self.image_size).tolist()
         if any(side < 1 for side in sides) or len(sides) > 2:
             raise ValueError(f"image_size={self.image_size}: give one positive number of pixels, or height and width.")
@@ -123,7 +128,12 @@ class Environment:
         if not self.num_choices:
             if not isinstance(space, spaces.Box) or not (np.isfinite(space.low) & np.isfinite(space.high)).all():
                 raise ValueError(f"{settings.id} takes actions of {space}: only Discrete and bounded Box are known here.")
-            self.low, self.high = (limit.astype(np.float64).ravel() for limit in (space.low, space.high))
+            limits = (limit.astype(np.float64).ravel() for limit in (space.low, space.high))
+            self.low, self.high = (limit * settings.action_share for limit in limits)
+        elif settings.action_share != 1:
+            raise ValueError(
+                f"action_share={settings.action_share}: the actions of {settings.id} are discrete; leave it out."
+            )
         self.observation: Any = None
         self.info: dict[str, Any] = {}
 
@@ -194,8 +204,9 @@ class Environment:
         return [(name, np.asarray(self._look_up(name), np.float32).ravel()) for name in self.settings.state]
 
     def _look_up(self, name: str) -> Any:
-        if name in self.info:
-            return self.info[name]
+        for known in (self.observation, self.info):
+            if isinstance(known, dict) and name in known:
+                return known[name]
         value: Any = self.env.unwrapped
         for attribute in name.split("."):
             if not hasattr(value, attribute):

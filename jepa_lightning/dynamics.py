@@ -29,7 +29,7 @@ from jepa_lightning.losses import squared_error, step_weights
 from jepa_lightning.metrics import RidgeProbe, guarded_error
 from jepa_lightning.networks.encoders import EncoderName, observation_encoder
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.predictor import ResidualPredictor
+from jepa_lightning.networks.predictor import PredictorName, PrefixPredictor, ResidualPredictor
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions
 
@@ -62,9 +62,12 @@ class DynamicsJEPA(LatentDynamics):
             pixels and "mlp" for vectors.
         encoder_widths: Channels of the convolutions, widths of the hidden layers, or the width of each block of a "vit"; by
             default 16, 32 and 64 channels, two layers of 512, or four blocks of 96.
-        predictor_width: Width of the predictor's two hidden layers.
-        predictor_dropout: Dropout probability after each hidden layer of the predictor, in [0, 1). With dropout a resumed
-            run is not the uncut one bit for bit.
+        predictor: "residual", a step from the one before, by two hidden layers; or "prefix", all steps of the horizon from
+            the first embedding and the actions since, by a causal transformer of two blocks.
+        predictor_width: Width of the predictor's hidden layers; of the tokens of a "prefix" predictor, for which 128 gives
+            as many parameters as 512 gives a "residual" one.
+        predictor_dropout: Dropout probability after each hidden layer of the predictor, or in its blocks, in [0, 1). With
+            dropout a resumed run is not the uncut one bit for bit.
         action_dim: Number of scalars of an action, A; 0 for what moves on its own. As in the data.
         num_choices: Number of choices of a discrete action, each a one-hot vector among the A scalars; 0 if actions are
             continuous. As in the data.
@@ -108,6 +111,7 @@ class DynamicsJEPA(LatentDynamics):
         latent_dim: int = 64,
         encoder: EncoderName | None = None,
         encoder_widths: tuple[int, ...] | None = None,
+        predictor: PredictorName = "residual",
         predictor_width: int = 512,
         predictor_dropout: float = 0.0,
         action_dim: int = 0,
@@ -147,6 +151,7 @@ class DynamicsJEPA(LatentDynamics):
         self._encoder = (encoder, None if encoder_widths is None else tuple(encoder_widths))
         self.action_dim, self.trained_on = action_dim, {}
         self._predictor = (predictor_width, action_dim, action_width, predictor_dropout)
+        self._predictor_name: PredictorName = predictor
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
         self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
         self.probe: RidgeProbe | None = None  # made when states are seen: their number is the data's
@@ -162,7 +167,10 @@ class DynamicsJEPA(LatentDynamics):
 
     def build_predictor(self) -> nn.Module:
         """A freshly initialized predictor: (..., D), and (..., A) if action-conditioned -> (..., D)."""
-        return ResidualPredictor(self.latent_dim, *self._predictor)
+        width, action_dim, action_width, dropout = self._predictor
+        if self._predictor_name == "prefix":
+            return PrefixPredictor(self.latent_dim, width, action_dim, self.horizon, dropout=dropout)
+        return ResidualPredictor(self.latent_dim, width, action_dim, action_width, dropout)
 
     def trained_networks(self) -> list[nn.Module]:
         return [*super().trained_networks(), *([] if self.inverse_dynamics_model is None else [self.inverse_dynamics_model])]

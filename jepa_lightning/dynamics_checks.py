@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from datamodules.batches import ClipBatch, check_batches
+from jepa_lightning.networks.predictor import PredictorName
 
 TargetMode = Literal["default", "vjepa2", "none"]
 Observation = Literal["pixels", "vectors", "both"]
@@ -46,9 +47,15 @@ def check_arguments(given: dict[str, Any]) -> None:
     for name in ("latent_dim", "predictor_width", "horizon", "history", "channels", "action_width"):
         if given[name] < 1:
             raise ValueError(f"model.{name}={given[name]}: give an integer of at least 1.")
-    for name, allowed in (("observation", get_args(Observation)), ("target_mode", get_args(TargetMode))):
+    choices = {"observation": Observation, "target_mode": TargetMode, "predictor": PredictorName}
+    for name, allowed in ((name, get_args(choice)) for name, choice in choices.items()):
         if given[name] not in allowed:
             raise ValueError(f"model.{name}={given[name]!r}: choose one of {', '.join(allowed)}.")
+    if given["predictor"] == "prefix" and given["predictor_width"] % 32:
+        raise ValueError(
+            f"model.predictor_width={given['predictor_width']} with predictor='prefix': give a multiple of 32, the width of "
+            "an attention head."
+        )
     if not 0 <= given["predictor_dropout"] < 1:
         raise ValueError(f"model.predictor_dropout={given['predictor_dropout']}: choose a fraction of the units in [0, 1).")
     if min(as_pair(given["image_size"])) < 1:

@@ -123,6 +123,10 @@ class EncoderDecoder(DynamicsJEPA):
             )
         if (observation := arguments.get("observation", "pixels")) != "pixels":
             raise ValueError(f"model.observation={observation!r}: an EncoderDecoder predicts images; set it to 'pixels'.")
+        if (predictor := arguments.get("predictor", "residual")) != "residual":
+            raise ValueError(
+                f"model.predictor={predictor!r}: an EncoderDecoder takes one step at a time; set it to 'residual'."
+            )
         super().__init__(regularizer=regularizer, target_mode=target_mode, **arguments)
         self.feedback = feedback
         shape = as_pair(self.image_size), self.channels * self.history

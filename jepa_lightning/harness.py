@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,21 +49,29 @@ def stable_worldmodel(module: str = "") -> Any:
         raise ValueError(f"{NEEDED} ({error})") from error
 
 
-def expert(env: Any, seed: int, policy: str, **arguments: Any) -> Callable[[Any, dict[str, Any]], Any]:
+def expert(env: Any, seed: int, policy: str, lifted: bool = False, **arguments: Any) -> Callable[[Any, dict[str, Any]], Any]:
     """A policy of stable-worldmodel as `datamodules.Collect` takes it.
 
     Args:
         env: The environment.
         seed: Seed of an episode.
         policy: Import path in the package, such as ".envs.two_room.expert_policy:ExpertPolicy".
+        lifted: Whether the policy knows only vectors of environments, as PushT's does: it is shown a vector of one.
         arguments: Further arguments of the policy, such as its noise.
     """
     module, _, name = policy.rpartition(":")
     chooser = getattr(stable_worldmodel(module), name)(seed=seed, **arguments)
-    chooser.set_env(env)
     low, high = env.action_space.low, env.action_space.high
-    # What exceeds the limits is cut here, as the environments do: it should be recorded as it was applied.
-    return lambda observation, info: np.clip(chooser.get_action(info), low, high)
+    if lifted:
+        chooser.set_env(SimpleNamespace(envs=[env], spec=env.spec, action_space=SimpleNamespace(shape=(1, *low.shape))))
+    else:
+        chooser.set_env(env)
+
+    def choose(observation: Any, info: dict[str, Any]) -> Any:
+        # What exceeds the limits is cut here, as the environments do: it should be recorded as it was applied.
+        return np.clip(chooser.get_action(info)[0] if lifted else chooser.get_action(info), low, high)
+
+    return choose
 
 
 class JEPACost(nn.Module):

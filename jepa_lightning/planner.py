@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from jepa_lightning.rollouts import unroll
+
 Cost = Callable[[Tensor], Tensor]
 """Cost of action sequences (E, N, H, A), the lower the better: (E, N)."""
 
@@ -137,7 +139,7 @@ def latent_cost(predictor: nn.Module, start: Tensor, goal: Tensor, kind: CostNam
     """Mean squared distance in embedding space of rolled-out embeddings from the goal's.
 
     Args:
-        predictor: Predictor of the embedding one step later: (..., D) and actions (..., A) -> (..., D).
+        predictor: Predictor, as `rollouts.unroll` takes it.
         start: Embeddings to start from, (E, D).
         goal: Embeddings of the goals, (E, D).
         kind: "last" takes the distance at the last step, "summed" the sum over all of them.
@@ -145,12 +147,9 @@ def latent_cost(predictor: nn.Module, start: Tensor, goal: Tensor, kind: CostNam
 
     def rollout_cost(actions: Tensor, features: Tensor, target: Tensor) -> Tensor:
         features = features[:, None].expand(-1, actions.shape[1], -1)
-        total = features.new_zeros(actions.shape[:2])
-        for step in range(actions.shape[2]):
-            features = predictor(features, actions[:, :, step])
-            if kind == "summed" or step == actions.shape[2] - 1:
-                total = total + (features - target[:, None]).square().mean(dim=-1)
-        return total
+        steps = unroll(predictor, features, actions.shape[2], actions)  # (E, N, H, D)
+        distances = (steps if kind == "summed" else steps[:, :, -1:]) - target[:, None, None]
+        return distances.square().mean(dim=-1).sum(dim=-1)
 
     return in_chunks(rollout_cost, start, goal)
 

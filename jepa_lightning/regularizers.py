@@ -11,13 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "dino_centering"]
+RegularizerName = Literal["variance_hinge", "vicreg", "barlow_twins", "sigreg", "subspace_sigreg", "dino_centering"]
 
 CENTER_MOMENTUM = 0.9
 """EMA momentum of the center of `dino_centering`, as in Caron et al. 2021."""
 
 NUM_PROJECTIONS = 256
 """Directions along which `sigreg` tests the embeddings, new ones each optimizer step."""
+
+NUM_SUBSPACES = 8
+"""Subspaces that the directions of `subspace_sigreg` stay in."""
 
 
 def variance_hinge(features: Tensor) -> Tensor:
@@ -126,11 +129,19 @@ def random_directions(dim: int, step: int, device: torch.device | None = None) -
     return F.normalize(drawn, dim=0)
 
 
+def subspace_mask(dim: int) -> Tensor:
+    """(D, P) of zeros and ones: direction p is left with the coordinates of subspace p modulo their number."""
+    count = min(NUM_SUBSPACES, dim)
+    of_coordinate = torch.arange(dim) * count // dim
+    return (of_coordinate[:, None] == torch.arange(NUM_PROJECTIONS) % count).float()
+
+
 DEFAULT_WEIGHTS: dict[str, dict[str, float]] = {
     "variance_hinge": {"variance": 0.1},
     "vicreg": {"variance": 1.0, "covariance": 0.05, "curvature": 1.0, "temporal_similarity": 0.0},
     "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
     "sigreg": {"sigreg": 10.0},
+    "subspace_sigreg": {"sigreg": 10.0},
     "dino_centering": {"centering": 1.0},
 }
 
@@ -144,6 +155,8 @@ class Regularizer(nn.Module):
       by default: it penalizes fast motion) and `curvature` (second difference in time), which VICReg does not have.
     * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
     * "sigreg": `sigreg`, the SIGReg statistic, the distance from a standard normal distribution along random lines.
+    * "subspace_sigreg": the same along lines within orthogonal subspaces, which are drawn once and frozen (Sub-JEPA 2026):
+      each part of the embedding is normally distributed, and parts may depend on each other.
     * "dino_centering": `centering`, the squared distance of the batch mean from its own moving average. It does **not**
       prevent collapse, a constant embedding satisfies it; it is an ablation that the collapse alarm must catch.
 
@@ -157,6 +170,8 @@ class Regularizer(nn.Module):
     """
 
     center: Tensor
+    rotation: Tensor
+    mask: Tensor
 
     def __init__(self, name: RegularizerName, dim: int, weights: dict[str, float] | None = None) -> None:
         super().__init__()
@@ -174,6 +189,10 @@ class Regularizer(nn.Module):
         self.weights = DEFAULT_WEIGHTS[name] | (weights or {})
         if name == "dino_centering":
             self.register_buffer("center", torch.zeros(dim))
+        if name == "subspace_sigreg":
+            drawn = torch.randn(dim, dim, generator=torch.Generator().manual_seed(0))
+            self.register_buffer("rotation", torch.linalg.qr(drawn).Q)  # kept: another library may round another one
+            self.register_buffer("mask", subspace_mask(dim), persistent=False)
 
     @property
     def needed_times(self) -> int:
@@ -201,6 +220,9 @@ class Regularizer(nn.Module):
             return dict(zip(("invariance", "redundancy"), penalties, strict=True))
         if self.name == "sigreg":
             return {"sigreg": gaussian_distance(flat, random_directions(flat.shape[1], step, flat.device))}
+        if self.name == "subspace_sigreg":
+            lines = F.normalize(self.mask * random_directions(flat.shape[1], step, flat.device), dim=0)
+            return {"sigreg": gaussian_distance(flat @ self.rotation, lines)}
         if self.name == "dino_centering":
             mean = flat.mean(dim=0)
             distance = (mean - self.center).square().mean()

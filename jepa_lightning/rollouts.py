@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from jepa_lightning.metrics import ErrorOverMean
+from jepa_lightning.networks.predictor import PrefixPredictor
 from jepa_lightning.wide import WideMean
 
 
 def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor | None = None) -> Tensor:
-    """Roll out the predictor: apply it to its own output, autoregressively.
+    """Roll out the predictor: apply it to its own output, autoregressively, unless it has a way of its own.
 
     Args:
-        predictor: Predictor of the embedding one step later: (..., D), and (..., A) if action-conditioned -> (..., D).
+        predictor: Predictor of the embedding one step later: (..., D), and (..., A) if action-conditioned -> (..., D); or
+            a `PrefixPredictor`, which predicts several steps at once.
         features: Embeddings to start from, (..., D).
         horizon: Number of steps H.
         actions: Actions, (..., H, A), the first acting on `features`; None for a free pendulum.
@@ -24,6 +26,8 @@ def unroll(predictor: nn.Module, features: Tensor, horizon: int, actions: Tensor
     Returns:
         (..., H, D), the embeddings 1 ... H steps later.
     """
+    if isinstance(predictor, PrefixPredictor):
+        return predictor.unroll(features, horizon, actions)
     steps = []
     for step in range(horizon):
         features = predictor(features) if actions is None else predictor(features, actions[..., step, :])

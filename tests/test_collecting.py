@@ -49,6 +49,33 @@ def test_an_episode_is_what_the_environment_did(tmp_path: Path) -> None:
     assert len(set(seeds)) == 4
 
 
+def test_a_share_of_the_limits_is_what_is_acted_and_recorded_with(tmp_path: Path) -> None:
+    gentle = EnvironmentSettings("points:Points", image_size=16, action_share=0.25)
+    collect(settings(environment=gentle, steps=40), tmp_path)
+    info = read(tmp_path).info
+    assert info.action_low == [-0.5, -0.5] and info.action_high == [0.5, 0.5]
+    actions = np.concatenate([episode["actions"] for episode in contents(tmp_path).values()])
+    assert 0.45 < np.abs(actions).max() <= 0.5
+    assert Environment(gentle).own_action(np.array([1.0, -2.0])).tolist() == [0.5, -0.5]
+    with pytest.raises(ValueError, match="holds a recording with action_share=0.25, and now action_share=1.0"):
+        collect(settings(steps=40), tmp_path)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"action_share={share}: give a share of the action limits in"):
+            EnvironmentSettings("points:Points", action_share=share)
+    with pytest.raises(ValueError, match="action_share=0.5: the actions of points:Points are discrete"):
+        Environment(EnvironmentSettings("points:Points", {"choices": True}, action_share=0.5))
+
+
+def test_a_state_is_found_in_a_dictionary_of_observations() -> None:
+    env = Environment(EnvironmentSettings("points:Points", image_size=None, state=["place", "distance"]))
+    env.reset(0)
+    env.act(np.zeros(2))
+    env.observation = {"place": np.array([3.0, 4.0]), "other": np.zeros(1)}
+    state = env.state()
+    assert state is not None and state[:2].tolist() == [3.0, 4.0] and len(state) == 3
+    assert env.state_names() == ["place.0", "place.1", "distance"]
+
+
 def test_several_processes_and_a_cut_give_the_same_recording(tmp_path: Path) -> None:
     collect(settings(), tmp_path / "one")
     collect(settings(num_workers=2), tmp_path / "two")

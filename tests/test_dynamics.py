@@ -133,6 +133,11 @@ def test_with_a_single_held_out_episode_nothing_can_be_evaluated(tmp_path: Path,
         ({"num_choices": 3, "action_dim": 4}, "model.num_choices=3 with action_dim=4"),
         ({"num_choices": 3}, "model.num_choices=3 with action_dim=0"),
         ({"image_size": (0, 8)}, r"model.image_size=\(0, 8\)"),
+        ({"predictor": "mlp"}, "model.predictor='mlp': choose one of residual, prefix"),
+        (
+            {"predictor": "prefix", "predictor_width": 80},
+            "model.predictor_width=80 with predictor='prefix': give a multiple",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(changes: Any, said: str) -> None:
@@ -196,11 +201,14 @@ class Cut(pl.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path, points_root: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "changes"),
+    [(0, {}), (1, {}), (0, {"predictor": "prefix", "predictor_width": 32, "regularizer": "subspace_sigreg"})],
+)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path, points_root: Path, num_workers: int, changes: Any) -> None:
     def fit(out: Path, *callbacks: Any, path: str | None = None) -> DynamicsJEPA:
         data = small_trajectories(points_root, num_workers=num_workers)
-        model = small_dynamics(data, momentum=0.9)
+        model = small_dynamics(data, momentum=0.9, **changes)
         last = LastCheckpoint(every_n_train_steps=1)
         run = trainer(out, max_epochs=3, enable_checkpointing=True, callbacks=[last, *callbacks])
         run.fit(model, data, ckpt_path=path)

@@ -252,6 +252,7 @@ def test_it_knows_no_actions_and_goes_with_other_losses(tmp_path: Path, points_r
         ({"decoder_depth": 0}, "model.decoder_depth=0"),
         ({"image_size": 20, "encoder": "mlp"}, r"image_size=\[20, 20\]: this decoder draws patches of 8 pixels"),
         ({"horizon": 0}, "model.horizon=0"),
+        ({"predictor": "prefix", "predictor_width": 64}, "model.predictor='prefix': an EncoderDecoder takes one step"),
     ],
 )
 def test_wrong_arguments_are_refused(changes: Any, said: str) -> None:

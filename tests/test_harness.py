@@ -111,3 +111,23 @@ def test_a_policy_of_the_package_acts_within_the_limits(monkeypatch: pytest.Monk
     env = SimpleNamespace(action_space=SimpleNamespace(low=np.array([-1.0, -1.0]), high=np.array([1.0, 1.0])))
     act = harness.expert(env, 3, ".module:Far", action_noise=2.0)
     assert act(None, {"shift": 0.25}).tolist() == [1.0, -0.25]
+
+
+def test_a_policy_that_knows_only_vectors_of_environments_is_shown_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Vector:
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def set_env(self, env: Any) -> None:
+            self.env = env
+
+        def get_action(self, info: dict[str, Any]) -> Any:
+            actions = np.zeros(self.env.action_space.shape)
+            for row, env in enumerate(self.env.envs):
+                actions[row] = self.seed * env.step_size
+            return actions
+
+    monkeypatch.setattr(harness, "stable_worldmodel", lambda module: SimpleNamespace(Vector=Vector))
+    space = SimpleNamespace(low=np.array([-1.0, -1.0]), high=np.array([1.0, 1.0]))
+    env = SimpleNamespace(action_space=space, spec="spec", step_size=np.array([0.25, 1.0]))
+    assert harness.expert(env, 2, ".module:Vector", lifted=True)(None, {}).tolist() == [0.5, 1.0]

@@ -140,7 +140,7 @@ from conftest import small_driven_data, small_driven_model, trainer
 out, devices, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 results = []
-for regularizer in ("vicreg", "sigreg", "barlow_twins", "dino_centering"):
+for regularizer in ("vicreg", "sigreg", "subspace_sigreg", "barlow_twins", "dino_centering"):
     model = small_driven_model(target_mode=mode, momentum=0.9, regularizer=regularizer, inverse_dynamics=0.5)
     run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, limit_val_batches=1.0)
     run.fit(model, small_driven_data(batch_size=4 // devices, val_size=8))

@@ -7,6 +7,7 @@ from jepa_lightning.regularizers import (
     CENTER_MOMENTUM,
     DEFAULT_WEIGHTS,
     NUM_PROJECTIONS,
+    NUM_SUBSPACES,
     Regularizer,
     covariance_penalty,
     cross_correlation_penalties,
@@ -14,6 +15,7 @@ from jepa_lightning.regularizers import (
     gaussian_distance,
     random_directions,
     similarity_in_time,
+    subspace_mask,
     variance_hinge,
 )
 
@@ -121,9 +123,10 @@ def test_weights_are_those_that_results_were_made_with() -> None:
         "vicreg": {"variance": 1.0, "covariance": 0.05, "curvature": 1.0, "temporal_similarity": 0.0},
         "barlow_twins": {"invariance": 1.0, "redundancy": 0.005},
         "sigreg": {"sigreg": 10.0},
+        "subspace_sigreg": {"sigreg": 10.0},
         "dino_centering": {"centering": 1.0},
     }
-    assert (CENTER_MOMENTUM, NUM_PROJECTIONS) == (0.9, 256)
+    assert (CENTER_MOMENTUM, NUM_PROJECTIONS, NUM_SUBSPACES) == (0.9, 256, 8)
     assert random_directions(5, 0).shape == (5, 256)
 
 
@@ -137,6 +140,7 @@ def test_weights_are_those_that_results_were_made_with() -> None:
         ("barlow_twins", None, 2),
         ("variance_hinge", None, 1),
         ("sigreg", None, 1),
+        ("subspace_sigreg", None, 1),
         ("dino_centering", None, 1),
     ],
 )
@@ -167,6 +171,31 @@ def test_terms_of_a_sequence_by_name() -> None:
     torch.testing.assert_close(terms["sigreg"], gaussian_distance(flat, random_directions(3, step)))
     torch.testing.assert_close(total, 10 * terms["sigreg"])
     assert Regularizer("sigreg", 3)(features)[0] == Regularizer("sigreg", 3)(features, 0)[0] != total
+
+
+def test_subspaces_are_frozen_orthogonal_and_share_no_coordinate() -> None:
+    mask = subspace_mask(20)
+    assert mask.shape == (20, 256) and torch.equal(mask.sum(dim=0).unique(), torch.tensor([2.0, 3.0]))
+    assert torch.equal(mask[:, 3], mask[:, 11]) and torch.equal(mask[:, :8].sum(dim=1), torch.ones(20))
+    assert torch.equal(subspace_mask(3)[:, :3], torch.eye(3))  # no more subspaces than dimensions
+    regularizer = Regularizer("subspace_sigreg", 20)
+    rotation = regularizer.rotation
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(20), atol=1e-5, rtol=0)
+    assert torch.equal(rotation, Regularizer("subspace_sigreg", 20).rotation) and "rotation" in regularizer.state_dict()
+
+
+def test_subspaces_leave_what_depends_across_them_and_see_what_lies_within() -> None:
+    """Copies of a normal variable in different subspaces cost nothing; two in the same subspace do, and so does a scale."""
+    torch.manual_seed(0)
+    regularizer, normal = Regularizer("subspace_sigreg", 16), torch.randn(4000, 16)
+
+    def cost(features: torch.Tensor) -> float:
+        return regularizer((features @ regularizer.rotation.T)[:, None])[1]["sigreg"].item()
+
+    across, within = normal.clone(), normal.clone()
+    across[:, 15], within[:, 1] = normal[:, 0], normal[:, 0]
+    assert cost(normal) < 1e-3 and cost(across) < 1e-3 and cost(within) > 3 * cost(normal) and cost(2 * normal) > 0.05
+    assert Regularizer("sigreg", 16)((across @ regularizer.rotation.T)[:, None])[1]["sigreg"].item() > 1.5 * cost(across)
 
 
 def test_knots_and_directions_are_where_the_embeddings_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +240,7 @@ def test_dino_centering_is_satisfied_by_a_constant() -> None:
     assert "center" in regularizer.state_dict()
 
 
-@pytest.mark.parametrize("name", ["variance_hinge", "vicreg", "barlow_twins", "sigreg"])
+@pytest.mark.parametrize("name", ["variance_hinge", "vicreg", "barlow_twins", "sigreg", "subspace_sigreg"])
 def test_each_of_the_others_pulls_a_nearly_constant_batch_apart(name: str) -> None:
     torch.manual_seed(0)
     features = 1e-2 * torch.randn(32, 4, 6)
@@ -252,7 +281,11 @@ def test_statistics_are_in_float32_under_autocast(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("vicrag", None, "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, dino_centering"),
+        (
+            "vicrag",
+            None,
+            "'vicrag': choose one of variance_hinge, vicreg, barlow_twins, sigreg, subspace_sigreg, dino_centering",
+        ),
         ("variance_hinge", {"covariance": 1.0}, "'covariance': regularizer 'variance_hinge' has variance"),
         ("vicreg", {"variance": -1.0}, "variance=-1.0 must be >= 0"),
         ("vicreg", {"variance": float("nan")}, "variance=nan must be >= 0"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from jepa_lightning.networks.predictor import PrefixPredictor
 from jepa_lightning.rollouts import ForecastErrors, later_features, next_actions, unroll
 
 SIZES = settings(deadline=None, derandomize=True, max_examples=60)
@@ -36,6 +37,43 @@ def test_each_step_takes_its_own_action() -> None:
     start, actions = torch.tensor([[1.0], [2.0]]), torch.tensor([[[1.0], [10.0]], [[3.0], [5.0]]])
     found = unroll(lambda z, a: 2 * z + a, start, 2, actions)
     assert found[..., 0].tolist() == [[3.0, 16.0], [7.0, 19.0]]
+
+
+def prefix_predictor(action_dim: int = 2, length: int = 3) -> PrefixPredictor:
+    torch.manual_seed(0)
+    predictor = PrefixPredictor(8, 32, action_dim, length).eval()
+    torch.nn.init.normal_(predictor.change.weight, std=0.5)
+    return predictor
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_prefix_predictor_sees_the_start_and_the_actions_so_far(changed: int) -> None:
+    predictor, start, actions = prefix_predictor(), torch.randn(4, 5, 8), torch.randn(4, 5, 3, 2)
+    other = actions.clone()
+    other[..., changed, :] += 1
+    with torch.no_grad():
+        found, acted = unroll(predictor, start, 3, actions), unroll(predictor, start, 3, other)
+        moved = unroll(predictor, start + torch.randn(8), 3, actions)
+        for row in range(4):  # no row sees another
+            torch.testing.assert_close(unroll(predictor, start[row], 3, actions[row]), found[row], atol=1e-5, rtol=1e-5)
+    assert found.shape == (4, 5, 3, 8)
+    differs = (found - acted).abs().amax(dim=(0, 1, 3)) > 1e-4
+    assert differs.tolist() == [step >= changed for step in range(3)]
+    assert ((found - moved).abs().amax(dim=(0, 1, 3)) > 0.1).all()
+
+
+def test_a_prefix_predictor_starts_anew_where_its_length_ends_and_says_nothing_untrained() -> None:
+    predictor, start, actions = prefix_predictor(), torch.randn(4, 8), torch.randn(4, 7, 2)
+    with torch.no_grad():
+        whole = unroll(predictor, start, 7, actions)
+        first = unroll(predictor, start, 3, actions[:, :3])
+        second = unroll(predictor, first[:, -1], 3, actions[:, 3:6])
+        third = predictor(second[:, -1], actions[:, 6])
+        assert torch.equal(whole, torch.cat([first, second, third[:, None]], dim=1))
+        still = PrefixPredictor(8, 32, 2)
+        assert torch.equal(still.unroll(start, 7, actions), start[:, None].expand(-1, 7, -1))
+        free = prefix_predictor(action_dim=0).unroll(start, 4)  # what moves on its own: steps are told by their positions
+    assert free.shape == (4, 4, 8) and not torch.allclose(free[:, 0], free[:, 1], atol=1e-3)
 
 
 def ratios(errors: ForecastErrors, starts: Tensor, targets: Tensor, actions: Tensor | None) -> dict[str, float]:

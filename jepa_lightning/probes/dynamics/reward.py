@@ -216,10 +216,8 @@ class Foresight:
 
         def returned(actions: Tensor, features: Tensor) -> Tensor:
             features = features[:, None].expand(-1, actions.shape[1], -1)  # (E, N, D)
-            total = features.new_zeros(actions.shape[:2])
-            for step in range(actions.shape[2]):
-                total = total - self.probe.reward(features, actions[:, :, step])
-                features = jepa.predictor(features, actions[:, :, step])
-            return total
+            later = jepa.forecast(features, actions.shape[2], actions)  # (E, N, H, D)
+            met = torch.cat([features[:, :, None], later[:, :, :-1]], dim=2)  # where each action is applied
+            return -self.probe.reward(met, actions).sum(dim=-1)
 
         return in_chunks(returned, start)
