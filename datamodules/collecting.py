@@ -139,7 +139,8 @@ def origin(settings: Collect) -> dict[str, Any]:
 
 
 def _check_same(folder: Path, settings: Collect) -> None:
-    before, now = read_info(folder).environment, origin(settings)
+    # A recording that is older than a setting was made with its default.
+    before, now = EnvironmentSettings("").as_dict() | read_info(folder).environment, origin(settings)
     changed = [name for name in now if _plain(before.get(name)) != _plain(now[name])]
     if changed:
         name = changed[0]

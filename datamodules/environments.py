@@ -113,14 +113,15 @@ class Environment:
 
     Args:
         settings: Which, and how it is looked at.
+        env: One of gymnasium that there is already, instead of a new one.
 
     Raises:
         ValueError: It cannot be made, or its actions are neither discrete nor bounded.
     """
 
-    def __init__(self, settings: EnvironmentSettings) -> None:
+    def __init__(self, settings: EnvironmentSettings, env: Any = None) -> None:
         self.settings = settings
-        self.env = make(settings)
+        self.env = make(settings) if env is None else env
         space = self.env.action_space
         spaces = gymnasium().spaces
         self.num_choices = int(space.n) if isinstance(space, spaces.Discrete) else 0

@@ -49,7 +49,9 @@ def stable_worldmodel(module: str = "") -> Any:
         raise ValueError(f"{NEEDED} ({error})") from error
 
 
-def expert(env: Any, seed: int, policy: str, lifted: bool = False, **arguments: Any) -> Callable[[Any, dict[str, Any]], Any]:
+def expert(
+    env: Any, seed: int, policy: str, lifted: bool = False, spread: int = 1, **arguments: Any
+) -> Callable[[Any, dict[str, Any]], Any]:
     """A policy of stable-worldmodel as `datamodules.Collect` takes it.
 
     Args:
@@ -57,6 +59,8 @@ def expert(env: Any, seed: int, policy: str, lifted: bool = False, **arguments: 
         seed: Seed of an episode.
         policy: Import path in the package, such as ".envs.two_room.expert_policy:ExpertPolicy".
         lifted: Whether the policy knows only vectors of environments, as PushT's does: it is shown a vector of one.
+        spread: Number of steps over which each action is spread: a share of it is applied as often, so that what jumps at
+            random moves smoothly.
         arguments: Further arguments of the policy, such as its noise.
     """
     module, _, name = policy.rpartition(":")
@@ -67,9 +71,14 @@ def expert(env: Any, seed: int, policy: str, lifted: bool = False, **arguments: 
     else:
         chooser.set_env(env)
 
+    left: list[Any] = []
+
     def choose(observation: Any, info: dict[str, Any]) -> Any:
-        # What exceeds the limits is cut here, as the environments do: it should be recorded as it was applied.
-        return np.clip(chooser.get_action(info)[0] if lifted else chooser.get_action(info), low, high)
+        if not left:
+            chosen = chooser.get_action(info)[0] if lifted else chooser.get_action(info)
+            # What exceeds the limits is cut here, as the environments do: it should be recorded as it was applied.
+            left.extend([np.clip(chosen, low, high) / spread] * spread)
+        return left.pop()
 
     return choose
 

@@ -1,9 +1,10 @@
-"""A world of twenty lines: a point that is pushed around, seen as a bright spot."""
+"""A world of twenty lines: a point that is pushed around, seen as a bright spot; and networks that know it."""
 
 from typing import Any
 
 import gymnasium
 import numpy as np
+import torch
 
 
 class Points(gymnasium.Env):
@@ -41,3 +42,24 @@ def leftwards(env: Any, seed: int, force: float = 1.0) -> Any:
     """A policy: always to the left, and after three steps nothing."""
     left = [np.array([-force, 0], np.float32)] * 3
     return lambda observation, info: left.pop() if left else None
+
+
+class Knowing(torch.nn.Module):
+    """An encoder that reads the place from the image: the center of the spot, in [-1, 1], and nothing else."""
+
+    def forward(self, windows: torch.Tensor, vectors: torch.Tensor | None = None) -> torch.Tensor:
+        image = windows[:, -1].double() + 1e-6
+        axis = torch.linspace(-1.2, 1.2, image.shape[-1], dtype=torch.float64)
+        total = image.sum(dim=(1, 2))
+        places = [(image.sum(dim=1) * axis).sum(dim=1) / total, (image.sum(dim=2) * axis).sum(dim=1) / total]
+        return torch.nn.functional.pad(torch.stack(places, dim=1), (0, 6)).float()
+
+
+class Moving(torch.nn.Module):
+    """A predictor that knows the physics of one step of the point."""
+
+    def forward(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        moved = features[..., :2]
+        for push in actions.unflatten(-1, (-1, 2)).unbind(-2):
+            moved = (moved + 0.3 * push).clamp(-1, 1)
+        return torch.cat([moved, torch.zeros_like(features[..., 2:])], dim=-1)

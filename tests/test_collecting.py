@@ -1,5 +1,6 @@
 """Recording environments: the same seed gives the same recording, however it was made."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def test_a_share_of_the_limits_is_what_is_acted_and_recorded_with(tmp_path: Path
             EnvironmentSettings("points:Points", action_share=share)
     with pytest.raises(ValueError, match="action_share=0.5: the actions of points:Points are discrete"):
         Environment(EnvironmentSettings("points:Points", {"choices": True}, action_share=0.5))
+
+
+def test_a_recording_older_than_a_setting_was_made_with_its_default(tmp_path: Path) -> None:
+    collect(settings(episodes=2), tmp_path)
+    said = json.loads((tmp_path / "recording.json").read_text())
+    assert said["environment"].pop("action_share") == 1.0
+    (tmp_path / "recording.json").write_text(json.dumps(said))
+    collect(settings(episodes=3), tmp_path)
+    assert len(contents(tmp_path)) == 3
 
 
 def test_a_state_is_found_in_a_dictionary_of_observations() -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import record_points, small_dynamics, small_trajectories, trainer
+from PIL import Image
+from points import Knowing, Moving
 
 from callbacks import LastCheckpoint
 from datamodules import Collect, Trajectories
@@ -27,27 +29,6 @@ def saved(root: Path, data: Trajectories, **changes: Any) -> Path:
     model = small_dynamics(data, **changes)
     trainer(root, max_steps=2, enable_checkpointing=True, callbacks=[LastCheckpoint()]).fit(model, data)
     return root / "checkpoints" / "last.ckpt"
-
-
-class Knowing(torch.nn.Module):
-    """An encoder that reads the place from the image: the center of the spot, in [-1, 1], and nothing else."""
-
-    def forward(self, windows: torch.Tensor, vectors: torch.Tensor | None = None) -> torch.Tensor:
-        image = windows[:, -1].double() + 1e-6
-        axis = torch.linspace(-1.2, 1.2, image.shape[-1], dtype=torch.float64)
-        total = image.sum(dim=(1, 2))
-        places = [(image.sum(dim=1) * axis).sum(dim=1) / total, (image.sum(dim=2) * axis).sum(dim=1) / total]
-        return torch.nn.functional.pad(torch.stack(places, dim=1), (0, 6)).float()
-
-
-class Moving(torch.nn.Module):
-    """A predictor that knows the physics of one step of the point."""
-
-    def forward(self, features: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        moved = features[..., :2]
-        for push in actions.unflatten(-1, (-1, 2)).unbind(-2):
-            moved = (moved + 0.3 * push).clamp(-1, 1)
-        return torch.cat([moved, torch.zeros_like(features[..., 2:])], dim=-1)
 
 
 def knowing(probe: Any) -> Any:
@@ -80,6 +61,41 @@ def test_a_model_that_knows_reaches_goals_and_each_baseline_does_what_it_says(
     assert (tmp_path / "goals.mp4").stat().st_size > 100
     text = (tmp_path / "report.md").read_text()
     assert "within 0.2 of its state" in text and "| the recorded actions | 1.00 (0.00) |" in text
+
+
+@pytest.mark.parametrize("history", [1, 2])
+def test_an_image_in_a_file_is_the_goal_of_all_episodes(tmp_path: Path, points_root: Path, history: int) -> None:
+    data = small_trajectories(points_root, test_fraction=0.4, history=history)
+    there = Environment(EnvironmentSettings("points:Points", image_size=16))
+    there.reset(0)
+    there.env.unwrapped.state = np.array([0.7, -0.7])  # type: ignore[attr-defined]
+    Image.fromarray(there.frame()).save(tmp_path / "goal.png")
+    arguments: dict[str, Any] = {"checkpoint": str(saved(tmp_path, data)), "goal_image": str(tmp_path / "goal.png")}
+    probe = knowing(GoalProbe(**arguments, offset=6, num_episodes=6, parallel=4, planner=FEW))
+    found = report(probe, data, tmp_path / "report")
+    near = {name: row["nearness"] for name, row in found["goals"].items()}
+    assert set(near) == {"world_model", "one_plan", "zero", "random", "untrained"}
+    assert near["world_model"] < 0.1 and near["zero"] == pytest.approx(1) and near["random"] > 0.3
+    assert found["task"]["goal_image"] == arguments["goal_image"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "embedding distance, last / first" in text and "the goal `" in text and "goals 6 frames ahead" not in text
+    assert found["goals"]["world_model"]["success"] == 0  # this environment has no end
+
+
+def test_a_goal_image_that_cannot_be_used_is_refused_before_an_episode(tmp_path: Path, points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    checkpoint = str(saved(tmp_path, data))
+    with pytest.raises(ValueError, match="no state is known of it, so leave out model.radius"):
+        GoalProbe(checkpoint, goal_image="x.png", radius=0.1)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    for name in ("missing.png", "bad.png"):
+        probe = GoalProbe(checkpoint, goal_image=str(tmp_path / name), offset=3)
+        with pytest.raises(ValueError, match=f"{name} cannot be read"):
+            trainer(tmp_path).test(probe, datamodule=data, verbose=False)
+    both = small_trajectories(points_root, observation="both")
+    probe = GoalProbe(str(saved(tmp_path / "both", both)), goal_image=str(tmp_path / "goal.png"), offset=3)
+    with pytest.raises(ValueError, match="the model observes both, and an image has no vectors"):
+        trainer(tmp_path).test(probe, datamodule=both, verbose=False)
 
 
 def test_at_the_end_it_does_not_count_who_passed_by(tmp_path: Path, points_root: Path) -> None:

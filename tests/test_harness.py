@@ -131,3 +131,7 @@ def test_a_policy_that_knows_only_vectors_of_environments_is_shown_one(monkeypat
     space = SimpleNamespace(low=np.array([-1.0, -1.0]), high=np.array([1.0, 1.0]))
     env = SimpleNamespace(action_space=space, spec="spec", step_size=np.array([0.25, 1.0]))
     assert harness.expert(env, 2, ".module:Vector", lifted=True)(None, {}).tolist() == [0.5, 1.0]
+    spread = harness.expert(env, 2, ".module:Vector", lifted=True, spread=2)
+    assert [spread(None, {}).tolist() for _ in range(2)] == 2 * [[0.25, 0.5]]
+    env.step_size = np.array([1.0, -0.25])
+    assert [spread(None, {}).tolist() for _ in range(2)] == 2 * [[0.5, -0.25]]

@@ -1,6 +1,9 @@
 """The table of a `GoalProbe`."""
 
+import math
 from typing import Any
+
+import numpy as np
 
 TITLES = {
     "world_model": "world model, receding horizon (a new plan at each step)",
@@ -15,12 +18,39 @@ TITLES = {
 """Controller -> what it is."""
 
 
+def goal_figures(rows: dict[str, list[Any]]) -> dict[str, float]:
+    """Means over episodes, with the binomial standard error of the successes."""
+    success = float(np.mean(rows["success"]))
+    found = {
+        "success": success,
+        "standard_error": math.sqrt(success * (1 - success) / len(rows["success"])),
+        "milliseconds_per_decision": 1000 * float(np.mean(rows["seconds"])),
+    }
+    return found | ({"nearness": float(np.mean(rows["nearness"]))} if "nearness" in rows else {})
+
+
 def goal_table(figures: dict[str, dict[str, Any]]) -> str:
-    """Success and time of every controller, in Markdown."""
-    lines = ["| reaching a goal | success (standard error) | ms a decision |", "| :-- | --: | --: |"]
+    """Success and time of every controller, and how near the goal image is in the end, in Markdown."""
+    near = "world_model" in figures and "nearness" in figures["world_model"]
+    columns = ["reaching a goal", "success (standard error)", "ms a decision"]
+    lines = ["| " + " | ".join(columns + (["embedding distance, last / first"] if near else [])) + " |"]
+    lines.append("| :-- |" + " --: |" * (3 if near else 2))
     for name, title in TITLES.items():
         if name in figures:
             row = figures[name]
-            time = f"{row['milliseconds_per_decision']:.1f}"
-            lines.append(f"| {title} | {row['success']:.2f} ({row['standard_error']:.2f}) | {time} |")
+            cells = [title, f"{row['success']:.2f} ({row['standard_error']:.2f})", f"{row['milliseconds_per_decision']:.1f}"]
+            lines.append("| " + " | ".join(cells + ([f"{row['nearness']:.2f}"] if near else [])) + " |")
     return "\n".join(lines)
+
+
+def goal_notes(task: dict[str, Any], count: int) -> str:
+    """What was asked for, in a few sentences, from the arguments of the probe and the number of episodes."""
+    where = f"the goal `{task['goal_image']}`" if task["goal_image"] else f"goals {task['offset']} frames ahead"
+    reached = "the environment ends the episode, whatever the goal image shows"
+    if task["radius"] is not None:
+        when = "at the last frame" if task["at_end"] else "at any frame"
+        reached = f"within {task['radius']} of its state, {when}. None starts at its goal"
+    return (
+        f"{count} starts in held-out episodes, {where}, {task['budget']} frames to get there; reached: {reached}. "
+        "Standard errors are binomial."
+    )

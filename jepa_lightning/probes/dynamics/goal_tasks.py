@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from datamodules.episode_store import checked
+from datamodules.episode_store import checked, prepared
 from datamodules.recordings import Episode, read
 from datamodules.trajectories import Trajectories
 from jepa_lightning.probes.dynamics.environment_world import window_of
@@ -77,6 +78,21 @@ def goal_windows(data: Trajectories, goals: list[Goal]) -> tuple[Tensor, Tensor 
     return torch.stack(
         [window_of(list(store.frames[end - history + 1 : end + 1].numpy()), history) for end in ends]
     ), vectors
+
+
+def image_window(data: Trajectories, path: str) -> Tensor:
+    """The window (1, 1, ...) of an image in a file, at rest: the same frame throughout its history.
+
+    Raises:
+        ValueError: It cannot be read, or the model sees other things than images.
+    """
+    if data.observation != "pixels":
+        raise ValueError(f"model.goal_image={path}: the model observes {data.observation}, and an image has no vectors.")
+    try:
+        image = np.asarray(Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"model.goal_image={path} cannot be read: {error}") from error
+    return window_of(list(prepared(image[None], data.image_size, data.channels)), data.history)[None]
 
 
 class Replay:

@@ -3,7 +3,6 @@
 Shapes: E episodes, A scalars of an action, D embedding dimension, L scalars of a state.
 """
 
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
+from torch import Tensor
 
 from datamodules.batches import ClipBatch
 from datamodules.environments import Environment, settings_of
@@ -29,8 +29,8 @@ from jepa_lightning.probes.dynamics.environment_world import (
     check_replay,
 )
 from jepa_lightning.probes.dynamics.episodes import Controller, Imagination, Planning, Random, Zero, run
-from jepa_lightning.probes.dynamics.goal_report import TITLES, goal_table
-from jepa_lightning.probes.dynamics.goal_tasks import Goal, Once, Replay, Timed, draw_goals, goal_windows
+from jepa_lightning.probes.dynamics.goal_report import TITLES, goal_figures, goal_notes, goal_table
+from jepa_lightning.probes.dynamics.goal_tasks import Goal, Once, Replay, Timed, draw_goals, goal_windows, image_window
 from jepa_lightning.probes.dynamics.inverse import InverseController, load_inverse
 from jepa_lightning.probes.dynamics.world_model_probe import world_model
 from jepa_lightning.probes.report import save_report
@@ -61,6 +61,9 @@ class GoalProbe(LightningModule):
             spins passes most goals.
         state: Names of the scalars of the state whose Euclidean distance counts; all by default.
         planner: Planner that searches for action sequences; one with its defaults if None.
+        goal_image: Path of an image that is the goal of all episodes, in place of those from the recording. Nothing is known
+            of its state, so the figures are where the environment ends the episode, and how much nearer the model's
+            embedding has come to the image's. Without `radius`.
         inverse: Path of the checkpoint of an `InverseModel` on the same JEPA, which chooses actions without a search.
         num_episodes: Number of episodes E.
         parallel: Episodes that are planned for at once.
@@ -81,6 +84,7 @@ class GoalProbe(LightningModule):
         at_end: bool = False,
         state: list[str] | None = None,
         planner: Planner | None = None,
+        goal_image: str | None = None,
         inverse: str | None = None,
         num_episodes: int = 50,
         parallel: int = 25,
@@ -95,6 +99,9 @@ class GoalProbe(LightningModule):
             raise ValueError(f"model.radius={radius}: must be positive, or null for the environment's own criterion.")
         if radius is None and at_end:
             raise ValueError("model.at_end=true needs a model.radius: without one, the end of the episode is what counts.")
+        if goal_image is not None and radius is not None:
+            raise ValueError(f"model.goal_image={goal_image}: no state is known of it, so leave out model.radius.")
+        self.goal_image = goal_image
         self.checkpoint, self.offset, self.budget, self.horizon = checkpoint, offset, budget or offset, horizon
         self.radius, self.at_end, self.state_names, self.planner = radius, at_end, state, planner or Planner()
         self.num_episodes, self.parallel = num_episodes, parallel
@@ -117,6 +124,8 @@ class GoalProbe(LightningModule):
         if not isinstance(data, Trajectories):
             raise ValueError(f"GoalProbe needs recorded episodes: set data to Trajectories, not {type(data).__name__}.")
         check_observations(self.jepa, data)
+        if self.goal_image is not None:
+            image_window(data, self.goal_image)  # before an episode is played
         if not data.store.info.environment.get("id"):
             raise ValueError(
                 f"{data.root} does not say which environment it was recorded in: write its recording.json with "
@@ -167,11 +176,17 @@ class GoalProbe(LightningModule):
         """States of the goals, (E, L)."""
         return np.stack([goal.episode.states[goal.end] for goal in goals if goal.episode.states is not None])
 
+    def _goal_windows(self, goals: list[Goal]) -> tuple[Tensor, Tensor | None]:
+        """Windows (E, 1, ...) of the goals, and their vectors where both are observed."""
+        if self.goal_image is None:
+            return goal_windows(self.data, goals)
+        return image_window(self.data, self.goal_image).expand(len(goals), *[-1] * 4), None
+
     def controllers(self, goals: list[Goal]) -> dict[str, Controller]:
         """Who acts, by name."""
         data, steps = self.data, self.budget // self.data.stride
         horizon = self.horizon or self.offset // data.stride
-        windows, vectors = goal_windows(data, goals)
+        windows, vectors = self._goal_windows(goals)
         windows, vectors = windows.to(self.device), None if vectors is None else vectors.to(self.device)
         states = None if self.radius is None else self._goal_states(goals)
 
@@ -194,17 +209,29 @@ class GoalProbe(LightningModule):
             "oracle": lambda: planning(SimulatorOracle(lambda now: self.distance(now, states)), ORACLE),
         }
         for name in self.baselines:
+            if name == "replay" and self.goal_image is not None:
+                continue  # the recorded actions lead elsewhere
             if name == "oracle" and (states is None or not self._environments[0].can_be_set):
                 rank_zero_info("oracle: left out, since the simulator cannot be set, or model.radius is not given.")
                 continue
             found[name] = makers[name]()
         return {name: found[name] for name in found if steps > 0}
 
-    def play(self, goals: list[Goal]) -> tuple[dict[str, list[bool]], dict[str, float], np.ndarray | None]:
-        """Episodes of some goals under every controller: successes, seconds of a decision, and a film of the first."""
+    def _away(self, world: EnvironmentWorld, goals: list[Goal]) -> NDArray[np.float64]:
+        """Distances of what is seen now from the goal image, in embedding space, (E,)."""
+        goal = self._goal_windows(goals)[0]
+        now, there = (self.jepa.encode(windows.to(self.device))[:, 0] for windows in (world.window(), goal))
+        return (now - there).norm(dim=-1).double().cpu().numpy()
+
+    def play(self, goals: list[Goal]) -> tuple[dict[str, dict[str, list[Any]]], np.ndarray | None]:
+        """Episodes of some goals under every controller.
+
+        Returns:
+            For each controller and episode, "success", "seconds" of a decision and, with a goal image, "nearness"; and a
+            film of the first episode.
+        """
         steps = self.budget // self.data.stride
-        successes: dict[str, list[bool]] = {}
-        seconds: dict[str, float] = {}
+        found: dict[str, dict[str, list[Any]]] = {}
         film = None
         for name, controller in self.controllers(goals).items():
             timed = Timed(controller)
@@ -213,12 +240,15 @@ class GoalProbe(LightningModule):
                 assert goal.episode.seed is not None
                 world.begin(number, goal.episode.seed, goal.episode.actions[: goal.start])
                 check_replay(world, number, goal.episode, goal.start)
+            before = None if self.goal_image is None else self._away(world, goals)
             run(world, timed, steps)
-            successes[name] = self.reached(world, goals)
-            seconds[name] = timed.seconds / steps / len(goals)
+            seconds = [timed.seconds / steps / len(goals)] * len(goals)
+            found[name] = {"success": self.reached(world, goals), "seconds": seconds}
+            if before is not None:
+                found[name]["nearness"] = (self._away(world, goals) / before).tolist()
             if name == "world_model" and self.data.observation != "vectors":
                 film = self._film(world, goals[0])
-        return successes, seconds, film
+        return found, film
 
     def reached(self, world: EnvironmentWorld, goals: list[Goal]) -> list[bool]:
         """Whether each episode has been at its goal, or is there at its end."""
@@ -230,7 +260,7 @@ class GoalProbe(LightningModule):
 
     def _film(self, world: EnvironmentWorld, goal: Goal) -> np.ndarray:
         frames = torch.from_numpy(np.stack(world.frames[0][self.data.history - 1 :])).float() / 255
-        windows, _ = goal_windows(self.data, [goal])
+        windows, _ = self._goal_windows([goal])
         image = windows[0, 0, -self.data.channels :]
         return side_by_side({"what happens": frames, "goal": image.expand_as(frames)})
 
@@ -241,43 +271,27 @@ class GoalProbe(LightningModule):
         settings = settings_of(self.data.store.info)
         self._environments = [Environment(settings) for _ in range(min(self.parallel, len(goals)))]
         self._environments[0].reset(self.data.seed)  # some have no state before
-        successes: dict[str, list[bool]] = {}
-        seconds: dict[str, list[float]] = {}
+        rows: dict[str, dict[str, list[Any]]] = {}
         films = []
         for first in range(0, len(goals), self.parallel):
-            found, took, film = self.play(goals[first : first + self.parallel])
-            for name in found:
-                successes.setdefault(name, []).extend(found[name])
-                seconds.setdefault(name, []).append(took[name])
+            found, film = self.play(goals[first : first + self.parallel])
+            for name, figures in found.items():
+                for figure, values in figures.items():
+                    rows.setdefault(name, {}).setdefault(figure, []).extend(values)
             films += [] if film is None else [film]
             done = min(first + self.parallel, len(goals))
-            rank_zero_info(f"{done} of {len(goals)} episodes: {sum(successes['world_model'])} at their goal.")
+            rank_zero_info(f"{done} of {len(goals)} episodes: {sum(rows['world_model']['success'])} at their goal.")
         for environment in self._environments:
             environment.close()
-        figures = {
-            name: {
-                "success": float(np.mean(reached)),
-                "standard_error": math.sqrt(float(np.mean(reached)) * (1 - float(np.mean(reached))) / len(reached)),
-                "milliseconds_per_decision": 1000 * float(np.mean(seconds[name])),
-            }
-            for name, reached in successes.items()
-        }
+        summary = {name: goal_figures(row) for name, row in rows.items()}
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         if films:
             write_video(directory / "goals.mp4", np.concatenate(films), frames_per_second=10)
             show(self.trainer, "goals/video", np.concatenate(films))
-        task = {name: getattr(self, name) for name in ("offset", "budget", "radius", "at_end")} | {"state": self.state_names}
-        report = {"goals": figures, "episodes": len(goals), "task": task, "planner": vars(self.planner)}
+        named = ("offset", "budget", "radius", "at_end", "goal_image")
+        task = {name: getattr(self, name) for name in named} | {"state": self.state_names}
+        report = {"goals": summary, "episodes": len(goals), "task": task, "planner": vars(self.planner)}
         report |= {"data": self.data.dynamics, "checkpoint": self.checkpoint, "seconds": time.monotonic() - began}
-        when = "at the last frame" if self.at_end else "at any frame"
-        reached_if = f"within {self.radius} of its state, {when}"
-        trivial = "None starts at its goal. "
-        if self.radius is None:
-            reached_if, trivial = "the environment ends the episode, whatever the goal image shows", ""
-        notes = (
-            f"Of `{self.checkpoint}` in {settings.id}: {len(goals)} starts in held-out episodes, goals {self.offset} frames "
-            f"ahead, {self.budget} frames to get there; reached: {reached_if}. {trivial}"
-            "Standard errors are binomial."
-        )
-        save_report(directory, report, "Goals", notes, goal_table(figures))
+        notes = f"Of `{self.checkpoint}` in {settings.id}: {goal_notes(task, len(goals))}"
+        save_report(directory, report, "Goals", notes, goal_table(summary))
