@@ -156,7 +156,7 @@ class Regularizer(nn.Module):
     * "barlow_twins": `invariance` and `redundancy` of the cross-correlation between consecutive times.
     * "sigreg": `sigreg`, the SIGReg statistic, the distance from a standard normal distribution along random lines.
     * "subspace_sigreg": the same along lines within orthogonal subspaces, which are drawn once and frozen (Sub-JEPA 2026):
-      each part of the embedding is normally distributed, and parts may depend on each other.
+      what lies in one of them is normally distributed, and may depend on what lies in another.
     * "dino_centering": `centering`, the squared distance of the batch mean from its own moving average. It does **not**
       prevent collapse, a constant embedding satisfies it; it is an ablation that the collapse alarm must catch.
 

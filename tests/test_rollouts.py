@@ -72,7 +72,7 @@ def test_a_prefix_predictor_starts_anew_where_its_length_ends_and_says_nothing_u
         assert torch.equal(whole, torch.cat([first, second, third[:, None]], dim=1))
         still = PrefixPredictor(8, 32, 2)
         assert torch.equal(still.unroll(start, 7, actions), start[:, None].expand(-1, 7, -1))
-        free = prefix_predictor(action_dim=0).unroll(start, 4)  # what moves on its own: steps are told by their positions
+        free = prefix_predictor(action_dim=0).unroll(start, 4)  # what moves on its own: positions number the steps
     assert free.shape == (4, 4, 8) and not torch.allclose(free[:, 0], free[:, 1], atol=1e-3)
 
 
