@@ -1,0 +1,121 @@
+"""Variants of a world model at the same CPU time, planned with in stable-worldmodel's harness, over several seeds.
+
+    python benchmarks/variants.py [--seconds 75] [--seeds 0 1 2] [--variants base prefix] [--out FILE]
+
+TwoRoom as configs/worlds/tworoom.yaml has it (needs the extra swm; the recording is made if it is not there), with far less
+training, so that there is something to gain. Each variant changes one thing. It first takes the time of a few steps, from
+which the number of steps in the given CPU seconds follows: what costs more gets fewer. Prints a line as soon as a run has
+ended, then a table with means and standard errors over seeds: success at offset 75 and budget 100, and at offset 25 and
+budget 50 where start and goal are more than 16 pixels apart.
+"""
+
+import argparse
+import json
+import logging
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from datamodules import Trajectories
+from datamodules.collecting import Collect
+from datamodules.environments import EnvironmentSettings
+from jepa_lightning import DynamicsJEPA
+from jepa_lightning.harness import JEPACost, evaluate
+
+CONFIG = Path(__file__).parents[1] / "configs" / "worlds" / "tworoom.yaml"
+TASKS = {"offset 75": {"offset": 75, "budget": 100}, "offset 25, far": {"offset": 25, "budget": 50, "far": 16.0}}
+SEARCH = {"samples": 100, "iterations": 10, "elites": 10}
+TIMED_STEPS = 30
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "base": {},
+    "inverse dynamics": {"model": {"inverse_dynamics": 1.0}},
+    "curvature 0.1": {"model": {"regularizer_weights": {"curvature": 0.1}}},
+    "SIGReg": {"model": {"regularizer": "sigreg"}},
+    "SIGReg in subspaces": {"model": {"regularizer": "subspace_sigreg"}},
+    "history 2": {"data": {"history": 2}},
+    "history 3": {"data": {"history": 3}},
+    "horizon 1": {"model": {"horizon": 1}},
+    "horizon 2": {"model": {"horizon": 2}},
+    "horizon 6": {"model": {"horizon": 6}, "data": {"windows": 9}},
+    "prefix predictor": {"model": {"predictor": "prefix", "predictor_width": 128}},
+    "cost summed": {"plan": {"cost": "summed"}},
+}
+"""Variant -> changes of the model, the data and the search."""
+
+
+def fit(data: Trajectories, arguments: dict[str, Any], steps: int, seed: int) -> tuple[DynamicsJEPA, float]:
+    """A model after so many steps, and the CPU seconds that they took."""
+    torch.manual_seed(seed)
+    model = DynamicsJEPA.for_data(data, **arguments)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, limit_val_batches=0, gradient_clip_val=5.0, **quiet
+    )
+    began = time.process_time()
+    trainer.fit(model, data)
+    return model, time.process_time() - began
+
+
+def measured(config: dict[str, Any], name: str, seconds: float, seed: int, episodes: int) -> dict[str, float]:
+    """Figures of one run of a variant."""
+    changes = VARIANTS[name]
+    of_data = config["data"]["init_args"] | changes.get("data", {})
+    collect = of_data.pop("collect")
+    settings = Collect(
+        EnvironmentSettings(**collect["environment"]), **{k: v for k, v in collect.items() if k != "environment"}
+    )
+    data = Trajectories(collect=settings, seed=seed, **of_data)
+    data.prepare_data()
+    arguments = config["model"]["init_args"] | changes.get("model", {})
+    step = fit(data, arguments, TIMED_STEPS, seed)[1] / TIMED_STEPS
+    steps = int(seconds / step)
+    model, took = fit(data, arguments, steps, seed)
+    cost = JEPACost(model, changes.get("plan", {}).get("cost", "last"))
+    found = {"steps": float(steps), "CPU seconds": took}
+    environment = collect["environment"]["id"].rpartition(":")[2]
+    for task, asked in TASKS.items():
+        row = evaluate(data, environment, cost, episodes=episodes, history=data.history, seed=seed, **asked, **SEARCH)
+        found[task] = row["success"]
+    return found
+
+
+def table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Means and standard errors over seeds, in Markdown."""
+    lines = ["| variant | steps | " + " | ".join(TASKS) + " |", "| :-- |" + " --: |" * (1 + len(TASKS))]
+    for name, runs in rows.items():
+        cells = [f"{sum(run['steps'] for run in runs) / len(runs):.0f}"]
+        for task in TASKS:
+            values = torch.tensor([run[task] for run in runs])
+            error = values.std().item() / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
+            cells.append(f"{values.mean().item():.3f} ({error:.3f})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=75.0, help="CPU seconds of a training.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--out", help="File for the figures.")
+    given = parser.parse_args()
+    for quiet_name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(quiet_name).setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in given.seeds:
+        for name in given.variants:
+            found = measured(yaml.safe_load(CONFIG.read_text()), name, given.seconds, seed, given.episodes)
+            rows.setdefault(name, []).append(found)
+            print(f"seed {seed}, {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
+            if given.out:
+                Path(given.out).write_text(json.dumps(rows, indent=2))
+    print(table(rows))
