@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +166,7 @@ def evaluate(
     offset: int = 25,
     budget: int = 50,
     far: float = 0.0,
+    far_of: Sequence[int] = (0, 1),
     history: int = 1,
     samples: int = 300,
     iterations: int = 30,
@@ -184,6 +185,7 @@ def evaluate(
         offset: Steps from the start to the goal in the recording.
         budget: Steps that an episode may take.
         far: Distance that start and goal exceed; 0 for all.
+        far_of: Numbers of the scalars of the state whose distance that is.
         history: Frames of a window of the model.
         samples: Number of samples N a round.
         iterations: Number of rounds of a plan.
@@ -210,7 +212,7 @@ def evaluate(
         policy = recent_frames_policy(solver, config, scaler, history)
     world.set_policy(policy)
     starts = RecordedStarts(data)
-    chosen, begins = starts.tasks(episodes, offset, far, seed)
+    chosen, begins = starts.tasks(episodes, offset, far, seed, far_of)
     began = time.monotonic()
     result = world.evaluate(
         dataset=starts, episodes_idx=chosen, start_steps=begins, goal_offset=offset, eval_budget=budget, callables=setters
@@ -228,6 +230,7 @@ def main(
     offset: int = 25,
     budget: int = 50,
     far: float = 0.0,
+    far_of: tuple[int, ...] = (0, 1),
     samples: int = 300,
     iterations: int = 30,
     elites: int = 30,
@@ -244,7 +247,9 @@ def main(
         episodes: Number of episodes.
         offset: Steps from the start to the goal in the recording.
         budget: Steps that an episode may take.
-        far: Distance of the first two scalars of the state that start and goal exceed; 0 for all.
+        far: Distance of states that start and goal exceed; 0 for all.
+        far_of: Numbers of the scalars of the state whose distance that is: by default the place of TwoRoom's and PushT's
+            agent, (2, 3) for PushT's block.
         samples: Number of samples a round of the planner.
         iterations: Number of rounds of a plan.
         elites: Number of elites.
@@ -260,8 +265,15 @@ def main(
         raise ValueError(f"The data of {checkpoint} is not known: no config.yaml lies next to it.")
     arguments = {name: value for name, value in known["init_args"].items() if name != "collect"}
     data = Trajectories(**(arguments | ({} if root is None else {"root": root})))
-    search = {"samples": samples, "iterations": iterations, "elites": elites, "horizon": horizon}
-    task: dict[str, Any] = {"episodes": episodes, "offset": offset, "budget": budget, "far": far, "seed": seed}
+    search: dict[str, Any] = {"samples": samples, "iterations": iterations, "elites": elites, "horizon": horizon}
+    task: dict[str, Any] = {
+        "episodes": episodes,
+        "offset": offset,
+        "budget": budget,
+        "far": far,
+        "far_of": far_of,
+        "seed": seed,
+    }
     policies = {"world_model": JEPACost(jepa, cost), "random": None}
     found = {
         name: evaluate(data, environment, model, history=jepa.history, **task, **search) for name, model in policies.items()

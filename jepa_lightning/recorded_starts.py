@@ -4,6 +4,7 @@ Shapes: T frames, C channels, H W pixels, L scalars of a state.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,14 +37,17 @@ class RecordedStarts:
             found.append({"pixels": self.store.frames[rows], "state": states})
         return found
 
-    def tasks(self, count: int, offset: int, far: float, seed: int) -> tuple[list[int], list[int]]:
+    def tasks(
+        self, count: int, offset: int, far: float, seed: int, of: Sequence[int] = (0, 1)
+    ) -> tuple[list[int], list[int]]:
         """Episodes and starting frames, drawn from all from which a goal lies `offset` steps ahead.
 
         Args:
             count: Number of tasks.
             offset: Steps from a start to its goal.
-            far: Distance of states (their first two scalars) that start and goal exceed; 0 for all tasks.
+            far: Distance of states that start and goal exceed; 0 for all tasks.
             seed: Seed of the draw.
+            of: Numbers of the scalars of the state whose distance that is.
 
         Raises:
             ValueError: There are too few.
@@ -55,7 +59,7 @@ class RecordedStarts:
             if len(chosen) == count:
                 break
             (found,) = self.load_chunk([episode], [start], [start + offset + 1])
-            if far and math.dist(found["state"][0, :2], found["state"][-1, :2]) <= far:
+            if far and math.dist(found["state"][0, list(of)], found["state"][-1, list(of)]) <= far:
                 continue
             chosen.append((episode, start))
         if len(chosen) < count:

@@ -83,6 +83,9 @@ def test_starts_and_goals_are_held_out_and_far_apart_if_asked(points_root: Path)
         assert np.linalg.norm(chunk["state"][0] - chunk["state"][-1]) > 0.5
         whole = data.store.table[data.store.episode(data.episodes("test")[episode]), data.store.column("states")]
         assert np.array_equal(whole[start : start + 5].numpy(), chunk["state"])
+    for episode, start in zip(*starts.tasks(4, 4, 0.5, seed=0, of=(1,)), strict=True):  # of one scalar, the other may stay
+        (chunk,) = starts.load_chunk([episode], [start], [start + 5])
+        assert abs(chunk["state"][0, 1] - chunk["state"][-1, 1]) > 0.5
     with pytest.raises(ValueError, match="starts have a goal 10 steps ahead"):
         starts.tasks(20, 10, 0.0, seed=0)
 
