@@ -63,27 +63,37 @@ def fit(data: Trajectories, arguments: dict[str, Any], steps: int, seed: int) ->
     return model, time.process_time() - began
 
 
+def prepared(config: dict[str, Any], changes: dict[str, dict[str, Any]], seed: int) -> Trajectories:
+    """The recording as a variant sees it."""
+    arguments = config["data"]["init_args"] | changes.get("data", {})
+    collect = dict(arguments.pop("collect"))
+    environment = EnvironmentSettings(**collect.pop("environment"))
+    data = Trajectories(collect=Collect(environment, **collect), seed=seed, **arguments)
+    data.prepare_data()
+    return data
+
+
 def measured(config: dict[str, Any], name: str, seconds: float, seed: int, episodes: int) -> dict[str, float]:
     """Figures of one run of a variant."""
     changes = VARIANTS[name]
-    of_data = config["data"]["init_args"] | changes.get("data", {})
-    collect = of_data.pop("collect")
-    settings = Collect(
-        EnvironmentSettings(**collect["environment"]), **{k: v for k, v in collect.items() if k != "environment"}
-    )
-    data = Trajectories(collect=settings, seed=seed, **of_data)
-    data.prepare_data()
+    data = prepared(config, changes, seed)
     arguments = config["model"]["init_args"] | changes.get("model", {})
-    step = fit(data, arguments, TIMED_STEPS, seed)[1] / TIMED_STEPS
-    steps = int(seconds / step)
-    model, took = fit(data, arguments, steps, seed)
+    trained = f"{seed} {changes.get('model')} {changes.get('data')}"
+    if trained not in models:  # what differs in its search alone is trained once
+        step = fit(data, arguments, TIMED_STEPS, seed)[1] / TIMED_STEPS
+        models[trained] = (*fit(data, arguments, int(seconds / step), seed), int(seconds / step))
+    model, took, steps = models[trained]
     cost = JEPACost(model, changes.get("plan", {}).get("cost", "last"))
     found = {"steps": float(steps), "CPU seconds": took}
-    environment = collect["environment"]["id"].rpartition(":")[2]
+    environment = config["data"]["init_args"]["collect"]["environment"]["id"].rpartition(":")[2]
     for task, asked in TASKS.items():
         row = evaluate(data, environment, cost, episodes=episodes, history=data.history, seed=seed, **asked, **SEARCH)
         found[task] = row["success"]
     return found
+
+
+models: dict[str, tuple[DynamicsJEPA, float, int]] = {}
+"""Those of this process: model, CPU seconds, steps."""
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:

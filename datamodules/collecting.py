@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Collect:
             end". By default actions are random, uniform between their limits, and held.
         policy_arguments: Further arguments of that function.
         seed: Seed of all episodes: episode n is a function of it and of n, however many processes there are.
-        num_workers: Number of processes; 0 for one for each core.
+        num_workers: Number of processes, this one among them; 0 for one for each core.
 
     Raises:
         ValueError: A number out of its range.
@@ -99,14 +100,26 @@ def collect(settings: Collect, root: str | os.PathLike[str]) -> None:
 
 
 def _results(record: Callable[[int], int], numbers: list[int], workers: int) -> Iterator[int]:
-    """Record episodes, in this process or in several, and yield as they are done."""
+    """Record episodes, in this process and in `workers` - 1 others, and yield as they are done.
+
+    This process takes them from the end while the others, which take seconds to start, take them from the beginning.
+    """
     if workers == 1:
         yield from map(record, numbers)
         return
     # Spawned, not forked: windows, OpenGL and threads of this process are not to be shared.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers - 1, multiprocessing.get_context("spawn")) as pool:
         try:
-            yield from pool.map(record, numbers, chunksize=max(1, min(8, len(numbers) // (4 * workers))))
+            waiting = deque((number, pool.submit(record, number)) for number in numbers)
+            while waiting:
+                number, last = waiting[-1]
+                if last.cancel():  # nobody has begun with it
+                    waiting.pop()
+                    yield record(number)
+                else:
+                    yield waiting.popleft()[1].result()
+                while waiting and waiting[0][1].done():
+                    yield waiting.popleft()[1].result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
