@@ -1,6 +1,6 @@
 """Variants of a world model at the same CPU time, planned with in stable-worldmodel's harness, over several seeds.
 
-    python benchmarks/variants.py [--seconds 75] [--seeds 0 1 2] [--variants base prefix] [--out FILE]
+    python benchmarks/variants.py [--seconds 75] [--seeds 0 1 2] [--variants base "prefix predictor"] [--out FILE]
 
 TwoRoom as configs/worlds/tworoom.yaml has it (needs the extra swm; the recording is made if it is not there), with far less
 training, so that there is something to gain. Each variant changes one thing. It first takes the time of a few steps, from
@@ -31,7 +31,8 @@ from jepa_lightning.harness import JEPACost, evaluate
 CONFIG = Path(__file__).parents[1] / "configs" / "worlds" / "tworoom.yaml"
 TASKS = {"offset 75": {"offset": 75, "budget": 100}, "offset 25, far": {"offset": 25, "budget": 50, "far": 16.0}}
 SEARCH = {"samples": 100, "iterations": 10, "elites": 10}
-TIMED_STEPS = 30
+TIMED_STEPS = (10, 50)
+"""Steps of two short fits, whose difference is the time of a step: what starts a fit is in both."""
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "base": {},
@@ -80,8 +81,9 @@ def measured(config: dict[str, Any], name: str, seconds: float, seed: int, episo
     arguments = config["model"]["init_args"] | changes.get("model", {})
     trained = f"{seed} {changes.get('model')} {changes.get('data')}"
     if trained not in models:  # what differs in its search alone is trained once
-        step = fit(data, arguments, TIMED_STEPS, seed)[1] / TIMED_STEPS
-        models[trained] = (*fit(data, arguments, int(seconds / step), seed), int(seconds / step))
+        short, long = (fit(data, arguments, steps, seed)[1] for steps in TIMED_STEPS)
+        steps = max(1, int(seconds * (TIMED_STEPS[1] - TIMED_STEPS[0]) / max(long - short, 1e-3)))
+        models[trained] = (*fit(data, arguments, steps, seed), steps)
     model, took, steps = models[trained]
     cost = JEPACost(model, changes.get("plan", {}).get("cost", "last"))
     found = {"steps": float(steps), "CPU seconds": took}
@@ -98,9 +100,9 @@ models: dict[str, tuple[DynamicsJEPA, float, int]] = {}
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
     """Means and standard errors over seeds, in Markdown."""
-    lines = ["| variant | steps | " + " | ".join(TASKS) + " |", "| :-- |" + " --: |" * (1 + len(TASKS))]
+    lines = ["| variant | steps | CPU seconds | " + " | ".join(TASKS) + " |", "| :-- |" + " --: |" * (2 + len(TASKS))]
     for name, runs in rows.items():
-        cells = [f"{sum(run['steps'] for run in runs) / len(runs):.0f}"]
+        cells = [f"{sum(run[column] for run in runs) / len(runs):.0f}" for column in ("steps", "CPU seconds")]
         for task in TASKS:
             values = torch.tensor([run[task] for run in runs])
             error = values.std().item() / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
@@ -121,9 +123,11 @@ if __name__ == "__main__":
         logging.getLogger(quiet_name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     rows: dict[str, list[dict[str, float]]] = {}
+    config = yaml.safe_load(CONFIG.read_text())
+    fit(prepared(config, {}, 0), config["model"]["init_args"], TIMED_STEPS[0], 0)  # what a process does once
     for seed in given.seeds:
         for name in given.variants:
-            found = measured(yaml.safe_load(CONFIG.read_text()), name, given.seconds, seed, given.episodes)
+            found = measured(config, name, given.seconds, seed, given.episodes)
             rows.setdefault(name, []).append(found)
             print(f"seed {seed}, {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
             if given.out:

@@ -95,8 +95,12 @@ def collect(settings: Collect, root: str | os.PathLike[str]) -> None:
     )
     record = partial(record_episode, settings, str(folder))
     done = settings.episodes - len(missing)
-    for _ in track(_results(record, missing, workers), "collect", settings.episodes, completed=done):
-        pass
+    try:
+        for _ in track(_results(record, missing, workers), "collect", settings.episodes, completed=done):
+            pass
+    finally:  # windows and OpenGL of this process are not to be inherited by what it forks later
+        while _environments:
+            _environments.popitem()[1].close()
 
 
 def _results(record: Callable[[int], int], numbers: list[int], workers: int) -> Iterator[int]:
@@ -196,6 +200,7 @@ def play(environment: Environment, settings: Collect, seed: int, name: str) -> E
         action = policy(environment.observation, environment.info)
         if action is None:  # the policy has nothing left to do
             break
+        action = environment.within_limits(action)
         step = environment.act(action)
         actions.append(np.asarray(action).copy())
         rewards.append(step.reward)

@@ -30,7 +30,8 @@ class EnvironmentSettings:
         image_size: Height and width of the frames in pixels, one number if they are equal; None records no frames.
         action_repeat: How often an action is applied from one frame to the next. Rewards are added up.
         action_share: Share of the limits of a continuous action that is used, in (0, 1]: both limits are multiplied by it,
-            when episodes are recorded and in planning. Gentle torques keep what moves fast within what frames can show.
+            when episodes are recorded, by whatever policy, and in planning. Gentle torques keep what moves fast within what
+            frames can show.
         state: Names of what is kept as the state: keys of a dictionary of observations or of `info`, or attributes of the
             environment, dots between them ("data.qpos"). By default the observation, if it is a vector.
         reset_options: The `options` of `reset`.
@@ -129,8 +130,13 @@ class Environment:
         if not self.num_choices:
             if not isinstance(space, spaces.Box) or not (np.isfinite(space.low) & np.isfinite(space.high)).all():
                 raise ValueError(f"{settings.id} takes actions of {space}: only Discrete and bounded Box are known here.")
-            limits = (limit.astype(np.float64).ravel() for limit in (space.low, space.high))
-            self.low, self.high = (limit * settings.action_share for limit in limits)
+            low, high = (limit.astype(np.float64).ravel() for limit in (space.low, space.high))
+            if settings.action_share != 1 and not ((low <= 0) & (high >= 0)).all():
+                raise ValueError(
+                    f"action_share={settings.action_share}: the actions of {settings.id}, from {low} to {high}, have no "
+                    "zero to shrink towards; leave it out."
+                )
+            self.low, self.high = low * settings.action_share, high * settings.action_share
         elif settings.action_share != 1:
             raise ValueError(
                 f"action_share={settings.action_share}: the actions of {settings.id} are discrete; leave it out."
@@ -163,6 +169,14 @@ class Environment:
             return int(np.argmax(action)) + int(self.env.action_space.start)
         scaled = (np.clip(action, -1, 1) + 1) / 2 * (self.high - self.low) + self.low
         return scaled.astype(self.env.action_space.dtype).reshape(self.env.action_space.shape)
+
+    def within_limits(self, action: Any) -> Any:
+        """An action of the environment's own kind, cut at the limits: what is recorded is what was applied."""
+        if self.num_choices:
+            return action
+        shape = self.env.action_space.shape
+        cut = np.clip(np.asarray(action, np.float64), self.low.reshape(shape), self.high.reshape(shape))
+        return cut.astype(self.env.action_space.dtype)
 
     def frame(self) -> NDArray[np.uint8]:
         """What is seen now, (H, W, C): the observation if it is an image, else what is rendered."""
@@ -205,15 +219,16 @@ class Environment:
         return [(name, np.asarray(self._look_up(name), np.float32).ravel()) for name in self.settings.state]
 
     def _look_up(self, name: str) -> Any:
-        for known in (self.observation, self.info):
-            if isinstance(known, dict) and name in known:
+        observed = self.observation if isinstance(self.observation, dict) else {}
+        for known in (self.info, observed):
+            if name in known:
                 return known[name]
         value: Any = self.env.unwrapped
         for attribute in name.split("."):
             if not hasattr(value, attribute):
                 raise ValueError(
-                    f"state={name!r}: {self.settings.id} has no such attribute, and its info has "
-                    f"{', '.join(self.info) or 'nothing'}."
+                    f"state={name!r}: {self.settings.id} has no such attribute, and its observation and info have "
+                    f"{', '.join([*observed, *self.info]) or 'nothing'} by name."
                 )
             value = getattr(value, attribute)
         return value() if callable(value) else value

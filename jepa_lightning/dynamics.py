@@ -65,13 +65,13 @@ class DynamicsJEPA(LatentDynamics):
         predictor: "residual", a step from the one before, by two hidden layers; or "prefix", all steps of the horizon from
             the first embedding and the actions since, by a causal transformer of two blocks.
         predictor_width: Width of the predictor's hidden layers; of the tokens of a "prefix" predictor, for which 128 gives
-            as many parameters as 512 gives a "residual" one.
+            about as many parameters (0.4 million) as 512 gives a "residual" one, and 512 gives 6 million.
         predictor_dropout: Dropout probability after each hidden layer of the predictor, or in its blocks, in [0, 1). With
             dropout a resumed run is not the uncut one bit for bit.
         action_dim: Number of scalars of an action, A; 0 for what moves on its own. As in the data.
         num_choices: Number of choices of a discrete action, each a one-hot vector among the A scalars; 0 if actions are
             continuous. As in the data.
-        action_width: Width of the linear embedding of an action.
+        action_width: Width of the linear embedding of an action; a "prefix" predictor takes `predictor_width`.
         target_mode: Where predictions start and what they aim at. "vjepa2": from the context encoder's embeddings of each
             start to the target encoder's of the later windows; the regularizer sees the starts. "default": from the target
             encoder's embeddings to the target encoder's, so that the prediction loss sends **no gradient to the encoder**,

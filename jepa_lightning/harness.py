@@ -62,7 +62,15 @@ def expert(
         spread: Number of steps over which each action is spread: a share of it is applied as often, so that what jumps at
             random moves smoothly.
         arguments: Further arguments of the policy, such as its noise.
+
+    Returns:
+        A function of observation and info that chooses actions, cut at the environment's limits.
+
+    Raises:
+        ValueError: `spread` is below 1.
     """
+    if spread < 1:
+        raise ValueError(f"collect.policy_arguments: spread={spread}: give an integer of at least 1.")
     module, _, name = policy.rpartition(":")
     chooser = getattr(stable_worldmodel(module), name)(seed=seed, **arguments)
     low, high = env.action_space.low, env.action_space.high
@@ -77,7 +85,7 @@ def expert(
         if not left:
             chosen = chooser.get_action(info)[0] if lifted else chooser.get_action(info)
             # What exceeds the limits is cut here, as the environments do: it should be recorded as it was applied.
-            left.extend([np.clip(chosen, low, high) / spread] * spread)
+            left.extend(np.clip(chosen, low, high) / spread for _ in range(spread))
         return left.pop()
 
     return choose
@@ -157,6 +165,16 @@ def recent_frames_policy(solver: Any, config: Any, scaler: BoxScaler, history: i
     return RecentFrames(solver, config, process={"action": scaler})
 
 
+def random_policy(seed: int, share: float) -> Any:
+    """The package's random policy within the share of the limits that the recording, and so the planner, keeps to."""
+
+    class Gentle(stable_worldmodel(".policy").RandomPolicy):  # type: ignore[misc]
+        def get_action(self, *args: Any, **kwargs: Any) -> Any:
+            return share * super().get_action(*args, **kwargs)
+
+    return Gentle(seed=seed)
+
+
 def evaluate(
     data: Trajectories,
     environment: str,
@@ -180,7 +198,7 @@ def evaluate(
     Args:
         data: Recorded episodes, of whose test episodes starts and goals are taken.
         environment: Id of the environment.
-        cost: World model that its CEM plans with, or None for random actions.
+        cost: World model that its CEM plans with, or None for random actions within the recording's limits.
         episodes: Number of episodes E.
         offset: Steps from the start to the goal in the recording.
         budget: Steps that an episode may take.
@@ -202,7 +220,7 @@ def evaluate(
     size = (data.image_size,) * 2 if isinstance(data.image_size, int) else data.image_size
     world = swm.World(environment, num_envs=episodes, image_shape=size, max_episode_steps=10 * budget, image_resample="box")
     if cost is None:
-        policy = swm.policy.RandomPolicy(seed=seed)
+        policy = random_policy(seed, float(data.store.info.environment.get("action_share", 1)))
     else:
         solver = swm.solver.CEMSolver(
             cost, batch_size=episodes, num_samples=samples, var_scale=1, n_steps=iterations, topk=elites, seed=seed

@@ -58,6 +58,12 @@ def test_a_share_of_the_limits_is_what_is_acted_and_recorded_with(tmp_path: Path
     actions = np.concatenate([episode["actions"] for episode in contents(tmp_path).values()])
     assert 0.45 < np.abs(actions).max() <= 0.5
     assert Environment(gentle).own_action(np.array([1.0, -2.0])).tolist() == [0.5, -0.5]
+    policy = {"policy": "points:leftwards", "policy_arguments": {"force": 1.0}}
+    collect(settings(environment=gentle, **policy), tmp_path / "policy")
+    for episode in contents(tmp_path / "policy").values():  # a policy keeps to it, too, and what is recorded was applied
+        assert (episode["actions"] == [-0.5, 0]).all()
+        moved = np.diff(episode["states"][:, 0])
+        assert (np.isclose(moved, -0.075, atol=1e-6) | (episode["states"][1:, 0] == -1)).all()
     with pytest.raises(ValueError, match="holds a recording with action_share=0.25, and now action_share=1.0"):
         collect(settings(steps=40), tmp_path)
     for share in (0.0, 1.5):
@@ -152,7 +158,7 @@ def test_a_policy_of_the_user_s_acts_until_it_says_the_end(tmp_path: Path) -> No
 
 def test_an_episode_ends_where_the_environment_ends_it(tmp_path: Path) -> None:
     ending = EnvironmentSettings("points:Points", {"ends": True}, image_size=16, state=["distance"])
-    with pytest.raises(ValueError, match="state='distance': points:Points has no such attribute"):
+    with pytest.raises(ValueError, match="points:Points has no such attribute, and its observation and info have"):
         collect(settings(environment=ending), tmp_path / "x")  # its info has it only after a step
     ending = EnvironmentSettings("points:Points", {"ends": True}, image_size=16, state=["state"])
     collect(settings(environment=ending, episodes=20, steps=60), tmp_path)

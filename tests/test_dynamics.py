@@ -16,6 +16,7 @@ from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner, load
 from jepa_lightning.cli import main
 from jepa_lightning.metrics import RidgeProbe
+from jepa_lightning.networks.predictor import PrefixPredictor, ResidualPredictor
 
 
 def test_sizes_are_those_of_the_data(points_root: Path) -> None:
@@ -42,6 +43,16 @@ def test_what_is_observed_is_learned_from(points_root: Path, tmp_path: Path, obs
         assert not torch.allclose(features, other) and not torch.allclose(
             features, model.encode(1 - batch.observations, batch.vectors)
         )
+
+
+def test_the_predictor_is_the_one_that_was_asked_for(points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    assert type(small_dynamics(data).predictor) is ResidualPredictor
+    model = small_dynamics(data, predictor="prefix", predictor_width=32, predictor_dropout=0.25, horizon=2)
+    predictor = model.predictor
+    assert type(predictor) is PrefixPredictor and predictor.length == 2 and predictor.change.in_features == 32
+    assert all(block.dropout.p == 0.25 for block in predictor.blocks)
+    assert model.plan(torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16), horizon=5).shape == (2, 5, 2)
 
 
 def test_a_plan_of_a_model_that_observes_both_looks_at_both(points_root: Path) -> None:

@@ -1,11 +1,13 @@
 """Collecting with the planner: where its plans lead, and that a seed is enough to repeat it."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import record_points, small_dynamics, small_trajectories
 from points import Knowing, Moving
 
@@ -108,8 +110,12 @@ def test_a_run_collects_the_next_recording(tmp_path: Path, points_root: Path) ->
         policy="jepa_lightning.planned_policy:PlannedPolicy",
         policy_arguments=arguments,
     )
-    for name in ("one", "two"):
-        collect(settings, tmp_path / name)
+    torch.manual_seed(7)
+    planned_policy.known.cache_clear()
+    for name, workers in (("one", 1), ("two", 2)):
+        collect(replace(settings, num_workers=workers), tmp_path / name)
+    after = torch.rand(3)
+    assert torch.equal(after, torch.rand(3, generator=torch.Generator().manual_seed(7)))  # later weights do not depend on it
     first, second = (read(tmp_path / name) for name in ("one", "two"))
     for number in range(2):
         assert np.array_equal(first.episode(number).actions, second.episode(number).actions)
@@ -125,5 +131,62 @@ def test_what_cannot_plan_is_refused(tmp_path: Path, points_root: Path, monkeypa
     monkeypatch.setattr(planned_policy, "load", lambda checkpoint: blind)
     with pytest.raises(ValueError, match="elsewhere holds a DynamicsJEPA: a world model of images, with actions"):
         planned_policy.known("elsewhere")
-    with pytest.raises(ValueError, match="horizon=0, noise=0.1"):
-        PlannedPolicy(None, 0, "elsewhere", horizon=0)
+    for name, value in (("horizon", 0), ("samples", 1), ("iterations", 0), ("noise", -0.1), ("noise", float("nan"))):
+        with pytest.raises(ValueError, match=f"collect.policy_arguments: {name}={value}: give"):
+            PlannedPolicy(None, 0, "elsewhere", **{name: value})
+
+
+def test_a_model_of_another_environment_is_refused(monkeypatch: pytest.MonkeyPatch, points_root: Path) -> None:
+    jepa = small_dynamics(small_trajectories(points_root))
+    env = Environment(EnvironmentSettings("points:Points", {"choices": True}, image_size=16))
+    monkeypatch.setattr(planned_policy, "known", lambda checkpoint: Known(jepa, read(points_root), 1, 1))
+    with pytest.raises(ValueError, match=r"plans 2 scalars of 1 action\(s\) with 0 choices, and the environment takes 5"):
+        PlannedPolicy(env.env, 0, "elsewhere")
+
+
+def test_damaged_and_empty_episodes_are_no_goals(monkeypatch: pytest.MonkeyPatch, points_root: Path) -> None:
+    knows(monkeypatch, points_root, (0.6, -0.5))
+    known = planned_policy.known("")
+    good = known.recording.episode(0)
+
+    def episode(number: int) -> Episode:
+        if number == 0:
+            raise ValueError("damaged")
+        return good if number == 1 else good._replace(frames=None)
+
+    recording = SimpleNamespace(names=list("abcd"), episode=episode, info=known.recording.info)
+    monkeypatch.setattr(planned_policy, "known", lambda checkpoint: known._replace(recording=recording))
+    state, _ = acted(6, noise=0.0, horizon=6, samples=200, iterations=8)
+    assert np.abs(state - (0.6, -0.5)).max() < 0.15
+    recording.names = ["a"]
+    with pytest.raises(ValueError, match="No episode of the recording of the model has frames"):
+        acted(1)
+
+
+def test_what_was_seen_before_and_before_the_goal_fills_the_history(
+    monkeypatch: pytest.MonkeyPatch, points_root: Path
+) -> None:
+    data = small_trajectories(points_root, history=2)
+    jepa, recording = small_dynamics(data), read(points_root)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plan = jepa.plan
+    monkeypatch.setattr(jepa, "plan", lambda now, goal, *rest: seen.append((now, goal)) or plan(now, goal, *rest))
+    monkeypatch.setattr(planned_policy, "known", lambda checkpoint: Known(jepa, recording, 2, 1))
+    threads = torch.get_num_threads()
+    env = Environment(POINTS)
+    env.reset(3)
+    policy = PlannedPolicy(env.env, 5, "a checkpoint", horizon=1, samples=8, iterations=1)
+    frames = []
+    for _ in range(4):
+        frames.append(env.frame())
+        env.act(policy(env.observation, env.info))
+    as_frames = [(255 * now).round().byte().unflatten(1, (2, 3))[0].permute(0, 2, 3, 1).numpy() for now, _ in seen]
+    assert np.array_equal(as_frames[0], np.stack([frames[0], frames[0]]))
+    for step in range(1, 4):
+        assert np.array_equal(as_frames[step], np.stack(frames[step - 1 : step + 1]))
+    every = [recording.episode(number).frames for number in range(len(recording.names))]
+    for _, goal in seen:
+        before, last = (255 * goal).round().byte().unflatten(1, (2, 3))[0].permute(0, 2, 3, 1).numpy()
+        places = [(n, t) for n, shown in enumerate(every) for t in range(len(shown)) if np.array_equal(shown[t], last)]
+        assert any(np.array_equal(every[n][max(0, t - 1)], before) for n, t in places)
+    assert torch.get_num_threads() == threads

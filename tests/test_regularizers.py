@@ -181,6 +181,9 @@ def test_subspaces_are_frozen_orthogonal_and_share_no_coordinate() -> None:
     regularizer = Regularizer("subspace_sigreg", 20)
     rotation = regularizer.rotation
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(20), atol=1e-5, rtol=0)
+    assert rotation.abs().max() < 0.9  # no subspace of single coordinates
+    features = torch.randn(64, 2, 20)
+    assert regularizer(features, 0)[0] == regularizer(features)[0] != regularizer(features, 1)[0]
     assert torch.equal(rotation, Regularizer("subspace_sigreg", 20).rotation) and "rotation" in regularizer.state_dict()
 
 

@@ -54,9 +54,17 @@ def test_a_prefix_predictor_sees_the_start_and_the_actions_so_far(changed: int) 
     with torch.no_grad():
         found, acted = unroll(predictor, start, 3, actions), unroll(predictor, start, 3, other)
         moved = unroll(predictor, start + torch.randn(8), 3, actions)
+        torch.testing.assert_close(unroll(predictor, start[0, 0], 3, actions[0, 0]), found[0, 0], atol=1e-5, rtol=1e-5)
         for row in range(4):  # no row sees another
             torch.testing.assert_close(unroll(predictor, start[row], 3, actions[row]), found[row], atol=1e-5, rtol=1e-5)
     assert found.shape == (4, 5, 3, 8)
+    predictor.train()  # the way that is trained, which torch computes in another one
+    for parameter in predictor.parameters():
+        parameter.grad = None
+    learned = unroll(predictor, start, 3, actions)
+    torch.testing.assert_close(learned, found, atol=1e-5, rtol=1e-5)
+    learned.square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in predictor.parameters())
     differs = (found - acted).abs().amax(dim=(0, 1, 3)) > 1e-4
     assert differs.tolist() == [step >= changed for step in range(3)]
     assert ((found - moved).abs().amax(dim=(0, 1, 3)) > 0.1).all()
@@ -72,6 +80,12 @@ def test_a_prefix_predictor_starts_anew_where_its_length_ends_and_says_nothing_u
         assert torch.equal(whole, torch.cat([first, second, third[:, None]], dim=1))
         still = PrefixPredictor(8, 32, 2)
         assert torch.equal(still.unroll(start, 7, actions), start[:, None].expand(-1, 7, -1))
+        first_block, second_block = (block.linear1.weight for block in still.blocks)
+        assert not torch.equal(first_block, second_block)
+        with pytest.raises(ValueError, match="conditioned on actions: give some"):
+            predictor.unroll(start, 3)
+        with pytest.raises(ValueError, match="conditioned on nothing"):
+            prefix_predictor(action_dim=0).unroll(start, 3, actions)
         free = prefix_predictor(action_dim=0).unroll(start, 4)  # what moves on its own: positions number the steps
     assert free.shape == (4, 4, 8) and not torch.allclose(free[:, 0], free[:, 1], atol=1e-3)
 

@@ -65,6 +65,9 @@ class PrefixPredictor(nn.Module):
         length: Number of steps that are predicted from one embedding.
         depth: Number of blocks.
         dropout: Dropout probability in the blocks.
+
+    Raises:
+        ValueError: There are actions that it is not conditioned on, or none where it is.
     """
 
     def __init__(
@@ -74,9 +77,12 @@ class PrefixPredictor(nn.Module):
         self.length = length
         self.embed = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, width))
         self.embed_action = nn.Linear(action_dim, width) if action_dim else None
-        self.positions = nn.Parameter(trunc_normal_(torch.zeros(length, width), std=0.02))
-        block = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
-        self.blocks = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.step_token = nn.Parameter(trunc_normal_(torch.zeros(length, width), std=0.02))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout, "gelu", batch_first=True, norm_first=True)
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
         self.change = nn.Linear(width, dim)
         nn.init.zeros_(self.change.weight)
         nn.init.zeros_(self.change.bias)
@@ -91,13 +97,19 @@ class PrefixPredictor(nn.Module):
         return torch.cat(found, dim=-2)
 
     def _predict(self, features: Tensor, steps: int, actions: Tensor | None) -> Tensor:
-        tokens = self.positions[:steps].expand(*features.shape[:-1], -1, -1)  # (..., K, width)
-        if actions is not None and self.embed_action is not None:
+        if (actions is None) != (self.embed_action is None):
+            raise ValueError(
+                "This predictor is conditioned on " + ("nothing." if actions is not None else "actions: give some.")
+            )
+        tokens = self.step_token[:steps].expand(*features.shape[:-1], -1, -1)  # (..., K, width)
+        if self.embed_action is not None:
             tokens = tokens + self.embed_action(actions)
         tokens = torch.cat([self.embed(features)[..., None, :], tokens], dim=-2)
         mask = nn.Transformer.generate_square_subsequent_mask(steps + 1, tokens.device, tokens.dtype)
-        seen = self.blocks(tokens.flatten(0, -3), mask, is_causal=True).unflatten(0, features.shape[:-1])
-        return features[..., None, :] + self.change(seen[..., 1:, :])
+        seen = tokens.reshape(-1, *tokens.shape[-2:])
+        for block in self.blocks:
+            seen = block(seen, mask, is_causal=True)
+        return features[..., None, :] + self.change(self.norm(seen[:, 1:])).reshape(*tokens.shape[:-2], steps, -1)
 
     def forward(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
         """The next embedding: (..., D), and (..., A) if conditioned on actions -> (..., D)."""

@@ -26,7 +26,9 @@ def goal_figures(rows: dict[str, list[Any]]) -> dict[str, float]:
         "standard_error": math.sqrt(success * (1 - success) / len(rows["success"])),
         "milliseconds_per_decision": 1000 * float(np.mean(rows["seconds"])),
     }
-    return found | ({"nearness": float(np.mean(rows["nearness"]))} if "nearness" in rows else {})
+    if "last" in rows:  # means first: a start that happens to be at the goal has no ratio
+        found["nearness"] = float(np.mean(rows["last"])) / max(float(np.mean(rows["first"])), 1e-12)
+    return found
 
 
 def goal_table(figures: dict[str, dict[str, Any]]) -> str:

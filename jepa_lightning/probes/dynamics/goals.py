@@ -62,8 +62,9 @@ class GoalProbe(LightningModule):
         state: Names of the scalars of the state whose Euclidean distance counts; all by default.
         planner: Planner that searches for action sequences; one with its defaults if None.
         goal_image: Path of an image that is the goal of all episodes, in place of those from the recording. Nothing is known
-            of its state, so the figures are where the environment ends the episode, and how much nearer the model's
-            embedding has come to the image's. Without `radius`.
+            of its state, so the figures are where the environment ends the episode, and the distance from the image in
+            embedding space, at the end over that at the start. Without `radius`; `offset` and `budget` are still the steps
+            of a plan and of an episode.
         inverse: Path of the checkpoint of an `InverseModel` on the same JEPA, which chooses actions without a search.
         num_episodes: Number of episodes E.
         parallel: Episodes that are planned for at once.
@@ -210,7 +211,8 @@ class GoalProbe(LightningModule):
         }
         for name in self.baselines:
             if name == "replay" and self.goal_image is not None:
-                continue  # the recorded actions lead elsewhere
+                rank_zero_info("replay: left out, since the recorded actions do not lead to model.goal_image.")
+                continue
             if name == "oracle" and (states is None or not self._environments[0].can_be_set):
                 rank_zero_info("oracle: left out, since the simulator cannot be set, or model.radius is not given.")
                 continue
@@ -227,8 +229,8 @@ class GoalProbe(LightningModule):
         """Episodes of some goals under every controller.
 
         Returns:
-            For each controller and episode, "success", "seconds" of a decision and, with a goal image, "nearness"; and a
-            film of the first episode.
+            For each controller and episode, "success", "seconds" of a decision and, with a goal image, the distances "first"
+            and "last" from it in embedding space; and a film of the first episode.
         """
         steps = self.budget // self.data.stride
         found: dict[str, dict[str, list[Any]]] = {}
@@ -245,7 +247,7 @@ class GoalProbe(LightningModule):
             seconds = [timed.seconds / steps / len(goals)] * len(goals)
             found[name] = {"success": self.reached(world, goals), "seconds": seconds}
             if before is not None:
-                found[name]["nearness"] = (self._away(world, goals) / before).tolist()
+                found[name] |= {"first": before.tolist(), "last": self._away(world, goals).tolist()}
             if name == "world_model" and self.data.observation != "vectors":
                 film = self._film(world, goals[0])
         return found, film
