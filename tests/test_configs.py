@@ -70,7 +70,7 @@ def test_a_pendulum_from_training_to_report(name: str, tmp_path: Path) -> None:
 
 
 OVERLAYS = [path.stem for path in sorted((CONFIGS / "overlays").glob("*.yaml"))]
-OF_THE_PENDULUM = [name for name in OVERLAYS if name.startswith(("mode", "reg", "encoder", "rgb", "variance"))]
+OF_THE_PENDULUM = [name for name in OVERLAYS if name.startswith(("mode", "reg", "encoder", "predictor", "rgb", "variance"))]
 
 
 @pytest.mark.parametrize("overlay", OF_THE_PENDULUM)
