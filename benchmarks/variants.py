@@ -1,10 +1,10 @@
 """Variants of a world model at the same CPU time, planned with in stable-worldmodel's harness, over several seeds.
 
-    python benchmarks/variants.py [--seconds 75] [--seeds 0 1 2] [--variants base "prefix predictor"] [--out FILE]
+    python benchmarks/variants.py [--steps 700] [--seeds 0 1 2] [--variants base "prefix predictor"] [--out FILE]
 
 TwoRoom as configs/worlds/tworoom.yaml has it (needs the extra swm; the recording is made if it is not there), with far less
-training, so that there is something to gain. Each variant changes one thing. It first takes the time of a few steps, from
-which the number of steps in the given CPU seconds follows: what costs more gets fewer. Prints a line as soon as a run has
+training, so that there is something to gain. Each variant changes one thing. The time of a step is first taken of all of
+them in turns, and what costs more than the base gets fewer steps in proportion. Prints a line as soon as a run has
 ended, then a table with means and standard errors over seeds: success at offset 75 and budget 100, and at offset 25 and
 budget 50 where start and goal are more than 16 pixels apart.
 """
@@ -74,17 +74,31 @@ def prepared(config: dict[str, Any], changes: dict[str, dict[str, Any]], seed: i
     return data
 
 
-def measured(config: dict[str, Any], name: str, seconds: float, seed: int, episodes: int) -> dict[str, float]:
+def model_arguments(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Arguments of a variant's model."""
+    return config["model"]["init_args"] | VARIANTS[name].get("model", {})
+
+
+def step_seconds(config: dict[str, Any], names: list[str]) -> dict[str, float]:
+    """CPU seconds of a step of each variant, the lower of two rounds in turns."""
+    found: dict[str, float] = {}
+    for _ in range(2):
+        for name in names:
+            data, arguments = prepared(config, VARIANTS[name], 0), model_arguments(config, name)
+            short, long = (fit(data, arguments, steps, 0)[1] for steps in TIMED_STEPS)
+            step = (long - short) / (TIMED_STEPS[1] - TIMED_STEPS[0])
+            found[name] = min(step, found.get(name, step))
+    return found
+
+
+def measured(config: dict[str, Any], name: str, steps: int, seed: int, episodes: int) -> dict[str, float]:
     """Figures of one run of a variant."""
     changes = VARIANTS[name]
     data = prepared(config, changes, seed)
-    arguments = config["model"]["init_args"] | changes.get("model", {})
     trained = f"{seed} {changes.get('model')} {changes.get('data')}"
     if trained not in models:  # what differs in its search alone is trained once
-        short, long = (fit(data, arguments, steps, seed)[1] for steps in TIMED_STEPS)
-        steps = max(1, int(seconds * (TIMED_STEPS[1] - TIMED_STEPS[0]) / max(long - short, 1e-3)))
-        models[trained] = (*fit(data, arguments, steps, seed), steps)
-    model, took, steps = models[trained]
+        models[trained] = fit(data, model_arguments(config, name), steps, seed)
+    model, took = models[trained]
     cost = JEPACost(model, changes.get("plan", {}).get("cost", "last"))
     found = {"steps": float(steps), "CPU seconds": took}
     environment = config["data"]["init_args"]["collect"]["environment"]["id"].rpartition(":")[2]
@@ -94,8 +108,8 @@ def measured(config: dict[str, Any], name: str, seconds: float, seed: int, episo
     return found
 
 
-models: dict[str, tuple[DynamicsJEPA, float, int]] = {}
-"""Those of this process: model, CPU seconds, steps."""
+models: dict[str, tuple[DynamicsJEPA, float]] = {}
+"""Those of this process: model, CPU seconds."""
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
@@ -113,7 +127,7 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=75.0, help="CPU seconds of a training.")
+    parser.add_argument("--steps", type=int, default=700, help="Steps of the base.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -125,9 +139,12 @@ if __name__ == "__main__":
     rows: dict[str, list[dict[str, float]]] = {}
     config = yaml.safe_load(CONFIG.read_text())
     fit(prepared(config, {}, 0), config["model"]["init_args"], TIMED_STEPS[0], 0)  # what a process does once
+    seconds = step_seconds(config, list(dict.fromkeys(["base", *given.variants])))
+    print("milliseconds a step: " + ", ".join(f"{name} {1000 * value:.0f}" for name, value in seconds.items()), flush=True)
     for seed in given.seeds:
         for name in given.variants:
-            found = measured(config, name, given.seconds, seed, given.episodes)
+            steps = max(1, round(given.steps * seconds["base"] / seconds[name]))
+            found = measured(config, name, steps, seed, given.episodes)
             rows.setdefault(name, []).append(found)
             print(f"seed {seed}, {name}: " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
             if given.out:
