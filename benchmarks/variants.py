@@ -75,7 +75,7 @@ def prepared(config: dict[str, Any], changes: dict[str, dict[str, Any]], seed: i
 
 
 def model_arguments(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """Arguments of a variant's model, with as long a warm-up as in the full run: a shorter one can kill an encoder of ReLUs."""
+    """Arguments of a variant's model; the warm-up is as long as in the full run, since a shorter one can kill ReLUs."""
     return config["model"]["init_args"] | {"warmup_fraction": 0.12} | VARIANTS[name].get("model", {})
 
 
