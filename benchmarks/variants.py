@@ -10,6 +10,7 @@ budget 50 where start and goal are more than 16 pixels apart.
 """
 
 import argparse
+import gc
 import json
 import logging
 import math
@@ -65,8 +66,20 @@ def fit(data: Trajectories, arguments: dict[str, Any], steps: int, seed: int) ->
 
 
 def prepared(config: dict[str, Any], changes: dict[str, dict[str, Any]], seed: int) -> Trajectories:
-    """The recording as a variant sees it."""
-    arguments = config["data"]["init_args"] | changes.get("data", {})
+    """The recording as a variant sees it: one object for all that see the same, since it is more than a gigabyte."""
+    key = f"{seed} {changes.get('data')}"
+    if key not in recordings:
+        recordings[key] = recording(config["data"]["init_args"] | changes.get("data", {}), seed)
+    return recordings[key]
+
+
+recordings: dict[str, Trajectories] = {}
+"""Those of this process."""
+
+
+def recording(arguments: dict[str, Any], seed: int) -> Trajectories:
+    """The recording, made if it is not there."""
+    arguments = dict(arguments)
     collect = dict(arguments.pop("collect"))
     environment = EnvironmentSettings(**collect.pop("environment"))
     data = Trajectories(collect=Collect(environment, **collect), seed=seed, **arguments)
@@ -144,6 +157,9 @@ if __name__ == "__main__":
     seconds = step_seconds(config, list(dict.fromkeys(["base", *given.variants])))
     print("milliseconds a step: " + ", ".join(f"{name} {1000 * value:.0f}" for name, value in seconds.items()), flush=True)
     for seed in given.seeds:
+        recordings.clear()
+        models.clear()
+        gc.collect()  # trainers and models refer to each other
         for name in given.variants:
             steps = max(1, round(given.steps * seconds["base"] / seconds[name]))
             found = measured(config, name, steps, seed, given.episodes)
