@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jsonargparse import ArgumentError
 
+from datamodules import collecting
 from datamodules.collecting import Collect, RandomHeld, collect
 from datamodules.environments import Environment, EnvironmentSettings, resized
 from datamodules.recordings import read
@@ -95,6 +96,7 @@ def test_a_state_is_found_in_a_dictionary_of_observations() -> None:
 def test_several_processes_and_a_cut_give_the_same_recording(tmp_path: Path) -> None:
     collect(settings(), tmp_path / "one")
     collect(settings(num_workers=2), tmp_path / "two")
+    assert not collecting._environments  # none is left open for what is forked later
     assert equal(contents(tmp_path / "one"), contents(tmp_path / "two"))
     kept = tmp_path / "one" / "episode_000002.npz"
     before, time = contents(tmp_path / "one"), kept.stat().st_mtime_ns
