@@ -100,6 +100,9 @@ class Preemption(Checkpoint):
             if trainer.is_global_zero:
                 for older in set(Path(path).parent.glob("hpc_ckpt_*.ckpt")) - {Path(path)}:
                     remove(older)
+            if trainer.global_step >= trainer.estimated_stepping_batches:
+                save_last(trainer)  # the job that goes on has no step left, and writes no end of its training
+            if trainer.is_global_zero:
                 requeue()
         else:
             path = save_last(trainer)

@@ -285,6 +285,9 @@ def main(args: ArgsType = None) -> None:
             trainer_defaults={"log_every_n_steps": 20},
             args=args,
         )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # A thread of the group that is left to the end of the interpreter can abort it.
+            torch.distributed.destroy_process_group()
     except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

@@ -207,6 +207,7 @@ def test_probes_need_labels(tmp_path: Path, checkpoint: str) -> None:
 
 SCRIPT = """
 import sys
+import torch
 from conftest import small_images, trainer
 from jepa_lightning.probes import CompletionProbe, FineTuning, LinearProbe, KNNProbe
 
@@ -217,6 +218,7 @@ for kind in (LinearProbe, FineTuning, CompletionProbe, KNNProbe):
     if probe.needs_fit:
         run.fit(probe, small_images(root, batch_size=2))
     run.test(probe, small_images(root, batch_size=2), verbose=False)
+torch.distributed.destroy_process_group()  # a thread of it that is left to the interpreter's end can abort it
 """
 
 

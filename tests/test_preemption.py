@@ -124,6 +124,14 @@ def test_a_requeued_job_goes_on_from_its_newest_checkpoint(
     assert not list(tmp_path.glob("hpc*")), "a finished run leaves nothing from which its directory would go on"
 
 
+def test_a_job_that_is_requeued_in_its_last_step_has_its_end_in_last_ckpt(tmp_path: Path, slurm: list) -> None:
+    assert requeued(tmp_path, signal.SIGUSR1, 8) == 138 and len(slurm) == 1
+    first = tmp_path / "hpc_ckpt_1.ckpt"
+    assert read_checkpoint(first)["global_step"] == read_checkpoint(last(tmp_path))["global_step"] == 9
+    fit(tmp_path, 9, first)  # has nothing left to do
+    assert read_checkpoint(last(tmp_path))["global_step"] == 9
+
+
 def test_the_signal_of_a_job_is_its_own_and_requeueing_can_be_declined(tmp_path: Path, slurm: list) -> None:
     for number, settings in (
         (signal.SIGUSR1, {"auto_requeue": False}),
