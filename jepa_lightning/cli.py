@@ -285,9 +285,8 @@ def main(args: ArgsType = None) -> None:
             trainer_defaults={"log_every_n_steps": 20},
             args=args,
         )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # A thread of the group that is left to the end of the interpreter can abort it.
-            torch.distributed.destroy_process_group()
+        if args is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # torch asks for it before the interpreter ends
     except (ArgumentError, *USER_ERRORS) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

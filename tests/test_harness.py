@@ -137,4 +137,21 @@ def test_a_policy_that_knows_only_vectors_of_environments_is_shown_one(monkeypat
     spread = harness.expert(env, 2, ".module:Vector", lifted=True, spread=2)
     assert [spread(None, {}).tolist() for _ in range(2)] == 2 * [[0.25, 0.5]]
     env.step_size = np.array([1.0, -0.25])
-    assert [spread(None, {}).tolist() for _ in range(2)] == 2 * [[0.5, -0.25]]
+    assert spread(None, {}).tolist() == [0.5, -0.25]
+    env.step_size = np.array([0.5, 0.5])
+    assert spread(None, {}).tolist() == [0.5, -0.25], "an action is applied to its end before the next is chosen"
+    assert spread(None, {}).tolist() == [0.5, 0.5]
+    with pytest.raises(ValueError, match="collect.policy_arguments: spread=0: give an integer of at least 1"):
+        harness.expert(env, 2, ".module:Vector", lifted=True, spread=0)
+
+
+def test_random_actions_keep_to_the_share_of_the_limits_that_was_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RandomPolicy:
+        def __init__(self, seed: int) -> None:
+            self.seed = seed
+
+        def get_action(self, info: Any) -> Any:
+            return np.array([[1.0, -self.seed]])
+
+    monkeypatch.setattr(harness, "stable_worldmodel", lambda module: SimpleNamespace(RandomPolicy=RandomPolicy))
+    assert harness.random_policy(3, 0.25).get_action({}).tolist() == [[0.25, -0.75]]

@@ -218,7 +218,7 @@ for kind in (LinearProbe, FineTuning, CompletionProbe, KNNProbe):
     if probe.needs_fit:
         run.fit(probe, small_images(root, batch_size=2))
     run.test(probe, small_images(root, batch_size=2), verbose=False)
-torch.distributed.destroy_process_group()  # a thread of it that is left to the interpreter's end can abort it
+torch.distributed.destroy_process_group()  # torch asks for it before the interpreter ends
 """
 
 

@@ -87,18 +87,8 @@ def test_discrete_actions_are_chosen_one_at_a_time_and_sometimes_at_random(
 
 def test_a_run_collects_the_next_recording(tmp_path: Path, points_root: Path) -> None:
     out = tmp_path / "run"
-    small = [
-        "--model.encoder_widths",
-        "[4]",
-        "--model.horizon",
-        "2",
-        "--model.latent_dim",
-        "8",
-        "--data.windows",
-        "5",
-        "--data.batch_size",
-        "2",
-    ]
+    small = ["--model.encoder_widths=[4]", "--model.horizon=1", "--model.latent_dim=8", "--model.regularizer=variance_hinge"]
+    small += ["--model.regularizer_weights=null", "--data.windows=3", "--data.batch_size=2", "--data.stride=2"]
     run = ["--trainer.default_root_dir", str(out), "--trainer.accelerator", "cpu", "--trainer.max_steps", "1"]
     main(["fit", "--model", "DynamicsJEPA", "--data", "Trajectories", "--data.root", str(points_root), *small, *run])
     arguments = {"checkpoint": str(out), "horizon": 2, "samples": 8, "iterations": 1}
@@ -116,6 +106,7 @@ def test_a_run_collects_the_next_recording(tmp_path: Path, points_root: Path) ->
         collect(replace(settings, num_workers=workers), tmp_path / name)
     after = torch.rand(3)
     assert torch.equal(after, torch.rand(3, generator=torch.Generator().manual_seed(7)))  # later weights do not depend on it
+    assert planned_policy.known(str(out)).stride == 2
     first, second = (read(tmp_path / name) for name in ("one", "two"))
     for number in range(2):
         assert np.array_equal(first.episode(number).actions, second.episode(number).actions)
