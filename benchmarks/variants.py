@@ -134,8 +134,8 @@ def table(rows: dict[str, list[dict[str, float]]]) -> str:
         cells = [f"{sum(run[column] for run in runs) / len(runs):.0f}" for column in ("steps", "CPU seconds")]
         for task in TASKS:
             values = torch.tensor([run[task] for run in runs])
-            error = values.std().item() / math.sqrt(len(runs)) if len(runs) > 1 else math.nan
-            cells.append(f"{values.mean().item():.3f} ({error:.3f})")
+            error = f" ({values.std().item() / math.sqrt(len(runs)):.3f})" if len(runs) > 1 else ""
+            cells.append(f"{values.mean().item():.3f}{error}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
