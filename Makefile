@@ -46,7 +46,7 @@ plan: $(READY) ## a world model of the actuated pendulum, trained (unless it is 
 	$(RUN) fit --config configs/probes/image_decoder.yaml --model.checkpoint runs/plan --data.size 20000 --data.clip_length 23 --trainer.default_root_dir runs/plan/decoder
 	$(RUN) test --config configs/probes/planning.yaml --model.checkpoint runs/plan --model.decoder runs/plan/decoder/checkpoints/best.ckpt --trainer.default_root_dir runs/plan
 
-room: .venv/.swm ## a world model of stable-worldmodel's TwoRoom: collect, train, plan; 12 minutes on 2 CPU cores and 0.6 GB of packages, into runs/tworoom
+room: .venv/.swm ## a world model of stable-worldmodel's TwoRoom: collect, train, plan; 6 minutes on 2 CPU cores and 0.6 GB of packages, into runs/tworoom
 	$(RUN) fit --config configs/worlds/tworoom.yaml --ckpt_path auto --trainer.accelerator cpu
 	$(BIN)/python -m jepa_lightning.harness runs/tworoom
 	$(RUN) test --config configs/probes/goals.yaml --config configs/overlays/tworoom_goals.yaml --model.checkpoint runs/tworoom --trainer.accelerator cpu

@@ -284,14 +284,8 @@ def main(
     arguments = {name: value for name, value in known["init_args"].items() if name != "collect"}
     data = Trajectories(**(arguments | ({} if root is None else {"root": root})))
     search: dict[str, Any] = {"samples": samples, "iterations": iterations, "elites": elites, "horizon": horizon}
-    task: dict[str, Any] = {
-        "episodes": episodes,
-        "offset": offset,
-        "budget": budget,
-        "far": far,
-        "far_of": far_of,
-        "seed": seed,
-    }
+    task: dict[str, Any] = {"episodes": episodes, "offset": offset, "budget": budget}
+    task |= {"far": far, "far_of": far_of, "seed": seed}
     policies = {"world_model": JEPACost(jepa, cost), "random": None}
     found = {
         name: evaluate(data, environment, model, history=jepa.history, **task, **search) for name, model in policies.items()
@@ -303,7 +297,8 @@ def main(
     report = found | {"environment": environment, "task": task, "search": search | {"cost": cost}, "checkpoint": checkpoint}
     directory = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
     notes = f"`World.evaluate` of stable-worldmodel on {environment}: {json.dumps(task)}; CEM: {json.dumps(search)}."
-    save_report(directory / "harness", report, "Planning in stable-worldmodel", notes, "\n".join(lines))
+    title, table = "Planning in stable-worldmodel", "\n".join(lines)
+    save_report(directory / "harness", report, title, notes, table, "jepa_lightning.harness")
     return report
 
 

@@ -1,5 +1,6 @@
 """The adapter for stable-worldmodel, asked as its planners ask, without the package."""
 
+import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -155,3 +156,38 @@ def test_random_actions_keep_to_the_share_of_the_limits_that_was_recorded(monkey
 
     monkeypatch.setattr(harness, "stable_worldmodel", lambda module: SimpleNamespace(RandomPolicy=RandomPolicy))
     assert harness.random_policy(3, 0.25).get_action({}).tolist() == [[0.25, -0.75]]
+
+
+def test_the_report_is_about_what_was_asked_and_says_which_command_made_it(
+    points_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jepa = small_dynamics(small_trajectories(points_root))
+    known = {"init_args": {"root": str(points_root), "windows": 3, "collect": {"episodes": 3}}}
+    asked: list[dict[str, Any]] = []
+
+    def evaluate(data: Any, environment: str, model: Any, **arguments: Any) -> dict[str, float]:
+        asked.append({"root": data.root, "environment": environment, "model": model} | arguments)
+        return {"success": 0.75 if model else 0.25, "standard_error": 0.1, "seconds": 3.2}
+
+    monkeypatch.setattr(harness, "load", lambda path: jepa)
+    monkeypatch.setattr(harness, "data_of", lambda path: known)
+    monkeypatch.setattr(harness, "evaluate", evaluate)
+    monkeypatch.setattr("sys.argv", ["harness.py", "a run", "--far", "2"])
+    task: dict[str, Any] = {"episodes": 7, "offset": 3, "budget": 5, "far": 2, "far_of": (1,), "seed": 6}
+    harness.main(str(tmp_path), "swm/Points", samples=9, horizon=4, **task)
+    assert [type(one.pop("model")) for one in asked] == [JEPACost, type(None)]
+    search = {"samples": 9, "iterations": 30, "elites": 30, "horizon": 4}
+    expected = {"root": str(points_root), "environment": "swm/Points", "history": jepa.history} | task | search
+    assert asked == [expected, expected]
+    text = (tmp_path / "harness" / "report.md").read_text()
+    assert "| world model | 0.75 | 0.10 | 3 |\n| random | 0.25 |" in text and "`World.evaluate`" in text
+    assert "Made by `python -m jepa_lightning.harness 'a run' --far 2`." in text
+    report = json.loads((tmp_path / "harness" / "report.json").read_text())
+    assert report["world_model"]["success"] == 0.75 and report["task"] == task | {"far_of": [1]}
+    assert report["search"] == search | {"cost": "last"} and report["checkpoint"] == str(tmp_path)
+    with pytest.raises(ValueError, match="The data of .* is not known"):
+        monkeypatch.setattr(harness, "data_of", lambda path: None)
+        harness.main(str(tmp_path))
+    with pytest.raises(ValueError, match="holds a Linear, not a world model"):
+        monkeypatch.setattr(harness, "load", lambda path: torch.nn.Linear(1, 1))
+        harness.main(str(tmp_path))

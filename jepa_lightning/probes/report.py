@@ -32,7 +32,9 @@ ROWS = (
 )
 
 
-def save_report(directory: Path, report: dict[str, Any], title: str, notes: str, table: str) -> None:
+def save_report(
+    directory: Path, report: dict[str, Any], title: str, notes: str, table: str, module: str = "jepa_lightning"
+) -> None:
     """Write report.json and report.md with the command that made them, and print the table and what lies there.
 
     Args:
@@ -41,8 +43,9 @@ def save_report(directory: Path, report: dict[str, Any], title: str, notes: str,
         title: Title of report.md.
         notes: Paragraph above the table.
         table: Table in Markdown.
+        module: Module that was run.
     """
-    command = shlex.join(["python", "-m", "jepa_lightning", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     directory.mkdir(parents=True, exist_ok=True)
     content = json.dumps(_without_nan(report | {"command": command}), indent=2, allow_nan=False)
     (directory / "report.json").write_text(content + "\n")
