@@ -1,6 +1,7 @@
 """Recording environments: the same seed gives the same recording, however it was made."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_several_processes_and_a_cut_give_the_same_recording(tmp_path: Path) -> 
     assert equal(contents(tmp_path / "one"), before) and kept.stat().st_mtime_ns == time
     collect(settings(episodes=5), tmp_path / "one")
     assert equal({k: v for k, v in contents(tmp_path / "one").items() if "4" not in k}, before)
+
+
+def test_processes_are_spawned_because_windows_are_not_to_be_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[tuple[int, str]] = []
+
+    class Noted(ThreadPoolExecutor):
+        def __init__(self, workers: int, context: Any) -> None:
+            pools.append((workers, context.get_start_method()))
+            super().__init__(workers)
+
+    monkeypatch.setattr(collecting, "ProcessPoolExecutor", Noted)
+    assert sorted(collecting._results(abs, [0, 1, 2, 3], 3)) == [0, 1, 2, 3]
+    assert pools == [(2, "spawn")]
 
 
 def test_another_seed_gives_another_recording_and_is_refused_in_the_same_folder(tmp_path: Path) -> None:

@@ -7,7 +7,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import parameters_equal, record_points, run_script, small_dynamics, small_trajectories, trainer
+from conftest import (
+    parameters_equal,
+    record_points,
+    run_script,
+    small_dynamics,
+    small_images,
+    small_trajectories,
+    trainer,
+)
 from torch.utils.data import DataLoader
 
 from callbacks import CollapseAlarm, LastCheckpoint
@@ -15,6 +23,7 @@ from callbacks.collapse import CollapseWarning
 from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner, load
 from jepa_lightning.cli import main
+from jepa_lightning.dynamics_checks import check_observations, sizes_of
 from jepa_lightning.metrics import RidgeProbe
 from jepa_lightning.networks.predictor import PrefixPredictor, ResidualPredictor
 
@@ -171,6 +180,19 @@ def test_a_model_of_other_data_is_refused_before_anything_runs(
     data = small_trajectories(points_root)
     with pytest.raises(ValueError, match=said):
         trainer(tmp_path, max_steps=1).fit(small_dynamics(data, **changes), data)
+
+
+def test_sizes_are_compared_as_sizes_and_images_say_none(points_root: Path) -> None:
+    data = small_trajectories(points_root)
+    model = small_dynamics(data)
+    for image_size in (16, (16, 16), [16, 16]):
+        model.image_size = image_size
+        check_observations(model, data)
+    model.image_size = (16, 17)
+    with pytest.raises(ValueError, match=r"The model has image_size=\(16, 17\) but data.image_size=16"):
+        check_observations(model, data)
+    assert sizes_of(data)["image_size"] == 16
+    assert sizes_of(small_images(points_root)) == {}, "they have an image_size, too, and are no clips"
 
 
 def test_a_checkpoint_refuses_other_dynamics_and_is_loaded(tmp_path: Path, points_root: Path) -> None:

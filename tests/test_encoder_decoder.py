@@ -74,6 +74,10 @@ def test_a_roll_out_feeds_back_what_it_says(points_root: Path, feedback: Any) ->
     torch.testing.assert_close(model.rollout(batch.observations[:, 0], 3, batch.actions[:, :3]), features)
     torch.testing.assert_close(model.forecast_images(start, 3, batch.actions[:, :3]), images)
     assert images.shape == (3, 3, 2 * 3, 16, 16), "whole windows are decoded"
+    every = model.encode_batch(batch)  # of several starts of a clip at once: (B, T, D)
+    actions = batch.actions[:, None, :3].expand(-1, every.shape[1], -1, -1)
+    for found, alone in zip(model.roll_out(every, 3, actions), model.roll_out(start, 3, batch.actions[:, :3]), strict=True):
+        torch.testing.assert_close(found[:, 0], alone)
     again = model.context_encoder(images.flatten(0, 1)).unflatten(0, (3, 3))
     assert torch.allclose(features, again, atol=1e-5) == (feedback == "pixels")
     other = small_encoder_decoder(data, awake=True, feedback="latent" if feedback == "pixels" else "pixels").eval()

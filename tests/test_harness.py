@@ -158,6 +158,76 @@ def test_random_actions_keep_to_the_share_of_the_limits_that_was_recorded(monkey
     assert harness.random_policy(3, 0.25).get_action({}).tolist() == [[0.25, -0.75]]
 
 
+class FakePackage:
+    """What `evaluate` uses of stable-worldmodel: it notes what it is given, and every second episode succeeds."""
+
+    def __init__(self) -> None:
+        noted: dict[str, Any] = {}
+        self.noted = noted
+
+        class World:
+            def __init__(self, environment: str, **settings: Any) -> None:
+                noted["world"] = (environment, settings)
+
+            def set_policy(self, policy: Any) -> None:
+                noted["policy"] = policy
+
+            def evaluate(self, **settings: Any) -> dict[str, list[bool]]:
+                noted["evaluate"] = settings
+                return {"episode_successes": [number % 4 != 0 for number in range(len(settings["episodes_idx"]))]}
+
+        class Policy:
+            def __init__(self, *given: Any, **named: Any) -> None:
+                self.given, self.named = given, named
+
+            def get_action(self, info: dict[str, Any], **_: Any) -> Any:
+                return info
+
+        self.World, self.WorldModelPolicy, self.RandomPolicy, self.PlanConfig = World, Policy, Policy, dict
+        self.solver = SimpleNamespace(CEMSolver=lambda cost, **settings: (cost, settings))
+
+
+def test_the_package_is_given_what_was_asked_for(points_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = FakePackage()
+    monkeypatch.setattr(harness, "stable_worldmodel", lambda module="": package)
+    data = small_trajectories(points_root, test_fraction=0.4, stride=2)
+    cost = JEPACost(small_dynamics(data))
+    task = {"episodes": 8, "offset": 4, "budget": 6, "far": 0.2, "seed": 3}
+    found = harness.evaluate(
+        data, "swm/Points", cost, history=2, samples=9, iterations=7, elites=5, horizon=4, setters=["set"], **task
+    )
+    assert found["success"] == 0.75 and found["standard_error"] == pytest.approx((0.75 * 0.25 / 8) ** 0.5)
+    settings = {"num_envs": 8, "image_shape": (16, 16), "max_episode_steps": 60, "image_resample": "box"}
+    assert package.noted["world"] == ("swm/Points", settings)
+    asked = package.noted["evaluate"]
+    chosen, begins = RecordedStarts(data).tasks(8, 4, 0.2, 3)
+    assert isinstance(asked.pop("dataset"), RecordedStarts)
+    assert asked == {
+        "episodes_idx": chosen,
+        "start_steps": begins,
+        "goal_offset": 4,
+        "eval_budget": 6,
+        "callables": ["set"],
+    }
+    policy = package.noted["policy"]
+    solver, config = policy.given
+    search = {"batch_size": 8, "num_samples": 9, "var_scale": 1, "n_steps": 7, "topk": 5, "seed": 3}
+    assert solver == (cost, search) and config == {"horizon": 4, "receding_horizon": 4, "action_block": 2}
+    scaler, info = policy.named["process"]["action"], data.store.info
+    assert scaler.inverse_transform(np.array([[-1.0, 1.0]])).tolist() == [[info.action_low[0], info.action_high[1]]]
+    pixels = np.arange(5)[None, :, None] * np.ones((2, 1, 3))  # (E, T, ...): the newest of five steps is 4
+    for step in range(3):
+        seen = policy.get_action({"pixels": pixels + step, "goal": "as it is"})
+        assert seen["goal"] == "as it is"
+    assert seen["recent"][:, :, 0].tolist() == [[5, 6], [5, 6]], "the newest of the last two steps, oldest first"
+    harness.evaluate(data, "swm/Points", None, setters=[], **task)
+    assert package.noted["policy"].named == {"seed": 3}
+    monkeypatch.setattr(harness, "random_policy", lambda *given: given)
+    data.store.info.environment["action_share"] = 0.25
+    harness.evaluate(data, "swm/Points", None, setters=[], **task)
+    assert package.noted["policy"] == (3, 0.25)
+
+
 def test_the_report_is_about_what_was_asked_and_says_which_command_made_it(
     points_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

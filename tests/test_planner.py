@@ -90,5 +90,14 @@ def test_discrete_sequences_are_one_hot_and_the_best_is_found(method: str) -> No
     assert torch.equal(found, goal)
     again = planner.plan(cost, goal, torch.Generator().manual_seed(1), further=True, num_choices=3)
     assert torch.equal(again, goal), "what is known is not forgotten"
+    rounds: list[int] = []
+
+    def at_random(actions: torch.Tensor) -> torch.Tensor:
+        rounds.append(len(actions))
+        return (actions * torch.arange(12).view(2, 6)).sum(dim=(2, 3)) % 1.7
+
+    plans = [planner.plan(at_random, torch.zeros(2, 2, 6), seeded(2), further, 3) for further in (False, True, True)]
+    assert len(rounds) == 10 + 1 + 1 and torch.equal(plans[1], plans[2]), "same generator, same plan; fewer further rounds"
+    assert all(plan.shape == (2, 2, 6) for plan in plans)
     partly = torch.cat([goal[:, 1:], torch.zeros(2, 1, 6)], dim=1)
     assert planner.plan(lambda actions: torch.rand(2, 64), partly, torch.Generator(), num_choices=3).sum() == 8

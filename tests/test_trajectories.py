@@ -63,6 +63,11 @@ def test_a_clip_is_a_function_of_seed_epoch_and_index_and_any_start_occurs(tmp_p
     first = clips.__getitems__([(0, 0), (0, 1)])
     again = module._clips("train").__getitems__([(0, 1)])
     assert torch.equal(first.numbers[1], again.numbers[0]) and torch.equal(first.frames[1], again.frames[0])
+    for epoch in range(20):  # whatever else is random
+        torch.manual_seed(epoch)
+        items = [(epoch, index) for index in range(len(clips))]
+        one, other = (made.__getitems__(items) for made in (clips, module._clips("train")))
+        assert torch.equal(one.numbers, other.numbers)
     found: dict[tuple[float, float], int] = {}
     for epoch, index in itertools.product(range(400), range(len(clips))):
         state = clips.__getitems__([(epoch, index)]).numbers.view(torch.float32)[0, 0, module.store.column("states")]
@@ -92,6 +97,9 @@ def test_neighbors_among_held_out_clips_are_of_different_episodes(tmp_path: Path
     places = {episode: place for place, episode in enumerate(module.episodes("val"))}
     assert batch.episodes.tolist() == [places[episode] for episode in names.tolist()]
     assert len(places) == 3 and (names[:12].diff() != 0).all()
+    many = data(write(tmp_path / "many", (60,) * 20), val_fraction=0.4)
+    clips = many._clips("val").__getitems__([(0, index) for index in range(8 * 20)])
+    assert clips.episodes.tolist() == 20 * list(range(8)), "round by round, the episodes of each in their order"
 
 
 def test_episodes_that_are_added_leave_the_others_in_their_order(tmp_path: Path) -> None:
@@ -203,6 +211,12 @@ def test_frames_are_resized_and_gray_is_the_luma(tmp_path: Path) -> None:
     frame = module.store.frames[int(module.store.starts[5]) + 7]
     assert frame.shape == (1, 2, 3) and module.image_size == (2, 3)
     assert frame.unique().item() == round(0.299 * 5 + 0.587 * 7 + 0.114 * 255)
+
+
+def test_what_is_not_recorded_has_no_width(tmp_path: Path) -> None:
+    absent = {name: lambda *_: None for name in ("states", "vectors", "rewards")}
+    store = data(write(tmp_path, **absent)).store
+    assert store.widths == {"actions": 2, "vectors": 0, "states": 0, "rewards": 0} and store.table.shape[1] == 2
 
 
 def test_vectors_alone_need_no_frames(tmp_path: Path) -> None:
