@@ -24,7 +24,7 @@ from datamodules.recordings import Episode, write_episode
 BATCHES, TURNS, BATCH_SIZE, WINDOWS, STRIDE = 60, 7, 64, 7, 5
 EPISODES, STEPS = 12, 100
 LONGER = 50
-"""How many times as many episodes are recorded on two cores: 600, as in configs/worlds; processes take time to start."""
+"""How many times as many episodes are recorded on two cores: 600, for processes take time to start."""
 NAME = "datamodules.pendulum_environment:DoublePendulum-v0"
 
 
