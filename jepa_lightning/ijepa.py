@@ -11,7 +11,7 @@ from callbacks.schedules import ScheduleName
 from datamodules.batches import ImageBatch
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.predictor import MaskedPredictor, PredictorContext
 from jepa_lightning.regularizers import RegularizerName
 
 
@@ -36,6 +36,8 @@ class IJEPA(ImageJEPA):
         predictor_depth: Number of blocks of the predictor. The paper takes 6 for ViT-B, 12 for L and H.
         predictor_heads: Number of attention heads of the predictor; that of the encoder by default.
         predictor_dropout: Dropout probability in the linear layers of the predictor.
+        predictor_context: "repeated", as in the paper: the predictor computes the visible patches anew for each target
+            block; or "shared": once for all blocks, without attention to them, which takes less time.
         loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
         normalize_targets: Layer-normalize the target features, as the released code does.
         num_targets: Number of target blocks M per image.
@@ -78,6 +80,7 @@ class IJEPA(ImageJEPA):
         predictor_depth: int = 6,
         predictor_heads: int | None = None,
         predictor_dropout: float = 0.0,
+        predictor_context: PredictorContext = "repeated",
         loss: Literal["smooth_l1", "squared_error"] = "smooth_l1",
         normalize_targets: bool = True,
         num_targets: int = 4,
@@ -134,6 +137,7 @@ class IJEPA(ImageJEPA):
             predictor_heads or context_encoder.num_heads,
             predictor_dropout,
             gradient_checkpointing,
+            predictor_context,
         )
         self.set_networks(context_encoder, predictor, context_encoder.dim)
         self.masks = MultiBlock(

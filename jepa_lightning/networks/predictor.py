@@ -9,14 +9,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 PredictorName = Literal["residual", "prefix"]
+PredictorContext = Literal["repeated", "shared"]
 
 
 class ResidualPredictor(nn.Module):
@@ -130,9 +131,11 @@ class MaskedPredictor(nn.Module):
         num_heads: Number of attention heads of each block; divides `width`.
         dropout: Dropout probability after the linear layers and in the attention's output.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        context: "repeated", as in the paper: the visible patches are computed anew for each target block, whose mask
+            tokens they attend to; or "shared": they attend to themselves alone and are computed once for all blocks.
 
     Raises:
-        ValueError: A width that the heads do not divide.
+        ValueError: A width that the heads do not divide, or an unknown `context`.
     """
 
     def __init__(
@@ -144,10 +147,13 @@ class MaskedPredictor(nn.Module):
         num_heads: int = 6,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        context: PredictorContext = "repeated",
     ) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"predictor_width={width} is not divisible by its {num_heads} heads: change one of them.")
+        if context not in get_args(PredictorContext):
+            raise ValueError(f"predictor_context={context!r}: choose one of {', '.join(get_args(PredictorContext))}.")
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -156,7 +162,7 @@ class MaskedPredictor(nn.Module):
         )
         self.norm = norm(width)
         self.project = nn.Linear(width, dim)
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.shares_context = gradient_checkpointing, context == "shared"
         self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
         self._initialize()
         attend_by_device(self)
@@ -186,22 +192,50 @@ class MaskedPredictor(nn.Module):
         Returns:
             (B, M, L, D).
         """
-        hidden = self.mask_token + self.positions[targets.flatten(0, 1)]  # (B * M, L, width)
-        return self._predict(self._visible(features, context, targets), hidden, targets)
+        visible = self.embed(features) + self.positions[context]  # (B, K, width)
+        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
+        return self._predict(visible, hidden, targets.shape[1])
 
-    def _visible(self, features: Tensor, context: Tensor, targets: Tensor) -> Tensor:
-        """Tokens of the visible patches, once per target block: (B * M, K, width)."""
-        return (self.embed(features) + self.positions[context]).repeat_interleave(targets.shape[1], dim=0)
+    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int) -> Tensor:
+        """Features predicted at the mask tokens of M blocks.
 
-    def _predict(self, others: Tensor, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Features predicted at the mask tokens (B * M, L, width), which attend to all other tokens: (B, M, L, D)."""
-        tokens = torch.cat([others, hidden], dim=1)
-        if self.gradient_checkpointing and self.training:
-            tokens = checkpoint_seq(self.blocks, tokens)
-        else:
-            tokens = self.blocks(tokens)
-        predicted = self.project(self.norm(tokens[:, -hidden.shape[1] :]))
-        return predicted.unflatten(0, (-1, targets.shape[1]))
+        Args:
+            visible: What all mask tokens of an image attend to, (B, K, width).
+            hidden: Mask tokens, one block after the other, (B, M * L, width).
+            num_blocks: Number of blocks M.
+
+        Returns:
+            (B, M, L, D).
+        """
+        length = hidden.shape[1] // num_blocks
+        mask = None
+        if self.shares_context:
+            mask = shared_context_mask(visible.shape[1], num_blocks, length, hidden.device)
+        else:  # an image of its own for each block
+            visible, hidden = visible.repeat_interleave(num_blocks, dim=0), hidden.reshape(-1, length, hidden.shape[2])
+        tokens = torch.cat([visible, hidden], dim=1)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, mask, use_reentrant=False)
+            else:
+                tokens = block(tokens, mask)
+        predicted = self.project(self.norm(tokens[:, visible.shape[1] :]))
+        return predicted.reshape(-1, num_blocks, length, predicted.shape[-1])
+
+
+def shared_context_mask(visible: int, num_blocks: int, length: int, device: torch.device) -> Tensor:
+    """Who attends to whom where the context is shared: K visible patches, then M blocks of L mask tokens.
+
+    All attend to the visible patches, and mask tokens to those of their own block, too.
+
+    Returns:
+        (K + M * L, K + M * L), bool, true where the row attends to the column.
+    """
+    own = torch.arange(num_blocks, device=device).repeat_interleave(length)
+    mask = torch.zeros(visible + len(own), visible + len(own), dtype=torch.bool, device=device)
+    mask[:, :visible] = True
+    mask[visible:, visible:] = own[:, None] == own
+    return mask
 
 
 Conditioning = Literal["feature", "sequence", "none"]
@@ -269,13 +303,13 @@ class WorldModel(MaskedPredictor):
         Returns:
             (B, M, L, D).
         """
-        others, hidden = self._visible(features, context, targets), self.mask_token + self.positions[targets.flatten(0, 1)]
+        visible = self.embed(features) + self.positions[context]  # (B, K, width)
+        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
         actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
-        actions = actions.repeat_interleave(targets.shape[1], dim=0)  # (B * M, A)
         if self.conditioning == "feature":
             hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
         elif self.conditioning == "sequence":
-            others = torch.cat([actions[..., None] * self.action_weight + self.action_token, others], dim=1)
+            visible = torch.cat([actions[..., None] * self.action_weight + self.action_token, visible], dim=1)
         if further is not None:
-            others = torch.cat([further.expand(len(others), -1, -1), others], dim=1)
-        return self._predict(others, hidden, targets)
+            visible = torch.cat([further.expand(len(visible), -1, -1), visible], dim=1)
+        return self._predict(visible, hidden, targets.shape[1])
