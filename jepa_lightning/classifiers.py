@@ -1,4 +1,4 @@
-"""Classifiers that need no training: the weighted k-NN vote, and ridge regression in closed form.
+"""Classifiers that need no gradient descent: the weighted k-NN vote, and ridge regression in closed form.
 
 Both work in chunks, so that their memory does not grow with the number of samples, and only linearly with the number of
 classes: ImageNet's images and the classes of ImageNet-22k fit.
@@ -6,7 +6,7 @@ Shapes: N members of the memory bank, Q queries, D embedding dimension, C classe
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional
 from torchmetrics.utilities import dim_zero_cat
 
@@ -141,7 +141,7 @@ def ridge_accuracy(
         member_labels: Class indices of the members, (N,).
         features: Embeddings to evaluate, (Q, D).
         labels: Class indices of the evaluated embeddings, (Q,).
-        penalty: Ridge penalty relative to the variance of each dimension, see `jepa_lightning.metrics.RidgeProbe`.
+        penalty: Ridge penalty relative to the variance of each dimension, see `jepa_lightning.metrics.RidgeR2`.
 
     Returns:
         Scalar; NaN if there is nothing to evaluate.
@@ -168,3 +168,60 @@ def ridge_accuracy(
         scores = prior + solved.float() @ sums.T  # (Q, C)
         right += (scores.argmax(dim=1) == answers).sum()
     return right / len(labels)
+
+
+class RidgeClassifier:
+    """Ridge regression of one-hot classes on standardized embeddings, fitted in closed form on any number of samples.
+
+    Kept are the sums that the normal equations need, not the samples: (1 + D)^2 + C (1 + D) numbers in float64.
+
+    Args:
+        dim: Embedding dimension D.
+        num_classes: Number of classes C.
+        device: Device of the sums.
+    """
+
+    def __init__(self, dim: int, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.moments = torch.zeros(1 + dim, 1 + dim, dtype=torch.float64, device=device)
+        """Sums of the products of (1, embedding) with themselves."""
+        self.class_sums = torch.zeros(num_classes, 1 + dim, dtype=torch.float64, device=device)
+        """Sums of (1, embedding) of each class."""
+
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add embeddings (N, D) and class indices (N,)."""
+        rows = functional.pad(features.double(), (1, 0), value=1.0)
+        self.moments += rows.T @ rows
+        self.class_sums.index_add_(0, labels, rows)
+
+    def add(self, other: "RidgeClassifier") -> None:
+        """Add the samples of another one."""
+        self.moments += other.moments
+        self.class_sums += other.class_sums
+
+    def reduce(self) -> None:
+        """Add the samples of all processes, to be called by all of them."""
+        for sums in (self.moments, self.class_sums):
+            distributed.all_reduce(sums)
+
+    def weights(self, penalty: float) -> Tensor:
+        """The fitted map from (1, embedding) to the scores of the classes, (1 + D, C) in float32.
+
+        Args:
+            penalty: Ridge penalty, relative to the variance of each dimension.
+        """
+        count, mean = self.moments[0, 0], self.moments[0, 1:] / self.moments[0, 0]
+        covariance = self.moments[1:, 1:] / count - torch.outer(mean, mean)
+        prior = self.class_sums[:, 0] / count
+        shared = self.class_sums[:, 1:] / count - torch.outer(prior, mean)  # covariance with the classes, (C, D)
+        # A dimension that never varies would make the system singular, by rounding even worse; it gets the weight 0.
+        ridge = penalty * covariance.diagonal().clamp(min=0) + 1e-12 * (1 + mean.square())
+        factor = torch.linalg.cholesky_ex(
+            covariance + torch.diag(ridge)
+        ).L  # without a check: NaN stays NaN, and ends no run
+        slopes = torch.cholesky_solve(shared.T, factor)
+        return torch.cat([(prior - mean @ slopes)[None], slopes]).float()
+
+
+def classify(features: Tensor, weights: Tensor) -> Tensor:
+    """Class with the largest score: embeddings (N, D) and weights (1 + D, C) -> (N,)."""
+    return (weights[0] + features.float() @ weights[1:]).argmax(dim=1)

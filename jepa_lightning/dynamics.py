@@ -26,7 +26,7 @@ from jepa_lightning.embedding_figures import show_components
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.latent_dynamics import LatentDynamics
 from jepa_lightning.losses import squared_error, step_weights
-from jepa_lightning.metrics import RidgeProbe, guarded_error
+from jepa_lightning.metrics import RidgeR2, guarded_error
 from jepa_lightning.networks.encoders import EncoderName, observation_encoder
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.predictor import PredictorName, PrefixPredictor, ResidualPredictor
@@ -154,7 +154,7 @@ class DynamicsJEPA(LatentDynamics):
         self._predictor_name: PredictorName = predictor
         self.set_networks(self.build_encoder(), self.build_predictor(), latent_dim)
         self.register_buffer("step_weights", step_weights(horizon, step_decay), persistent=False)
-        self.probe: RidgeProbe | None = None  # made when states are seen: their number is the data's
+        self.probe: RidgeR2 | None = None  # made when states are seen: their number is the data's
         self.inverse_dynamics = inverse_dynamics
         self.inverse_dynamics_model = mlp(2 * latent_dim, (predictor_width,), action_dim) if inverse_dynamics else None
         self.forecast_errors = ForecastErrors(action_dim > 0, latent_dim)
@@ -230,7 +230,7 @@ class DynamicsJEPA(LatentDynamics):
             show_components(self.trainer, pairs.target_features, batch.states[..., 0], self.angular_state)
         labels = self.labels(batch.states)
         if self.probe is None:
-            self.probe = RidgeProbe(self.latent_dim, labels.shape[-1]).to(self.device)
+            self.probe = RidgeR2(self.latent_dim, labels.shape[-1]).to(self.device)
         for fit in (True, False):  # every other trajectory fits the probe, the rest evaluate it
             rows: Any = slice(0 if fit else 1, None, 2)
             if batch.episodes is not None:  # clips of one trajectory stay together: they have too much in common

@@ -35,7 +35,7 @@ from datamodules.preprocessing import denormalize, normalize
 from datamodules.rng import BANK_STREAM, seeded_generator
 from datamodules.views import COLORS, DESTRUCTIVE, Views, action_to, draw_jitter, on_grid, recolor
 from jepa_lightning.figures import rows_figure, to_colors
-from jepa_lightning.metrics import RidgeProbe, reciprocal_ranks
+from jepa_lightning.metrics import RidgeR2, reciprocal_ranks
 from jepa_lightning.wide import WideMetric
 
 BANK_SIZE = 256
@@ -221,7 +221,7 @@ class MeanReciprocalRanks(WideMetric):
         return Ranks(named(mean), named(error), int(self.count[0, 0]))
 
 
-class ActionProbe(RidgeProbe):
+class ActionProbe(RidgeR2):
     """What embeddings keep of a transformation: ridge regression of the action on the pooled embeddings of two views.
 
     Every other pair is for training, the rest are evaluated. Invariant embeddings have 0, or less where there are few
@@ -239,7 +239,7 @@ class ActionProbe(RidgeProbe):
         """Add pooled embeddings (B, D) of sources and targets, and the actions (B, A) between them."""
         both = torch.cat([sources, targets], dim=1)
         for half in (0, 1):
-            RidgeProbe.update(self, both[half::2], actions[half::2], half == 0)
+            RidgeR2.update(self, both[half::2], actions[half::2], half == 0)
 
 
 @torch.no_grad()

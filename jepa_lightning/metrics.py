@@ -129,7 +129,7 @@ def guarded_error(ratio: Tensor, rankme: Tensor, dim: int) -> Tensor:
     return 1 - torch.nan_to_num(used_and_predicted)
 
 
-class RidgeProbe(WideMetric):
+class RidgeR2(WideMetric):
     """A linear probe in closed form: ridge regression from embeddings to labels, with samples to fit and to evaluate on.
 
     Kept are the sums that the normal equations need, not the samples. Embeddings are standardized, so `ridge` is relative

@@ -24,7 +24,7 @@ from datamodules.recordings import Episode, write_episode
 from jepa_lightning import DynamicsJEPA, Planner, load
 from jepa_lightning.cli import main
 from jepa_lightning.dynamics_checks import check_observations, sizes_of
-from jepa_lightning.metrics import RidgeProbe
+from jepa_lightning.metrics import RidgeR2
 from jepa_lightning.networks.predictor import PrefixPredictor, ResidualPredictor
 
 
@@ -123,7 +123,7 @@ def test_the_probe_of_the_state_is_fitted_and_evaluated_on_different_episodes(tm
     model = small_dynamics(data, horizon=1, regularizer="variance_hinge")
     seen: dict[bool, set[float]] = {True: set(), False: set()}
 
-    class Watching(RidgeProbe):
+    class Watching(RidgeR2):
         def update(self, features: torch.Tensor, labels: torch.Tensor, fit: bool) -> None:
             seen[fit] |= set(labels[:, 0].tolist())
             super().update(features, labels, fit)

@@ -14,8 +14,8 @@ from conftest import run_script, small_ijepa, small_images, trainer, write_image
 import jepa_lightning.probes.images.memory_bank
 from jepa_lightning.classifiers import directions, vote
 from jepa_lightning.probes import KNNProbe
-from jepa_lightning.probes.images.knn import share_of
 from jepa_lightning.probes.images.memory_bank import MemoryBank
+from jepa_lightning.probes.images.training_features import share_of
 
 
 def members(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 from jepa_lightning.metrics import (
     ErrorOverMean,
     FeatureStatistics,
-    RidgeProbe,
+    RidgeR2,
     guarded_error,
     r2_score,
     reciprocal_ranks,
@@ -53,7 +53,7 @@ def test_ridge_probe_equals_least_squares() -> None:
     features, other = torch.randn(300, 5) * 3 + 1, torch.randn(100, 5)
     weights = torch.randn(5, 2)
     labels, other_labels = (x @ weights + 0.3 * torch.randn(len(x), 2) + 7 for x in (features, other))
-    probe = RidgeProbe(5, 2, ridge=0.0)
+    probe = RidgeR2(5, 2, ridge=0.0)
     for part, part_labels in zip(features.split(64), labels.split(64), strict=True):
         probe.update(part, part_labels, fit=True)
     probe.update(other, other_labels, fit=False)
@@ -69,7 +69,7 @@ def test_ridge_probe_ignores_a_dead_feature_and_shrinks_with_the_penalty() -> No
     features = torch.randn(200, 3)
     features[:, 1] = 4.0
     labels = features[:, :1] * 2
-    probe = RidgeProbe(3, 1)
+    probe = RidgeR2(3, 1)
     probe.update(features, labels, fit=True)
     assert probe.weights(1e-6)[1:, 0].tolist() == pytest.approx([2, 0, 0], abs=1e-3)
     assert probe.weights(1.0)[1, 0].item() == pytest.approx(1, abs=0.1)
@@ -205,7 +205,7 @@ def test_sums_stay_wide_in_a_module_that_does_not() -> None:
 def test_sums_of_processes_are_added(kind: str) -> None:
     """As in two processes that have seen the same."""
     if kind == "ridge":
-        metric = RidgeProbe(3, 1)
+        metric = RidgeR2(3, 1)
         for fit in (True, False):
             metric.update(torch.randn(20, 3), torch.randn(20, 1), fit)
     else:

@@ -15,6 +15,7 @@ from jepa_lightning.probes.images.finetuning import FineTuning
 from jepa_lightning.probes.images.knn import KNNProbe
 from jepa_lightning.probes.images.linear import LinearProbe
 from jepa_lightning.probes.images.predictor_finetuning import PredictorFineTuning
+from jepa_lightning.probes.images.ridge import RidgeProbe
 
 __all__ = [
     "AttentiveProbe",
@@ -31,5 +32,6 @@ __all__ = [
     "PlanningProbe",
     "PredictorFineTuning",
     "RewardProbe",
+    "RidgeProbe",
     "StateProbe",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jepa_lightning.metrics import RidgeProbe
+from jepa_lightning.metrics import RidgeR2
 from jepa_lightning.networks.mlp import mlp
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -41,7 +41,7 @@ class LinearReadout(nn.Module):
     @torch.no_grad()
     def fit(self, features: Tensor, labels: Tensor, val_features: Tensor, val_labels: Tensor) -> float:
         """Fit on (N, D) and (N, L), choose the penalty on validation samples, and return it."""
-        moments = RidgeProbe(features.shape[1], labels.shape[1]).to(features.device)
+        moments = RidgeR2(features.shape[1], labels.shape[1]).to(features.device)
         moments.update(features, labels, fit=True)
         moments.update(val_features, val_labels, fit=False)
         best = max(RIDGES, key=lambda ridge: moments.r2(moments.weights(ridge)).mean().item())

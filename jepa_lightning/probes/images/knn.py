@@ -1,17 +1,16 @@
 """Evaluation of the frozen encoder: k-NN classification, which needs no training of its own."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from torchmetrics import SumMetric
 
 from datamodules.batches import ImageBatch
-from datamodules.image_datasets import HeldOutLoader
 from jepa_lightning.probes.images.base import ImageProbe
 from jepa_lightning.probes.images.linear import shrunk_pixels
 from jepa_lightning.probes.images.memory_bank import MemoryBank
+from jepa_lightning.probes.images.training_features import encoded, training_share
 from jepa_lightning.probes.report import save_accuracies
 
 
@@ -77,16 +76,12 @@ class KNNProbe(ImageProbe):
 
     def on_test_start(self) -> None:
         """Encode this process's share of the training images."""
-        data: Any = self.trainer.datamodule
         rank, num_ranks = self.trainer.global_rank, self.trainer.world_size
-        loader = share_of(data.plain_train_dataloader(), rank, num_ranks)
+        loader = training_share(self)
         self._banks = {name: MemoryBank(len(loader.dataset), rank, num_ranks) for name in self.names}  # type: ignore[arg-type]
-        for batch in loader:
-            batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, self.device, 0), 0)
-            with self.trainer.precision_plugin.test_step_context():
-                features = self.features(batch.images)
+        for features, labels in encoded(self, loader):
             for name, memory_bank in self._banks.items():
-                memory_bank.add(features[name], batch.labels)
+                memory_bank.add(features[name], labels)
         self._queries: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self._answers: list[Tensor] = []
 
@@ -113,22 +108,3 @@ class KNNProbe(ImageProbe):
             metric.reset()
         self._banks, self._answers = {}, []
         save_accuracies(self, figures, f"on {count} held-out images, against {members} training images")
-
-
-def share_of(loader: DataLoader[Any], rank: int, num_ranks: int) -> DataLoader[Any]:
-    """A loader of every num_ranks-th sample of another one, in order: the shares of all ranks are all samples, once each.
-
-    Raises:
-        ValueError: Fewer samples than processes.
-    """
-    count = len(loader.dataset)  # type: ignore[arg-type]
-    if count < num_ranks:
-        raise ValueError(f"{count} training images leave some of {num_ranks} processes without any: use fewer devices.")
-    return HeldOutLoader(
-        Subset(loader.dataset, range(rank, count, num_ranks)),
-        batch_size=loader.batch_size,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        timeout=loader.timeout,
-        prefetch_factor=loader.prefetch_factor,
-    )

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch
+from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.optim import warmup_cosine_schedule
 from jepa_lightning.probes.images.base import ImageProbe
 from jepa_lightning.probes.report import save_accuracies
@@ -27,6 +28,35 @@ def shrunk_pixels(images: Tensor) -> Tensor:
     """Images as vectors, large ones shrunk to `PIXEL_GRID`: (B, 3, H, W) -> (B, 3 h w)."""
     height, width = (min(PIXEL_GRID, side) for side in images.shape[-2:])
     return F.adaptive_avg_pool2d(images, (height, width)).flatten(1)
+
+
+LINEAR_INPUTS = {
+    "last": "average of the last block",
+    "last_four": "averages of the last four blocks",
+    "untrained_last": "randomly initialized encoder, last block",
+    "untrained_last_four": "randomly initialized encoder, last four blocks",
+    "pixels": "pixels",
+}
+"""What linear classifiers are put on, and how reports call it; the last three are baselines."""
+
+
+@torch.no_grad()
+def pooled_inputs(encoder: ViTEncoder, untrained: ViTEncoder | None, images: Tensor) -> dict[str, Tensor]:
+    """What linear classifiers are put on, by name: normalized images (B, 3, H, W) -> (B, width) each.
+
+    Args:
+        encoder: The frozen encoder.
+        untrained: The randomly initialized one; without it there are no baselines.
+        images: Normalized images, (B, 3, H, W).
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, network in (("", encoder), ("untrained_", untrained)):
+        if network is not None:
+            pooled = [tokens.float().mean(dim=1) for tokens in network.last_blocks(images, 4)]
+            found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
+    if untrained is not None:
+        found["pixels"] = shrunk_pixels(images)
+    return found
 
 
 class HalvesAccuracy(Metric):
@@ -196,13 +226,7 @@ class LinearProbe(ClassificationProbe):
         ValueError: It cannot be read, holds no such model, or an argument is out of its range.
     """
 
-    names = {  # noqa: RUF012
-        "last": "average of the last block",
-        "last_four": "averages of the last four blocks",
-        "untrained_last": "randomly initialized encoder, last block",
-        "untrained_last_four": "randomly initialized encoder, last four blocks",
-        "pixels": "pixels",
-    }
+    names = LINEAR_INPUTS
     own = ("last", "last_four")
 
     def __init__(
@@ -230,17 +254,9 @@ class LinearProbe(ClassificationProbe):
         nn.init.zeros_(head.bias)
         return head
 
-    @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
         """Pooled embeddings and pixels, by name: normalized images (B, 3, H, W) -> (B, width) each."""
-        found: dict[str, Tensor] = {}
-        networks = {"": self.encoder} | ({"untrained_": self.untrained} if self.baselines else {})
-        for prefix, network in networks.items():
-            pooled = [tokens.float().mean(dim=1) for tokens in network.last_blocks(images, 4)]
-            found[f"{prefix}last"], found[f"{prefix}last_four"] = pooled[-1], torch.cat(pooled, dim=1)
-        if self.baselines:
-            found["pixels"] = shrunk_pixels(images)
-        return found
+        return pooled_inputs(self.encoder, self.untrained if self.baselines else None, images)
 
     def inputs(self, images: Tensor) -> dict[str, Tensor]:
         return {name: self.norms[name](value.float()) for name, value in self.features(images).items()}
