@@ -23,7 +23,8 @@ from callbacks.ema import update_average
 from datamodules.decoding import read_image
 from datamodules.image_datasets import TrainingImages
 from datamodules.image_files import Samples
-from datamodules.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
+from datamodules.pixel_format import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.preprocessing import normalize
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
 from jepa_lightning.networks.predictor import MaskedPredictor

@@ -1,6 +1,6 @@
-"""What is in the file of an image: its pixels in RGB, the right way up.
+"""What is in the file of an image: its pixels, the right way up.
 
-Shapes: H W pixels.
+Shapes: C channels, H W pixels.
 """
 
 import os
@@ -13,6 +13,8 @@ import simplejpeg
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
+
+from datamodules.pixel_format import PixelFormat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What a file may hold, whatever the ending of its name: those that are read by ending, and those that are often given
@@ -27,40 +29,72 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {
     7: lambda pixels: pixels.transpose(0, 1).flip(0, 1),
     8: lambda pixels: pixels.transpose(0, 1).flip(0),
 }
-"""EXIF's orientation -> what puts pixels (H, W, 3) the right way up; 1, or anything else, is upright."""
+"""EXIF's orientation -> what puts pixels (H, W, C) the right way up; 1, or anything else, is upright."""
 
 
-def read_image(path: str | bytes) -> Tensor:
-    """An image in RGB, the right way up: uint8 (3, H, W).
+class ChannelsError(ValueError):
+    """An image has another number of channels than it is to be read with."""
+
+
+def read_image(path: str | bytes, pixels: PixelFormat | None = None) -> Tensor:
+    """An image, the right way up: uint8 (C, H, W), in RGB by default.
 
     * Transparent pixels show a white background, as in most viewers, not the color that is hidden in them.
-    * Of 16 bits the upper eight are taken, so that white stays white. (A camera's 12 bits in a file of 16 stay dark: the
-      file does not say how many are in use.)
-    * Of an animation the first frame is read.
+    * Integers of more than 8 bits and floats are scaled by the range of the format: see `PixelFormat.to_bytes`.
+    * Of an animation the first frame is read. The pages of a TIFF, each of one band, are its channels.
     * An orientation that cannot be read counts as upright, as do damaged metadata altogether.
     * Nothing that Pillow merely warns of is an error, nor said. An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
       (179 million pixels, half a gigabyte) is an error, as Pillow has it; a smaller one is read.
 
     Args:
         path: Path of the file, as text or, in whichever encoding, as bytes.
+        pixels: Number of channels, and values of black and white; RGB by default.
 
     Raises:
         Exception: The file cannot be decoded. Libraries raise nearly every kind for damaged files: OSError, SyntaxError,
             ValueError, struct.error, TypeError, MemoryError, PIL.Image.DecompressionBombError and others.
-        ValueError: The values are 32-bit integers or floats, of which no number is known to be white.
+        ChannelsError: The image has another number of channels.
     """
+    pixels = pixels or PixelFormat()
     name = os.fsdecode(path)
     with warnings.catch_warnings(action="ignore"), Image.open(name, formats=FORMATS) as image:
-        pixels = _decode_plain_jpeg(name) if image.format == "JPEG" and image.mode == "RGB" else None
-        if pixels is None:
-            pixels = _to_rgb(image)
+        plain = image.format == "JPEG" and image.mode == "RGB" and pixels.channels == 3
+        found = _decode_plain_jpeg(name) if plain else None
+        if found is None:
+            found = pixels_of(image, pixels)
         orientation = _orientation(image)
-    if not pixels.size:
-        raise ValueError(f"it has {pixels.shape[0]} x {pixels.shape[1]} pixels")
-    turned = torch.from_numpy(pixels)  # (H, W, 3)
+    if not found.size:
+        raise ValueError(f"it has {found.shape[0]} x {found.shape[1]} pixels")
+    turned = torch.from_numpy(found)  # (H, W, C)
     if orientation in TURNS:
         turned = TURNS[orientation](turned).contiguous()
     return turned.permute(2, 0, 1)
+
+
+def read_values(path: str | bytes, channels: int) -> np.ndarray:
+    """The values of an image as they lie in the file, neither scaled nor turned, see `values_of`.
+
+    Raises:
+        Exception: As for `read_image`.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(os.fsdecode(path), formats=FORMATS) as image:
+        return values_of(image, channels)
+
+
+def layout_of(path: str | bytes) -> str:
+    """What kind of image a file holds, by its header alone, such as "RGB", "I;16", or "5 pages of F".
+
+    Raises:
+        Exception: As for `read_image`.
+    """
+    with warnings.catch_warnings(action="ignore"), Image.open(os.fsdecode(path), formats=FORMATS) as image:
+        pages = _num_pages(image)
+        return image.mode if pages == 1 else f"{pages} pages of {image.mode}"
+
+
+def is_wide(layout: str) -> bool:
+    """Whether a layout has values of more than 8 bits, of which no number is known to be white."""
+    return layout.rsplit(" ", 1)[-1].startswith(("I", "F"))
 
 
 def _decode_plain_jpeg(name: str) -> np.ndarray | None:
@@ -71,20 +105,62 @@ def _decode_plain_jpeg(name: str) -> np.ndarray | None:
         return None  # Pillow reads some that break the rules, and says what is wrong with the others
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Pixels of an image of any mode, as they lie in the file: uint8 (H, W, 3)."""
+def pixels_of(image: Image.Image, pixels: PixelFormat) -> np.ndarray:
+    """Pixels of an opened image of any mode, as they lie in the file: uint8 (H, W, C).
+
+    Raises:
+        ChannelsError: The image has another number of channels.
+    """
+    values = values_of(image, pixels.channels)
+    found = pixels.to_bytes(values)
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16") and isinstance(transparent, int):
+        found[values == transparent] = 255
+    return np.repeat(found, pixels.channels // found.shape[2], axis=2)
+
+
+def values_of(image: Image.Image, channels: int) -> np.ndarray:
+    """Values of an opened image of any mode, (H, W, C): uint8 where it has 8 bits, else as they are.
+
+    Gray of more than 8 bits is (H, W, 1) where 3 channels are asked for: all three are the same.
+
+    Raises:
+        ChannelsError: The image has another number of channels.
+    """
+    pages = _num_pages(image)
+    if pages > 1:
+        if pages != channels:
+            raise ChannelsError(
+                f"it has {pages} pages of one band, which are channels, and data.channels={channels}: set that to {pages}, "
+                "or save the pages as files of their own"
+            )
+        found = []
+        for page in range(pages):
+            image.seek(page)
+            found.append(np.array(image))
+        return np.stack(found, axis=2)
     image.load()
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its values are {'32-bit integers' if image.mode == 'I' else 'floats'}: save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits, not scale them
-        values = np.asarray(image)
-        gray = (values >> 8).astype(np.uint8)
-        gray[values == image.info.get("transparency", -1)] = 255
-        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)[:, :, None]
+        if channels not in (1, 3):
+            raise ChannelsError(f"it has one band, and data.channels={channels}")
+        return values
+    if channels not in (1, 3):
+        if image.mode == "P" or len(image.getbands()) != channels:
+            raise ChannelsError(f"it is in {image.mode}, and data.channels={channels}")
+        return np.array(image).reshape(image.height, image.width, channels)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.array(image.convert("RGB"))  # a copy: what Pillow hands out may not be written to
+    # A copy: what Pillow hands out may not be written to.
+    return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
+
+
+def _num_pages(image: Image.Image) -> int:
+    """Pages of a TIFF whose first one has a single band; 1 for everything else."""
+    if image.format != "TIFF" or len(image.getbands()) > 1 or image.mode == "P":
+        return 1
+    return int(getattr(image, "n_frames", 1))
 
 
 def _orientation(image: Image.Image) -> int:

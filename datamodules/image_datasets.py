@@ -1,6 +1,6 @@
 """Data sets of images: decoded and cut to size, a batch at a time, in uint8.
 
-Shapes: H W pixels.
+Shapes: C channels, H W pixels.
 """
 
 import itertools
@@ -17,10 +17,30 @@ from torchvision.transforms import v2
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.decoding import read_image
 from datamodules.image_files import Samples, printable
+from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import center
 from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 from datamodules.views import Pair, Place, ViewMaker
+
+
+class Turns:
+    """Random turns of a whole image, (C, H, W), for images that have no upper side; from torch's global generator.
+
+    Args:
+        vertical_flip: Probability of a vertical flip.
+        rotate: Whether to turn by a random multiple of 90 degrees.
+    """
+
+    def __init__(self, vertical_flip: float, rotate: bool) -> None:
+        self.vertical_flip, self.rotate = vertical_flip, rotate
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if torch.rand(()).item() < self.vertical_flip:
+            image = image.flip(1)
+        if self.rotate:
+            image = image.rot90(int(torch.randint(4, ())), (1, 2))
+        return image
 
 
 class UnreadableImageWarning(UserWarning):
@@ -35,19 +55,25 @@ class ImageDataset(Dataset[Any]):
         image_size: Height H and width W in pixels.
         seed: First element of each batch's key.
         unreadable: Flags of the files that cannot be decoded, shared with all that read the same; new ones if left out.
+        pixels: Number of channels C, and values of black and white; RGB by default.
     """
 
     def __init__(
-        self, samples: Samples, image_size: tuple[int, int], seed: int, unreadable: UnreadableFiles | None = None
+        self,
+        samples: Samples,
+        image_size: tuple[int, int],
+        seed: int,
+        unreadable: UnreadableFiles | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        self.samples, self.image_size, self.seed = samples, image_size, seed
+        self.samples, self.image_size, self.seed, self.pixels = samples, image_size, seed, pixels or PixelFormat()
         self.unreadable = UnreadableFiles(len(samples.labels)) if unreadable is None else unreadable
 
     def __len__(self) -> int:
         return len(self.samples.labels)
 
     def decode(self, index: int) -> Tensor | None:
-        """One image in RGB, uint8 (3, H, W), or None if its file cannot be read.
+        """One image, uint8 (C, H, W), or None if its file cannot be read.
 
         Then a warning names it and says why, once among all processes that share the flags, and nobody tries it again.
         """
@@ -55,7 +81,7 @@ class ImageDataset(Dataset[Any]):
             return None
         path = self.samples.paths[index]
         try:
-            return read_image(path)
+            return read_image(path, self.pixels)
         except Exception as error:  # whatever damage does to a library, one file never ends a run
             count = self.unreadable.add(index)
             if count is not None:
@@ -98,7 +124,9 @@ class TrainingImages(ImageDataset):
         crop_scale: Minimum and maximum area of a crop, as fractions of the image.
         flip: Probability of a horizontal flip.
         rand_augment: Whether to apply two random distortions per image (RandAugment).
+        turns: Further turns of the whole image.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
+        pixels: As in `ImageDataset`.
     """
 
     def __init__(
@@ -109,12 +137,15 @@ class TrainingImages(ImageDataset):
         crop_scale: tuple[float, float],
         flip: float,
         rand_augment: bool = False,
+        turns: Turns | None = None,
         unreadable: UnreadableFiles | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable)
+        super().__init__(samples, image_size, seed, unreadable, pixels)
         # Of tensors: torch resizes its uint8 images several times faster than Pillow does its own.
         steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
-        self.augment = v2.Compose([*steps, v2.RandAugment()] if rand_augment else steps)
+        steps += [v2.RandAugment()] if rand_augment else []
+        self.augment = v2.Compose(steps if turns is None else [turns, *steps])
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
         """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
@@ -134,7 +165,9 @@ class TrainingViews(ImageDataset):
         image_size: Height H and width W in pixels.
         seed: Seed of the random views.
         maker: Maker of the pairs of views.
+        turns: Turns of the whole image, which both views show.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
+        pixels: As in `ImageDataset`.
     """
 
     def __init__(
@@ -143,10 +176,16 @@ class TrainingViews(ImageDataset):
         image_size: tuple[int, int],
         seed: int,
         maker: ViewMaker,
+        turns: Turns | None = None,
         unreadable: UnreadableFiles | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable)
-        self.maker = maker
+        super().__init__(samples, image_size, seed, unreadable, pixels)
+        self.maker, self.turns = maker, turns
+
+    def make(self, image: Tensor) -> Pair:
+        """A random pair of views of an image (3, any, any)."""
+        return self.maker.pair(image if self.turns is None else self.turns(image))
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ViewBatch:
         """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
@@ -154,7 +193,7 @@ class TrainingViews(ImageDataset):
         Raises:
             ValueError: Not one image can be read.
         """
-        pairs, indices = augmented(self, items, self.maker.pair)
+        pairs, indices = augmented(self, items, self.make)
         return self.collate_views(pairs, None, indices, (self.seed, *items[0]))
 
 
@@ -208,8 +247,8 @@ class NumberedImages(HeldOutImages):
         return self.collate([center(image, self.image_size) for image in images], kept, tuple(kept)) if kept else None
 
     def small(self, indices: list[int]) -> Tensor:
-        """Images in [0, 1], (len(indices), 3, H, W); black where one cannot be read."""
-        black = torch.zeros(3, *self.image_size, dtype=torch.uint8)
+        """Images in [0, 1], (len(indices), C, H, W); black where one cannot be read."""
+        black = torch.zeros(self.pixels.channels, *self.image_size, dtype=torch.uint8)
         decoded = [self.decode(index) for index in indices]
         return torch.stack([black if one is None else center(one, self.image_size) for one in decoded]).float() / 255
 
@@ -225,6 +264,7 @@ class HeldOutViews(HeldOutImages):
         seed: Seed of the random views.
         maker: Maker of the pairs of views.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
+        pixels: As in `ImageDataset`.
     """
 
     def __init__(
@@ -234,8 +274,9 @@ class HeldOutViews(HeldOutImages):
         seed: int,
         maker: ViewMaker,
         unreadable: UnreadableFiles | None = None,
+        pixels: PixelFormat | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable)
+        super().__init__(samples, image_size, seed, unreadable, pixels)
         self.maker = maker
 
     def __getitems__(self, indices: list[int]) -> ViewBatch | None:  # type: ignore[override]

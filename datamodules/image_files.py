@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 """Endings of the files that are read, in small or capital letters."""
 
@@ -113,6 +115,48 @@ def all_images(root: Path, read: Callable[[Path], Scan]) -> tuple[dict[str, Samp
         labels.append(places[part.samples.labels] if part.classes else part.samples.labels)
     samples = Samples(np.concatenate([part.samples.paths for part in found]), torch.cat(labels))
     return {"predict": samples}, classes, uuid4().hex
+
+
+def split_images(
+    root: Path, val_fraction: float, fraction: float, file_list: Path | None, seed: int, read: Callable[..., Scan]
+) -> tuple[dict[str, Samples], list[str], int]:
+    """The images to train on and to hold out: see `datamodules.ImageFolder` for the folders and the arguments.
+
+    Args:
+        root: Folder of the images.
+        val_fraction: Fraction of each class that is held out where there is no folder val.
+        fraction: Fraction of each class that is trained on.
+        file_list: Text file that names the training images.
+        seed: Seed of the split and the fraction.
+        read: `scan`, or what also says what it found.
+
+    Returns:
+        {"train": samples, "val": samples}, the names of the classes, and how many classes have no image to hold out.
+
+    Raises:
+        ValueError: No image can be held out.
+    """
+    split = (root / "val").is_dir()
+    folder = root / "train" if (root / "train").is_dir() else root
+    everything = read(folder)
+    train, classes, alone = everything.samples, everything.classes, 0
+    if split:
+        val = read(root / "val", classes or None).samples
+    else:
+        held_out = draw_per_class(train.labels, val_fraction, seeded_generator(seed, SPLIT_STREAM), spare=1)
+        if not held_out.any():
+            raise ValueError(f"{folder} has too few images to hold out {val_fraction:.0%} of each class.")
+        val, train = part_of(train, held_out), part_of(train, ~held_out)
+        alone = len(classes) - len(val.labels.unique()) if classes else 0
+    if file_list is not None:
+        train = read_list(file_list, folder, everything.samples)
+        if not split:
+            val = part_of(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
+    if fraction < 1:
+        train = part_of(train, draw_per_class(train.labels, fraction, seeded_generator(seed, SUBSET_STREAM)))
+    # In one mixed order, so that the first batches of a validation have all classes.
+    order = torch.randperm(len(val.labels), generator=seeded_generator(seed, HELD_OUT_STREAM))
+    return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, alone
 
 
 def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], Counter[str]]:

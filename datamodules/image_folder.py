@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.downloads import SOURCES, DatasetName, download
+from datamodules.first_look import Look, Normalization, check_normalization, look
 from datamodules.image_datasets import (
     HeldOutImages,
     HeldOutLoader,
@@ -27,12 +27,13 @@ from datamodules.image_datasets import (
     NumberedImages,
     TrainingImages,
     TrainingViews,
+    Turns,
 )
-from datamodules.image_files import Samples, Scan, all_images, describe, draw_per_class, part_of, read_list, scan
+from datamodules.image_files import Samples, Scan, all_images, describe, scan, split_images
+from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import normalize
 from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
-from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 from datamodules.views import ViewMaker, Views
 
@@ -65,6 +66,14 @@ class ImageFolder(SingleLoaderDataModule):
         crop_scale: Minimum and maximum area of a training crop, as fractions of the image; (1, 1) with a square image is
             the whole.
         flip: Probability of a horizontal flip in training. The released I-JEPA has none.
+        vertical_flip: Probability of a vertical flip in training, for images that have no upper side.
+        rotate: Whether training images are turned by a random multiple of 90 degrees.
+        channels: Number of channels: 1 reads gray, 3 color, any other number images of as many bands, such as a TIFF with
+            a page for each. Views are of color.
+        value_range: Values that are black and white in images of more than 8 bits. By default they are found: white is the
+            largest number of as many bits as are in use, of floats 1 or the largest value.
+        normalization: "imagenet" for the mean and standard deviation of ImageNet, "found" for those of the images; by
+            default ImageNet's for 3 channels. A model from a checkpoint keeps the range and normalization of its training.
         rand_augment: Whether to apply two random distortions per training image (RandAugment), for fine-tuning.
         views: Settings of pairs of views and the action that leads from one to the other, which IWM needs; see
             `datamodules.views.Views`. Plain images if left out.
@@ -87,6 +96,11 @@ class ImageFolder(SingleLoaderDataModule):
         file_list: str | None = None,
         crop_scale: tuple[float, float] = (0.3, 1.0),
         flip: float = 0.0,
+        vertical_flip: float = 0.0,
+        rotate: bool = False,
+        channels: int = 3,
+        value_range: tuple[float, float] | None = None,
+        normalization: Normalization | None = None,
         rand_augment: bool = False,
         views: Views | None = None,
         download: DatasetName | None = None,
@@ -107,8 +121,12 @@ class ImageFolder(SingleLoaderDataModule):
             raise ValueError(f"data.fraction={fraction}: choose a fraction of each class in (0, 1].")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"data.crop_scale={crop_scale}: give minimum and maximum area, 0 < minimum <= maximum <= 1.")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"data.flip={flip}: give a probability in [0, 1].")
+        if not 0 <= flip <= 1 or not 0 <= vertical_flip <= 1:
+            raise ValueError(f"data.flip={flip}, data.vertical_flip={vertical_flip}: give probabilities in [0, 1].")
+        check_normalization(channels, normalization)
+        self.value_range, self.normalization = value_range, normalization
+        self.pixels = PixelFormat(channels).with_range(value_range)
+        self.turns = Turns(vertical_flip, rotate) if vertical_flip or rotate else None
         if seed < 0 or num_workers < 0:
             raise ValueError(f"data.seed={seed}, data.num_workers={num_workers}: neither may be negative.")
         if (prefetch_factor is not None and prefetch_factor < 1) or not timeout >= 0:
@@ -120,6 +138,10 @@ class ImageFolder(SingleLoaderDataModule):
         self.crop_scale, self.flip, self.rand_augment = crop_scale, flip, rand_augment
         if views is not None and rand_augment:
             raise ValueError("data.rand_augment=true with data.views: an action cannot say what RandAugment did; drop one.")
+        if channels != 3 and (views is not None or rand_augment):
+            raise ValueError(
+                f"data.channels={channels} with data.views or data.rand_augment: they change colors; leave them out."
+            )
         self.views = views
         if download is not None and download not in SOURCES:
             raise ValueError(f"data.download={download!r}: choose one of {', '.join(SOURCES)}.")
@@ -158,6 +180,10 @@ class ImageFolder(SingleLoaderDataModule):
             return
         find = self._find if stage != "predict" else lambda: all_images(self.root, self._scan)
         samples, classes, token = from_rank_zero(self.trainer, find)
+        if not self._samples:  # before: a model may have said by now how it sees images
+            self.pixels, said = from_rank_zero(self.trainer, lambda: self._look(samples))
+            if said:
+                rank_zero_info(said)
         self._samples |= samples
         self._unreadable |= {name: UnreadableFiles(len(part.labels), f"{token}-{name}") for name, part in samples.items()}
         if stage == "predict":
@@ -167,28 +193,16 @@ class ImageFolder(SingleLoaderDataModule):
 
     def _find(self) -> tuple[dict[str, Samples], list[str], str]:
         """The samples by split, the names of the classes, and what names this run's flags of unreadable files."""
-        split = (self.root / "val").is_dir()
-        folder = self.root / "train" if (self.root / "train").is_dir() else self.root
-        everything = self._scan(folder)
-        train, classes = everything.samples, everything.classes
-        if split:
-            val = self._scan(self.root / "val", classes or None).samples
-        else:
-            held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM), spare=1)
-            if not held_out.any():
-                raise ValueError(f"{folder} has too few images to hold out {self.val_fraction:.0%} of each class.")
-            val, train = part_of(train, held_out), part_of(train, ~held_out)
-            if alone := len(classes) - len(val.labels.unique()) if classes else 0:
-                rank_zero_info(f"{alone} of {len(classes)} classes have one image each, which is not held out.")
-        if self.file_list is not None:
-            train = read_list(Path(self.file_list), folder, everything.samples)
-            if not split:
-                val = part_of(val, torch.from_numpy(~np.isin(val.paths, train.paths)))
-        if self.fraction < 1:
-            train = part_of(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
-        # In one mixed order, so that the first batches of a validation have all classes.
-        order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
-        return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, uuid4().hex
+        file_list = None if self.file_list is None else Path(self.file_list)
+        found, classes, alone = split_images(self.root, self.val_fraction, self.fraction, file_list, self.seed, self._scan)
+        if alone:
+            rank_zero_info(f"{alone} of {len(classes)} classes have one image each, which is not held out.")
+        return found, classes, uuid4().hex
+
+    def _look(self, samples: dict[str, Samples]) -> Look:
+        """How the images of the first split, which is trained or predicted on, are stored."""
+        first = next(iter(samples.values()))
+        return look(first.paths, self.pixels.channels, self.value_range, self.normalization)  # type: ignore[arg-type]
 
     @property
     def predict_files(self) -> Samples:
@@ -214,10 +228,14 @@ class ImageFolder(SingleLoaderDataModule):
         images: TrainingImages | TrainingViews
         if self.views is None:
             images = TrainingImages(
-                train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment, self._unreadable["train"]
+                *(train, self.image_size, self.seed, self.crop_scale, self.flip, self.rand_augment),
+                *(self.turns, self._unreadable["train"], self.pixels),
             )
         else:
-            images = TrainingViews(train, self.image_size, self.seed, self._view_maker(), self._unreadable["train"])
+            images = TrainingViews(
+                *(train, self.image_size, self.seed, self._view_maker()),
+                *(self.turns, self._unreadable["train"], self.pixels),
+            )
         return ResumableLoader(images, self.train_sampler(len(images)), **self.loader_settings())
 
     def order(self) -> dict[str, Any]:
@@ -226,6 +244,8 @@ class ImageFolder(SingleLoaderDataModule):
             "image_size": self.image_size,
             "crop_scale": self.crop_scale,
             "flip": self.flip,
+            "vertical_flip": self.turns.vertical_flip if self.turns else 0.0,
+            "rotate": self.turns is not None and self.turns.rotate,
             "rand_augment": self.rand_augment,
             "views": None if self.views is None else asdict(self.views),
             "seed": self.seed,
@@ -244,15 +264,15 @@ class ImageFolder(SingleLoaderDataModule):
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
         """The training images as validation would see them, uncropped, in order, all of them in every process."""
-        images = HeldOutImages(self._samples["train"], self.image_size, self.seed, self._unreadable["train"])
+        images = HeldOutImages(self._samples["train"], self.image_size, self.seed, self._unreadable["train"], self.pixels)
         return HeldOutLoader(images, batch_size=self.batch_size, collate_fn=already_collated, **self.loader_settings())
 
     def val_dataloader(self) -> DataLoader[Any]:
         held_out, unreadable = (self._samples["val"], self.image_size, self.seed), self._unreadable["val"]
         if self.views is None:
-            images = HeldOutImages(*held_out, unreadable)
+            images = HeldOutImages(*held_out, unreadable, self.pixels)
         else:
-            images = HeldOutViews(*held_out, self._view_maker(), unreadable)
+            images = HeldOutViews(*held_out, self._view_maker(), unreadable, self.pixels)
         return HeldOutLoader(
             images,
             batch_size=self.batch_size,
@@ -281,16 +301,16 @@ class ImageFolder(SingleLoaderDataModule):
         return loader
 
     def _numbered(self, size: tuple[int, int]) -> NumberedImages:
-        return NumberedImages(self.predict_files, size, self.seed, self._unreadable["predict"])
+        return NumberedImages(self.predict_files, size, self.seed, self._unreadable["predict"], self.pixels)
 
     def thumbnails(self, indices: list[int], size: int) -> Tensor:
-        """Small images of files of `predict`, (len(indices), 3, size, size) in [0, 1]; black where one is unreadable."""
+        """Small images of files of `predict`, (len(indices), C, size, size) in [0, 1]; black where one is unreadable."""
         return self._numbered((size, size)).small(indices)
 
     def on_after_batch_transfer(self, batch: ImageBatch | ViewBatch, dataloader_idx: int) -> ImageBatch | ViewBatch:
         """From uint8 to normalized floats, on the device."""
         uint8 = {name: value for name, value in batch._asdict().items() if getattr(value, "dtype", None) == torch.uint8}
-        floats: Any = {name: normalize(value) for name, value in uint8.items()}
+        floats: Any = {name: normalize(value, self.pixels) for name, value in uint8.items()}
         batch = batch._replace(**floats)
         # Lightning has converted what was a float before; these floats are new.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)

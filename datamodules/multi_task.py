@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
 
 from datamodules.batches import ImageBatch
 from datamodules.image_folder import ImageFolder
+from datamodules.pixel_format import PixelFormat
 from datamodules.resumable import ResumableDataModule, ResumableLoader
 
 
@@ -52,7 +54,7 @@ class MultiTask(ResumableDataModule):
         folders: Task -> its images, all of one size. A name is a word of letters, digits and underscores.
 
     Raises:
-        ValueError: Fewer than two tasks, a name that is no word, images of several sizes, or folders with views.
+        ValueError: Fewer than two tasks, a name that is no word, images of several sizes or channels, or folders with views.
     """
 
     batch_type = ImageBatch
@@ -66,12 +68,25 @@ class MultiTask(ResumableDataModule):
         sizes = {name: folder.image_size for name, folder in folders.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f"data.folders: one network reads images of one size, but image_size is {sizes}.")
+        channels = {name: folder.pixels.channels for name, folder in folders.items()}
+        if len(set(channels.values())) > 1:
+            raise ValueError(f"data.folders: one network reads images of as many channels, but channels is {channels}.")
         if any(folder.views is not None for folder in folders.values()):
             raise ValueError("data.folders: tasks have labels, not views; leave data.views out.")
         self.folders = folders
         self._passes: dict[str, Passes] = {}
         self.batch_size = sum(folder.batch_size for folder in folders.values())
         self.image_size = next(iter(sizes.values()))
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Format that the images are read in: that of the first folder, unless a model has set its own for all."""
+        return next(iter(self.folders.values())).pixels
+
+    @pixels.setter
+    def pixels(self, pixels: PixelFormat) -> None:
+        for folder in self.folders.values():
+            folder.pixels = pixels.with_range(folder.value_range)
 
     @property
     def num_classes(self) -> dict[str, int]:
@@ -84,10 +99,11 @@ class MultiTask(ResumableDataModule):
             folder.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Find the images; see `ImageFolder` for the errors."""
+        """Find the images; see `ImageFolder` for the errors. All are normalized like those of the first folder."""
         for folder in self.folders.values():
             folder.trainer = self.trainer
             folder.setup(stage)
+            folder.pixels = replace(folder.pixels, mean=self.pixels.mean, std=self.pixels.std)
 
     def make_train_loaders(self) -> dict[str, Passes]:
         """The loader of each task."""

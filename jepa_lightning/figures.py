@@ -18,9 +18,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional
+
+from datamodules.pixel_format import PixelFormat
 
 TITLES = {"jepa": "JEPA", "random_encoder": "random encoder", "pca": "PCA"}
 
@@ -61,11 +62,18 @@ def rows_figure(rows: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def to_colors(images: Tensor) -> Tensor:
-    """Images normalized with ImageNet's mean and standard deviation, (N, 3, H, W), back to [0, 1]."""
+def to_colors(images: Tensor, pixels: PixelFormat) -> Tensor:
+    """Normalized images (N, C, H, W) in colors to look at, (N, 3, H, W) in [0, 1].
+
+    Of other than 1 or 3 channels the first three are shown as red, green and blue; of two the second one is green and blue.
+    """
     images = images.detach().float()
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images * std + mean).clamp(0, 1)
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (pixels.mean, pixels.std))
+    shown = (images * std + mean).clamp(0, 1)
+    if pixels.channels == 3:
+        return shown
+    first = torch.tensor([min(channel, pixels.channels - 1) for channel in range(3)], device=images.device)
+    return shown[:, first]
 
 
 def spread(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

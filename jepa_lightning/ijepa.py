@@ -32,6 +32,7 @@ class IJEPA(ImageJEPA):
         image_size: Height and width of the images in pixels, one number or two; as in the data.
         patch_size: Height and width of a patch in pixels.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
+        channels: Number of channels of the images, as in the data: 1 for gray, 3 for color.
         predictor_width: Token dimension of the predictor.
         predictor_depth: Number of blocks of the predictor. The paper takes 6 for ViT-B, 12 for L and H.
         predictor_heads: Number of attention heads of the predictor; that of the encoder by default.
@@ -76,6 +77,7 @@ class IJEPA(ImageJEPA):
         image_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         encoder_depth: int | None = None,
+        channels: int = 3,
         predictor_width: int = 384,
         predictor_depth: int = 6,
         predictor_heads: int | None = None,
@@ -110,6 +112,7 @@ class IJEPA(ImageJEPA):
             image_size=image_size,
             patch_size=patch_size,
             encoder_depth=encoder_depth,
+            channels=channels,
             loss=loss,
             normalize_targets=normalize_targets,
             gradient_checkpointing=gradient_checkpointing,

@@ -1,6 +1,6 @@
 """What I-JEPA and IWM share: vision transformers that see a subset of the patches, masks, and monitoring of the training.
 
-Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
+Shapes: B batch, C channels, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_generator, check_batches
+from datamodules.pixel_format import PixelFormat, agree
 from datamodules.preprocessing import ImageTransform, prepared
 from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
 from jepa_lightning.classifiers import OnlineClassifiers
@@ -68,6 +69,7 @@ class ImageJEPA(JEPA, ABC):
         image_size: int | tuple[int, int],
         patch_size: int,
         encoder_depth: int | None,
+        channels: int,
         loss: str,
         normalize_targets: bool,
         gradient_checkpointing: bool,
@@ -84,17 +86,36 @@ class ImageJEPA(JEPA, ABC):
             raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
         self.loss, self.compile_networks = LOSSES[loss], compile_networks
-        self.normalize_targets = normalize_targets
+        self.normalize_targets, self.channels = normalize_targets, channels
         self.build_encoder = partial(
             ViTEncoder,
             encoder,
             self.image_size,
             patch_size,
             encoder_depth,
+            channels,
             gradient_checkpointing=gradient_checkpointing,
         )
         self.error, self.mean_error = WideMean(), WideMean()
         self.classifiers = OnlineClassifiers()
+
+    known_pixels: PixelFormat | None = None
+    """How it has seen images: of its checkpoint, or of its first data; None before both."""
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Range of values and normalization of the images that it takes; ImageNet's unless it was trained otherwise."""
+        return self.known_pixels or PixelFormat(self.channels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["pixels"] = self.pixels.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "pixels" in checkpoint:
+            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+            self.known_pixels = agree(PixelFormat.from_dict(checkpoint["pixels"]), self.channels, data)
 
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
         super().set_networks(context_encoder, predictor, dim)
@@ -121,6 +142,7 @@ class ImageJEPA(JEPA, ABC):
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
             )
+        self.known_pixels = agree(self.known_pixels, self.channels, data)
         if self.regularizer is not None and self.masks.official_compat and self.trainer.world_size > 1:
             raise ValueError(
                 "model.official_compat=true cuts each process' contexts to another size, and model.regularizer needs those "
@@ -157,7 +179,7 @@ class ImageJEPA(JEPA, ABC):
             check_even_batches(int(sum(batches)), self.device)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings of images, averages over their patches: (B, 3, H, W), see `encode` -> (B, D) in float32."""
+        """Embeddings of images, averages over their patches: (B, C, H, W), see `encode` -> (B, D) in float32."""
         return self.encode(images).float().mean(dim=1)
 
     @torch.no_grad()
@@ -165,7 +187,7 @@ class ImageJEPA(JEPA, ABC):
         """Patch embeddings (B, N, D) of the target encoder, without gradient.
 
         Args:
-            observations: Images (B, 3, H, W), normalized as `transform` does, or uint8.
+            observations: Images (B, C, H, W), normalized as `transform` does, or uint8.
 
         Raises:
             ValueError: Images of another size or kind.
@@ -174,19 +196,19 @@ class ImageJEPA(JEPA, ABC):
 
     @property
     def transform(self) -> ImageTransform:
-        """Makes a normalized tensor (3, H, W) of a PIL image, or of a uint8 tensor of any size."""
-        return ImageTransform(self.image_size)
+        """Makes a normalized tensor (C, H, W) of a PIL image, or of a uint8 tensor of any size."""
+        return ImageTransform(self.image_size, self.pixels)
 
     def prepared(self, images: Tensor) -> Tensor:
         """Images as the networks take them: normalized if they are uint8, and an error if they are of another size."""
-        return prepared(images, self.image_size, self.target_encoder.positions.dtype)
+        return prepared(images, self.image_size, self.target_encoder.positions.dtype, self.pixels)
 
     @torch.no_grad()
     def complete(self, images: Tensor, visible: Tensor, decoder: Any = None) -> Tensor:
         """Inpaint (scene completion): predict the embeddings of what is hidden from those of what is visible.
 
         Args:
-            images: (B, 3, H, W), normalized or uint8.
+            images: (B, C, H, W), normalized or uint8.
             visible: Which of the N patches are seen, bool, (N,) in raster order or as a grid (rows, columns).
             decoder: A fitted `CompletionProbe` of this model, which makes images of embeddings; none by default.
 
@@ -280,12 +302,12 @@ class ImageJEPA(JEPA, ABC):
         visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)
         marked = [visible.scatter(1, indices, True)[:SHOWN] for indices in (masks.context, masks.targets.flatten(1))]
         shown = {
-            "image": to_colors(whole[:SHOWN]),
-            "masks": mark_blocks(to_colors(seen[:SHOWN]), marked[0], marked[1], grid),
+            "image": to_colors(whole[:SHOWN], self.pixels),
+            "masks": mark_blocks(to_colors(seen[:SHOWN], self.pixels), marked[0], marked[1], grid),
             "features": feature_colors(self.encode(whole[:SHOWN]), grid, self.image_size),
         }
         show(self.trainer, "masks and features", rows_figure(shown), self.global_step)
-        alike = rows_figure(nearest_images(to_colors(batch.images), features, SHOWN))
+        alike = rows_figure(nearest_images(to_colors(batch.images, self.pixels), features, SHOWN))
         show(self.trainer, "nearest images", alike, self.global_step)
 
     def on_validation_epoch_end(self) -> None:

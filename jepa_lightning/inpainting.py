@@ -33,4 +33,4 @@ def inpaint(model: Any, images: Tensor, visible: Tensor, decoder: Any = None) ->
     theirs, ours = decoder.encoder.state_dict(), model.target_encoder.state_dict()
     if theirs.keys() != ours.keys() or not all(torch.equal(theirs[name], ours[name]) for name in ours):
         raise ValueError("The decoder was fitted on another model than this one: fit a CompletionProbe on this checkpoint.")
-    return to_colors(decoder.decode(found))
+    return to_colors(decoder.decode(found), model.pixels)

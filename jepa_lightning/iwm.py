@@ -122,6 +122,7 @@ class IWM(ImageJEPA):
             image_size=image_size,
             patch_size=patch_size,
             encoder_depth=encoder_depth,
+            channels=3,
             loss=loss,
             normalize_targets=normalize_targets,
             gradient_checkpointing=gradient_checkpointing,
@@ -246,7 +247,7 @@ class IWM(ImageJEPA):
         self.action_probe.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
             data: Any = self.trainer.datamodule
-            for number, image in enumerate(denormalize(batch.images[: self._watched(len(batch.images))])):
+            for number, image in enumerate(denormalize(batch.images[: self._watched(len(batch.images))], self.pixels)):
                 generator = bank_generator(batch, number, self.trainer.world_size)
                 self.ranks.update(self, image, data.views, generator, each=False)
             # Sharded networks compute in all processes or in none, see ImageJEPA.validation_step.

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from datamodules.batches import ViewBatch
+from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import denormalize, normalize
 from datamodules.rng import BANK_STREAM, seeded_generator
 from datamodules.views import COLORS, DESTRUCTIVE, Views, action_to, draw_jitter, on_grid, recolor
@@ -57,6 +58,10 @@ class AppliesActions(Protocol):
 
     context_encoder: nn.Module
 
+    @property
+    def pixels(self) -> PixelFormat:
+        """How images are normalized for it."""
+
     def encode_targets(self, images: Tensor) -> Tensor:
         """The space of predictions: normalized (B, 3, H, W) -> (B, N, D)."""
 
@@ -82,9 +87,9 @@ def draw_bank(views: Views, which: str, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def make_versions(image: Tensor, colors: Tensor) -> Tensor:
+def make_versions(image: Tensor, colors: Tensor, pixels: PixelFormat) -> Tensor:
     """Versions of an image: uint8 (3, H, W) and (V, 7) -> normalized (V, 3, H, W)."""
-    return normalize(torch.stack([recolor(image, scalars) for scalars in colors]))
+    return normalize(torch.stack([recolor(image, scalars) for scalars in colors]), pixels)
 
 
 class Answers:
@@ -99,7 +104,7 @@ class Answers:
 
     def __init__(self, model: AppliesActions, image: Tensor, colors: Tensor, views: Views) -> None:
         self.model, self.image, self.colors, self.views = model, image, colors, views
-        self.versions = make_versions(image, colors)
+        self.versions = make_versions(image, colors, model.pixels)
         features = torch.cat([model.encode_targets(part) for part in self.versions.split(CHUNK)])  # (V, N, D)
         self.directions = self._directions(features)
 
@@ -113,7 +118,9 @@ class Answers:
         Returns:
             (Q, N, D).
         """
-        source = self.model.context_encoder(make_versions(self.image, self.start(degraded)[None]))  # (1, N, D)
+        source = self.model.context_encoder(
+            make_versions(self.image, self.start(degraded)[None], self.model.pixels)
+        )  # (1, N, D)
         parts = [
             self.model.apply_actions(source.expand(len(part), -1, -1), part)
             for part in actions.to(self.image.device).split(CHUNK)
@@ -254,12 +261,12 @@ def nearest_figure(model: AppliesActions, images: Tensor, views: Views, key: tup
         count: Number of versions of each image.
     """
     rows: dict[str, Tensor] = {}
-    for number, (image, pixels) in enumerate(zip(images, denormalize(images), strict=True)):
-        answers = Answers(model, pixels, draw_bank(views, "jitter", seeded_generator(*key, BANK_STREAM, number)), views)
+    for number, (image, plain) in enumerate(zip(images, denormalize(images, model.pixels), strict=True)):
+        answers = Answers(model, plain, draw_bank(views, "jitter", seeded_generator(*key, BANK_STREAM, number)), views)
         similarity = answers.similarities(answers.predictions(answers.actions()[:count]))[0]
         found = answers.versions[similarity.argmax(dim=1)]
         for title, versions in (("asked", answers.versions[:count]), ("nearest", found)):
-            rows[f"{title} {number + 1}"] = to_colors(torch.cat([image[None], versions]))
+            rows[f"{title} {number + 1}"] = to_colors(torch.cat([image[None], versions]), model.pixels)
     return rows_figure(rows)
 
 

@@ -134,7 +134,15 @@ def small_views(root: Path, **changes: Any) -> ImageFolder:
     return small_images(root, **({"views": Views()} | changes))
 
 
-FAMILIES = {"ijepa": (small_ijepa, small_images), "iwm": (small_iwm, small_views)}
+def small_shared_ijepa(**changes: Any) -> IJEPA:
+    return small_ijepa(predictor_context="shared", **changes)
+
+
+FAMILIES = {
+    "ijepa": (small_ijepa, small_images),
+    "shared": (small_shared_ijepa, small_images),
+    "iwm": (small_iwm, small_views),
+}
 """Models of images: how to make the smallest model and its data."""
 
 

@@ -121,13 +121,6 @@ def test_16_bits_are_scaled(tmp_path: Path, ending: str) -> None:
         assert np.array_equal(found[0], values >> 8) and torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(("mode", "word"), [("I", "32-bit integers"), ("F", "floats")])
-def test_values_without_a_known_white_are_left_out(tmp_path: Path, mode: str, word: str) -> None:
-    Image.new(mode, (8, 8)).save(tmp_path / "odd.tif")
-    with pytest.raises(ValueError, match=f"its values are {word}: save it with 8 or 16 bits"):
-        read_image(str(tmp_path / "odd.tif"))
-
-
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "gif", "bmp", "tif", "tiff"])
 def test_every_ending_is_read(tmp_path: Path, ending: str) -> None:
     Image.new("RGB", (8, 9), (200, 10, 60)).save(tmp_path / f"a.{ending}")

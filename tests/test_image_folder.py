@@ -11,7 +11,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from datamodules.decoding import read_image
 from datamodules.image_datasets import UnreadableImageWarning
-from datamodules.preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalize
+from datamodules.pixel_format import IMAGENET_MEAN, IMAGENET_STD
+from datamodules.preprocessing import normalize
 
 
 def ready(root: Path, **changes):

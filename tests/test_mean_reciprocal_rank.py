@@ -12,6 +12,7 @@ from torch import Tensor
 
 import jepa_lightning.mean_reciprocal_rank as equivariance
 from datamodules import Views
+from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import denormalize
 from datamodules.views import recolor
 from jepa_lightning.mean_reciprocal_rank import Answers, MeanReciprocalRanks, chance, draw_bank
@@ -32,20 +33,24 @@ class Oracle(torch.nn.Module):
 
     def __init__(self, listens: bool) -> None:
         super().__init__()
-        self.context_encoder, self.listens = self.pixels, listens
+        self.context_encoder, self.listens = self.embed, listens
 
-    def pixels(self, images: Tensor) -> Tensor:
+    pixels = PixelFormat()
+
+    def embed(self, images: Tensor) -> Tensor:
         self.seen = denormalize(images)
         return images.flatten(2).transpose(1, 2)
 
-    encode_targets = pixels
+    encode_targets = embed
 
     def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
         if not self.listens:
             return features
         side = int(features.shape[1] ** 0.5)
         image = denormalize(features[0].T.unflatten(1, (side, side))[None])[0]
-        made = equivariance.make_versions(image, actions * (torch.arange(7) < 4))  # it cannot undo what degrades
+        made = equivariance.make_versions(
+            image, actions * (torch.arange(7) < 4), self.pixels
+        )  # it cannot undo what degrades
         return made.flatten(2).transpose(1, 2)
 
 
@@ -111,7 +116,7 @@ def test_a_model_of_the_way_back_is_asked_for_the_way_back() -> None:
         def apply_actions(self, features: Tensor, actions: Tensor) -> Tensor:
             return torch.stack([row / (1 - 0.4 * action[0]) for row, action in zip(features, actions, strict=True)])
 
-        def pixels(self, images: Tensor) -> Tensor:  # linear in the brightness, and never black
+        def embed(self, images: Tensor) -> Tensor:  # linear in the brightness, and never black
             return denormalize(images).flatten(2).transpose(1, 2).float() + torch.tensor([1.0, 0.0, 0.0])
 
     views = Views(jitter=(0.4, 0.0, 0.0, 0.0), source_from="target")

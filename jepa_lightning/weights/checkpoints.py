@@ -97,6 +97,8 @@ def record(jepa: JEPA) -> dict[str, Any]:
     trained_on = getattr(jepa, "trained_on", None)
     # Not its hparams: in the command line, what is built inside of a probe is given the probe's.
     described = {"class": class_name(type(jepa)), "hyper_parameters": jepa.built_with}
+    known = getattr(jepa, "known_pixels", None)
+    described |= {} if known is None else {"pixels": known.to_dict()}
     return described | {"trained_on": trained_on or {}, "views": trained_on}  # the keys of the two families
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from datamodules.preprocessing import CENTER_CROP
 from jepa_lightning.ijepa import IJEPA
@@ -83,6 +82,7 @@ def _timm_config(jepa: ImageJEPA) -> dict[str, Any]:
         "model_args": {
             "img_size": [height, width],
             "patch_size": encoder.patch_size,
+            "in_chans": jepa.channels,
             "depth": len(encoder.vit.blocks),
             "class_token": False,
             "global_pool": "avg",
@@ -90,10 +90,10 @@ def _timm_config(jepa: ImageJEPA) -> dict[str, Any]:
         },
         "pretrained_cfg": {
             "tag": "jepa",
-            "input_size": [3, height, width],
+            "input_size": [jepa.channels, height, width],
             "fixed_input_size": False,
-            "mean": list(IMAGENET_DEFAULT_MEAN),
-            "std": list(IMAGENET_DEFAULT_STD),
+            "mean": list(jepa.pixels.mean),
+            "std": list(jepa.pixels.std),
             "interpolation": "bilinear",
             "crop_pct": CENTER_CROP,
             "num_classes": 0,
@@ -117,16 +117,17 @@ def _hugging_face_config(jepa: ImageJEPA) -> dict[str, Any]:
         "intermediate_size": encoder.vit.blocks[0].mlp.fc1.out_features,
         "image_size": height if height == width else [height, width],
         "patch_size": jepa.hparams.patch_size,
+        "num_channels": jepa.channels,
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
     }
 
 
 def _hugging_face_preprocessing(jepa: ImageJEPA) -> dict[str, Any]:
-    """What transformers' ViTImageProcessor must do: its defaults are not the mean and standard deviation of I-JEPA."""
+    """What transformers' ViTImageProcessor must do: its defaults are another mean and standard deviation."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "size": {"height": jepa.image_size[0], "width": jepa.image_size[1]},
-        "image_mean": list(IMAGENET_DEFAULT_MEAN),
-        "image_std": list(IMAGENET_DEFAULT_STD),
+        "image_mean": list(jepa.pixels.mean),
+        "image_std": list(jepa.pixels.std),
     }

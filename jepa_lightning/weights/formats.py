@@ -65,6 +65,7 @@ class Architecture(NamedTuple):
     depth: int
     patch_size: int
     num_patches: int
+    channels: int
 
 
 def read_architecture(encoder: State) -> Architecture:
@@ -77,11 +78,11 @@ def read_architecture(encoder: State) -> Architecture:
     absent = [name for name in needed if name not in encoder]
     if absent:
         raise ValueError(f"no {', '.join(absent)}: these are not the weights of an I-JEPA's vision transformer")
-    width, _, patch_size, _ = encoder["patch_embed.proj.weight"].shape
+    width, channels, patch_size, _ = encoder["patch_embed.proj.weight"].shape
     if width not in WIDTHS:
         raise ValueError(f"width {width}: known are {', '.join(map(str, WIDTHS))}")
     depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
-    return Architecture(*WIDTHS[width], depth, patch_size, encoder["pos_embed"].shape[-2])
+    return Architecture(*WIDTHS[width], depth, patch_size, encoder["pos_embed"].shape[-2], channels)
 
 
 def without_prefix(state: State, prefix: str) -> State:

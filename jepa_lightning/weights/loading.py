@@ -7,6 +7,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.weights.checkpoints import load_any
 from jepa_lightning.weights.importing import is_official, load_encoder, load_official
@@ -67,6 +68,8 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
     source = load(path)
     if not isinstance(source, JEPA):
         raise ValueError(f"{path} holds a {type(source).__name__}: training can start from a JEPA or an encoder alone.")
+    if isinstance(source, ImageJEPA) and isinstance(model, ImageJEPA):
+        model.known_pixels = source.known_pixels  # the encoder knows images that were normalized like this
     parts = ["context_encoder", "target_encoder", *(["predictor"] if is_whole(path) else [])]
     parts += ["decoder"] if all(hasattr(of, "decoder") for of in (source, model)) else []  # of encoder-decoders
     for part in parts:

@@ -96,7 +96,7 @@ class AttentiveProbe(ClassificationProbe):
     def _show(self, images: Tensor) -> None:
         """Where the first classifier looks, as a figure."""
         head: Any = self.heads["attentive_0"]
-        shown = to_colors(images)
+        shown = to_colors(images, self.pixels)
         weights = head.attention(self.encoder(images).float())
         figure = rows_figure({"image": shown, "attention": heat(shown, weights, self.encoder.grid)})
         show(self.trainer, "attention", figure, self.global_step)

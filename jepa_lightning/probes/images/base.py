@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from datamodules.batches import ImageBatch, ViewBatch, check_batches
+from datamodules.pixel_format import PixelFormat, agree
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.baselines import BASELINE_SEED
@@ -57,7 +58,7 @@ class ImageProbe(LightningModule, ABC):
         if not isinstance(jepa, ImageJEPA):
             raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
         self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
-        self.record = record(jepa)
+        self.record, self.known_pixels, self.channels = record(jepa), jepa.known_pixels, jepa.channels
         self.encoder = jepa.target_encoder if encoder == "target" else jepa.context_encoder
         self.baselines = baselines
         if baselines:
@@ -71,6 +72,11 @@ class ImageProbe(LightningModule, ABC):
         for network in self.children():
             network.requires_grad_(False).eval()
         self.register_buffer("fitted", torch.tensor(False))
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """How the JEPA sees images."""
+        return self.known_pixels or PixelFormat(self.channels)
 
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         """Build what depends on the number of classes, and note it for the checkpoint; for subclasses to extend."""
@@ -117,6 +123,7 @@ class ImageProbe(LightningModule, ABC):
             self.set_classes(classes)  # type: ignore[arg-type]
         elif self.needs_labels and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
+        self.known_pixels = agree(self.known_pixels, self.channels, data)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(f"The JEPA was trained on images of {self.image_size} pixels; data.image_size={theirs}.")

@@ -106,6 +106,8 @@ class CompletionProbe(ImageProbe):
         self.errors = nn.ModuleDict({name: MeanMetric() for name in self.titles})
 
     def take(self, jepa: ImageJEPA) -> None:
+        if jepa.channels != 3:
+            raise ValueError(f"{self.checkpoint} reads images of {jepa.channels} channels; CompletionProbe decodes colors.")
         self.context_encoder, self.predictor, self.masks = jepa.context_encoder, jepa.predictor, jepa.masks
         self.predicts_normalized = jepa.normalize_targets
         self.apply_actions = jepa.apply_actions if isinstance(jepa, IWM) else None
@@ -214,14 +216,14 @@ class CompletionProbe(ImageProbe):
         """Write completion.png and show the same figure."""
         if not self.trainer.is_global_zero or self.trainer.sanity_checking or self.trainer.fast_dev_run:
             return
-        shown = to_colors(images)
+        shown = to_colors(images, self.pixels)
         seen = hide_patches(shown, ~found.visible, self.encoder.grid)
         figure = rows_figure(
             {
                 "image": shown,
                 "visible": seen,
-                "completed": to_colors(found.completed),
-                "true features": to_colors(found.reconstructed),
+                "completed": to_colors(found.completed, self.pixels),
+                "true features": to_colors(found.reconstructed, self.pixels),
             }
         )
         directory = Path(self.trainer.default_root_dir)
@@ -245,8 +247,10 @@ class CompletionProbe(ImageProbe):
             predicted = self.apply_actions(context.expand(STEPS, -1, -1), action_to(colors, self.views).to(image.device))
             if not self.predicts_normalized:
                 predicted = F.layer_norm(predicted, predicted.shape[-1:])
-            rows[f"{name},\ntrue"] = to_colors(make_versions(denormalize(image)[0], colors))
-            rows[f"{name},\npredicted"] = to_colors(self.decoders["jepa"](predicted))
+            rows[f"{name},\ntrue"] = to_colors(
+                make_versions(denormalize(image, self.pixels)[0], colors, self.pixels), self.pixels
+            )
+            rows[f"{name},\npredicted"] = to_colors(self.decoders["jepa"](predicted), self.pixels)
         return rows_figure(rows)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -107,7 +107,7 @@ class EquivarianceProbe(ImageProbe):
         rank, size = self.trainer.global_rank, self.trainer.world_size
         share = self.num_images // size + (rank < self.num_images % size)
         data: Any = self.trainer.datamodule
-        for number, image in enumerate(denormalize(images)[: share - self._ranked]):
+        for number, image in enumerate(denormalize(images, self.jepa.pixels)[: share - self._ranked]):
             self.ranks.update(self.jepa, image, data.views, bank_generator(batch, number, size))
             self._ranked += 1
         if batch_idx == 0 and self.trainer.is_global_zero:
