@@ -49,6 +49,7 @@ class IJEPA(ImageJEPA):
         context_scale: Area of the context block before it loses the targets, minimum and maximum fraction of the image.
         resampling_fraction: Fraction of images whose context block keeps too few patches, so that they also see patches
             outside of it.
+        margin: Width in patches of a frame around each target block that the context does not see; 0 as in the paper.
         official_compat: Use masks with the flaws of the released code, and its count of optimizer steps from 1 in the
             schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
@@ -92,6 +93,7 @@ class IJEPA(ImageJEPA):
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
         resampling_fraction: float = 0.1,
+        margin: int = 0,
         official_compat: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
@@ -152,6 +154,7 @@ class IJEPA(ImageJEPA):
             resampling_fraction,
             final_target_scale,
             more_target_scales,
+            margin,
             official_compat,
         )
 

@@ -65,6 +65,8 @@ class MultiBlock:
         more_target_scales: Further ranges of `target_scale`: each batch takes its blocks from one of all the ranges, each
             as likely.
         final_target_scale: `target_scale` at the end of training, for a linear curriculum; constant by default.
+        margin: Width in patches of a frame around each target block that the context does not see, so that a block cannot be
+            read off its neighbors; 0 as in the paper.
         official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
             come from one random number, the last row and column are never used, and contexts are cut to the batch's
             minimum, first patches first.
@@ -83,6 +85,7 @@ class MultiBlock:
         resampling_fraction: float = 0.1,
         final_target_scale: Range | None = None,
         more_target_scales: Sequence[Range] = (),
+        margin: int = 0,
         official_compat: bool = False,
     ) -> None:
         height, width = grid
@@ -108,7 +111,9 @@ class MultiBlock:
         if not 0 < target_aspect[0] <= target_aspect[1]:
             raise ValueError(f"target_aspect={target_aspect}: give the minimum and maximum ratio, 0 < minimum <= maximum.")
         self.grid, self.num_targets, self.target_aspect, self.context_scale = grid, num_targets, target_aspect, context_scale
-        self.resampling_fraction, self.official_compat = resampling_fraction, official_compat
+        if margin < 0 or (margin and official_compat):
+            raise ValueError(f"margin={margin}: give a number of patches >= 0; with official_compat=true there is none.")
+        self.resampling_fraction, self.margin, self.official_compat = resampling_fraction, margin, official_compat
         self._kept: dict[tuple[int, int], int] = {}
         low, high = target_aspect
         for aspect in (low + part / 10 * (high - low) for part in range(11)):
@@ -118,6 +123,16 @@ class MultiBlock:
                     f"A target block of scale {largest} covers all of the {height} x {width} patches: lower the scale or "
                     "use smaller patches."
                 )
+            if self._least_left(size) < 1:
+                raise ValueError(
+                    f"margin={margin} around a target block of {size[0]} x {size[1]} patches leaves no context on a grid of "
+                    f"{height} x {width}: lower the margin or the scale, or use smaller patches."
+                )
+
+    def _least_left(self, size: tuple[int, int]) -> int:
+        """How many patches a block and its margin leave at least, wherever the block lies."""
+        rows, columns = (min(extent, side + 2 * self.margin) for extent, side in zip(self.grid, size, strict=True))
+        return self.grid[0] * self.grid[1] - rows * columns
 
     def draw(
         self,
@@ -149,7 +164,7 @@ class MultiBlock:
         context_size = block_size(self.grid, smallest + w * (largest - smallest), self.grid[0] / self.grid[1])
         corners, block = self._place(batch_size, size, context_size, generator)
         kept = self._context_patches(size)
-        covered = self._covered(corners, size)
+        covered = self._covered(corners, size, self.margin)
         for last in range(self.num_targets - 1, 0, -1):
             crowded = covered.shape[1] - covered.sum(dim=1) < kept
             if not crowded.any():
@@ -157,7 +172,7 @@ class MultiBlock:
             # To swap two blocks makes no image more or less crowded: so what moves, and what it moves onto, is as likely
             # at every place as what stays.
             corners[crowded, last] = corners[crowded, 0]
-            covered[crowded] = self._covered(corners[crowded], size)
+            covered[crowded] = self._covered(corners[crowded], size, self.margin)
         # The largest of random numbers are a uniformly random subset: of the context block first, then of the rest.
         lots = torch.rand(covered.shape, generator=generator) + block
         context = lots.masked_fill_(covered, -1).topk(kept, dim=1).indices.sort(dim=1).values
@@ -172,10 +187,10 @@ class MultiBlock:
             for part in torch.linspace(0, 1, 10).tolist():
                 context_size = block_size(self.grid, smallest + part * (largest - smallest), self.grid[0] / self.grid[1])
                 corners, block = self._place(CALIBRATION_DRAWS // 10, size, context_size, generator)
-                counts.append((block & ~self._covered(corners, size)).sum(dim=1))
+                counts.append((block & ~self._covered(corners, size, self.margin)).sum(dim=1))
             quantile = int(torch.cat(counts).float().quantile(self.resampling_fraction))
-            # Never more than what is left when all blocks lie on the first: none of the images had more.
-            self._kept[size] = max(1, quantile)
+            # Never more than what is left when all blocks lie on the first, wherever that is.
+            self._kept[size] = max(1, min(quantile, self._least_left(size)))
         return self._kept[size]
 
     def _place(
@@ -185,11 +200,11 @@ class MultiBlock:
         corners = _corners(batch_size, self.num_targets, size, self.grid, generator)
         return corners, self._covered(_corners(batch_size, 1, context_size, self.grid, generator), context_size)
 
-    def _covered(self, corners: Tensor, size: tuple[int, int]) -> Tensor:
-        """Which patches any of the blocks covers: corners (B, M, 2) -> (B, N), bool."""
+    def _covered(self, corners: Tensor, size: tuple[int, int], margin: int = 0) -> Tensor:
+        """Which patches any of the blocks covers, with a margin around them: corners (B, M, 2) -> (B, N), bool."""
         inside = [
-            (torch.arange(extent) >= corners[..., axis, None])
-            & (torch.arange(extent) < corners[..., axis, None] + size[axis])
+            (torch.arange(extent) >= corners[..., axis, None] - margin)
+            & (torch.arange(extent) < corners[..., axis, None] + size[axis] + margin)
             for axis, extent in enumerate(self.grid)
         ]  # (B, M, H) and (B, M, W)
         # A sum over blocks of outer products: how many blocks cover each patch.

@@ -24,6 +24,7 @@ ARGUMENTS = st.fixed_dictionaries(
         "target_aspect": ranges(0.3, 3.0),
         "context_scale": ranges(0.3, 1.0),
         "resampling_fraction": st.floats(0.0, 0.6),
+        "margin": st.integers(0, 2),
         "official_compat": st.booleans(),
     }
 )
@@ -32,10 +33,10 @@ ARGUMENTS = st.fixed_dictionaries(
 def make(arguments: dict) -> MultiBlock:
     if arguments["official_compat"]:  # the released code leaves out the last row and column, and needs room for that
         assume(min(arguments["grid"]) >= 6 and arguments["target_scale"][1] <= 0.2 and arguments["num_targets"] <= 4)
-        arguments = arguments | {"target_aspect": (0.75, 1.5), "context_scale": (0.85, 1.0)}
+        arguments = arguments | {"target_aspect": (0.75, 1.5), "context_scale": (0.85, 1.0), "margin": 0}
     try:
         return MultiBlock(**arguments)
-    except ValueError:  # blocks as large as the grid
+    except ValueError:  # blocks as large as the grid, or with their margins
         assume(False)
 
 
@@ -56,6 +57,9 @@ def test_masks_of_any_kind_are_blocks_and_the_rest(arguments: dict, batch_size: 
     sides = [(places.amax(dim=1) - places.amin(dim=1) + 1) for places in (rows, columns)]
     assert (sides[0] * sides[1] == blocks.shape[1]).all(), "every block is a full rectangle"
     assert len(set(sides[0].tolist())) == 1, "of one shape in a batch"
+    places = torch.stack([torch.arange(height * width) // width, torch.arange(height * width) % width], dim=1)
+    apart = (places[drawn.context][:, :, None] - places[drawn.targets.flatten(1)][:, None]).abs().amax(dim=3)
+    assert apart.min() > masks.margin, "the context keeps away from the targets"
     hidden = drawn.hidden(height * width)
     assert torch.equal(
         torch.cat([drawn.context, hidden], dim=1).sort(dim=1).values, torch.arange(height * width).expand(batch_size, -1)

@@ -228,12 +228,25 @@ def test_curriculum_moves_the_scale() -> None:
         ({"context_scale": (0.5, 1.5)}, "context_scale=\\(0.5, 1.5\\)"),
         ({"target_aspect": (0.0, 1.0)}, "target_aspect=\\(0.0"),
         ({"resampling_fraction": 1.0}, "resampling_fraction=1.0"),
+        ({"margin": -1}, "margin=-1: give a number of patches >= 0"),
+        ({"margin": 1, "official_compat": True}, "margin=1: .* with official_compat=true there is none"),
+        ({"grid": (4, 4), "margin": 2}, "margin=2 around a target block of .* leaves no context on a grid of 4 x 4"),
         ({"grid": (2, 2), "target_scale": (0.9, 1.0)}, "covers all of the 2 x 2 patches"),
     ],
 )
 def test_impossible_masks_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MultiBlock(**({"grid": (14, 14)} | arguments))
+
+
+def test_a_margin_takes_the_frame_and_no_more() -> None:
+    corners = torch.tensor([[[0, 0], [4, 5]]])
+    covered = MultiBlock((8, 8), margin=1)._covered(corners, (2, 2), 1).view(8, 8)
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[:3, :3] = expected[3:7, 4:8] = True
+    assert torch.equal(covered, expected)
+    with_margin, without = (MultiBlock((14, 14), margin=margin).draw(64, seeded_generator(1)) for margin in (1, 0))
+    assert with_margin.context.shape[1] < without.context.shape[1] - 20
 
 
 def test_the_context_block_is_one() -> None:
