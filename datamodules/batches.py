@@ -75,9 +75,27 @@ class ViewBatch(NamedTuple):
     """As in `ImageBatch`."""
 
 
+VOID = -1
+"""Class index of pixels that do not count."""
+
+
+class SegmentationBatch(NamedTuple):
+    """A batch of images and what each of their pixels shows: for the segmentation probe."""
+
+    images: Tensor
+    """(B, C, H, W), normalized."""
+
+    masks: Tensor
+    """(B, H, W), int64 class indices; `VOID` where nothing counts."""
+
+    key: tuple[int, ...]
+    """As in `ImageBatch`."""
+
+
 WHOSE = {
     ClipBatch: "DoublePendulum or Trajectories",
     ImageBatch: "ImageFolder or SyntheticImages",
+    SegmentationBatch: "SegmentationFolder",
     ViewBatch: "ImageFolder or SyntheticImages with data.views.strength=default",
 }
 """Kind of batch -> the data modules that hand it out."""

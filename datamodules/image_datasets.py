@@ -72,22 +72,25 @@ class ImageDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.samples.labels)
 
-    def decode(self, index: int) -> Tensor | None:
+    def read(self, index: int) -> Any:
+        """What the file of an image holds, or an exception of whatever kind."""
+        return read_image(self.samples.paths[index], self.pixels)
+
+    def decode(self, index: int) -> Any:
         """One image, uint8 (C, H, W), or None if its file cannot be read.
 
         Then a warning names it and says why, once among all processes that share the flags, and nobody tries it again.
         """
         if index in self.unreadable:
             return None
-        path = self.samples.paths[index]
         try:
-            return read_image(path, self.pixels)
+            return self.read(index)
         except Exception as error:  # whatever damage does to a library, one file never ends a run
             count = self.unreadable.add(index)
             if count is not None:
                 reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
                 warnings.warn(
-                    printable(f"{os.fsdecode(path)} cannot be decoded and is left out ({reason}). ")
+                    printable(f"{os.fsdecode(self.samples.paths[index])} cannot be decoded and is left out ({reason}). ")
                     + f"{count} of {len(self)} so far.",
                     UnreadableImageWarning,
                     stacklevel=2,
@@ -198,7 +201,7 @@ class TrainingViews(ImageDataset):
 
 
 def augmented(
-    images: ImageDataset, items: list[tuple[int, int]], augment: Callable[[Tensor], Any]
+    images: ImageDataset, items: list[tuple[int, int]], augment: Callable[[Any], Any]
 ) -> tuple[list[Any], list[int]]:
     """What becomes of the images named by (epoch, index) pairs, and the indices of those that were taken.
 

@@ -59,8 +59,9 @@ class ImageJEPA(JEPA, ABC):
     target_encoder: ViTEncoder
     predictor: MaskedPredictor
     masks: MultiBlock
-    reads_views = predict_patches = False
-    """Whether its batches are pairs of views, and whether `predict` gives the embeddings of all patches."""
+    batch_type: type = ImageBatch
+    predict_patches = False
+    """What its batches are, and whether `predict` gives the embeddings of all patches."""
 
     def __init__(
         self,
@@ -136,7 +137,7 @@ class ImageJEPA(JEPA, ABC):
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
-            check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
+            check_batches(self, data, self.batch_type)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(

@@ -81,7 +81,7 @@ class IWM(ImageJEPA):
     """
 
     predictor: WorldModel
-    reads_views = True
+    batch_type = ViewBatch
     trained_on: dict[str, Any] | None = None
     """The settings of the views that it was trained on, if it comes from a checkpoint."""
 

@@ -3,12 +3,13 @@
 Shapes: B batch, C channels, H W pixels, N patches, K kept patches, D embedding dimension.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, build_sincos2d_pos_embed, use_fused_attn
+from timm.layers import Attention, build_sincos2d_pos_embed, resample_abs_pos_embed, use_fused_attn
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -115,6 +116,25 @@ class ViTEncoder(nn.Module):
         attend_by_device(self)
 
     positions: Tensor
+
+    def resized(self, image_size: tuple[int, int]) -> "ViTEncoder":
+        """The same encoder for images of another size, whose table of positions is stretched to them.
+
+        Args:
+            image_size: Height and width H, W in pixels.
+
+        Raises:
+            ValueError: Patches do not tile the image.
+        """
+        if any(size < self.patch_size or size % self.patch_size for size in image_size):
+            raise ValueError(f"Images of {image_size} pixels are no multiple of patch_size={self.patch_size}: resize them.")
+        other = copy.deepcopy(self)
+        other.grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
+        other.vit.patch_embed.set_input_size(img_size=image_size)
+        other.positions = resample_abs_pos_embed(
+            self.positions[None], list(other.grid), list(self.grid), num_prefix_tokens=0
+        )[0]
+        return other
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Features of all patches, or of those kept.

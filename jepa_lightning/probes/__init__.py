@@ -16,6 +16,7 @@ from jepa_lightning.probes.images.knn import KNNProbe
 from jepa_lightning.probes.images.linear import LinearProbe
 from jepa_lightning.probes.images.predictor_finetuning import PredictorFineTuning
 from jepa_lightning.probes.images.ridge import RidgeProbe
+from jepa_lightning.probes.images.segmentation import SegmentationProbe
 
 __all__ = [
     "AttentiveProbe",
@@ -33,5 +34,6 @@ __all__ = [
     "PredictorFineTuning",
     "RewardProbe",
     "RidgeProbe",
+    "SegmentationProbe",
     "StateProbe",
 ]

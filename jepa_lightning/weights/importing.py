@@ -85,6 +85,7 @@ def _assemble(
         sizes["predictor_width"] = len(predictor["embed.weight"])
         sizes["predictor_depth"] = len({name.split(".")[1] for name in predictor if name.startswith("blocks.")})
     jepa = IJEPA(found.name, image_size, found.patch_size, found.depth, found.channels, **sizes)
+    jepa.built_with = {name: value for name, value in jepa.hparams.items() if not name.startswith("_")}
     wrong = _fill(jepa.context_encoder.vit, encoder, jepa.context_encoder.positions, "pos_embed", "encoder")
     wrong += _fill(jepa.target_encoder.vit, target, jepa.target_encoder.positions, "pos_embed", "target_encoder")
     if predictor is not None:

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import JEPA
-from jepa_lightning.weights.checkpoints import load_any
+from jepa_lightning.weights.checkpoints import DESCRIBED, load_any, load_jepa
 from jepa_lightning.weights.importing import is_official, load_encoder, load_official
 from jepa_lightning.weights.runs import LAST
 
@@ -34,6 +34,8 @@ def load(path: str | os.PathLike[str], image_size: tuple[int, int] | None = None
         ValueError: It cannot be read, or holds something else.
     """
     place = Path(path)
+    if str(path).endswith(DESCRIBED):
+        return load_jepa(path)
     if place.is_dir() and (place / "config.json").is_file() and not (place / LAST).exists():
         return load_encoder(place, image_size)
     if place.is_file() and place.suffix != ".ckpt":

@@ -10,20 +10,22 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from datamodules.batches import ImageBatch, ViewBatch, check_batches
+from datamodules.batches import ImageBatch, check_batches
 from datamodules.pixel_format import PixelFormat, agree
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.baselines import BASELINE_SEED
 from jepa_lightning.signature import sign
-from jepa_lightning.weights.checkpoints import RECORD, load_jepa, record
+from jepa_lightning.weights.checkpoints import RECORD, record
+from jepa_lightning.weights.loading import load
 
 
 class ImageProbe(LightningModule, ABC):
     """Freeze an I-JEPA or IWM and fit a probe on its patch features, compared with the random-initialization baseline.
 
     Args:
-        checkpoint: Path of the checkpoint of an I-JEPA or IWM, written by `fit` or imported.
+        checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM, or of weights in the layout of the released
+            I-JEPA, of timm or of Hugging Face.
         encoder: Which encoder's features are read, "target" as in the paper, or "context".
         num_classes: Number of classes of the data, by task if there are several; None for a probe that needs no labels.
         baselines: Whether to evaluate the random-initialization baseline, and whatever else a subclass compares with.
@@ -54,7 +56,7 @@ class ImageProbe(LightningModule, ABC):
             raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2 classes.")
         if encoder not in ("target", "context"):
             raise ValueError(f"model.encoder={encoder!r}: choose 'target' or 'context'.")
-        jepa = load_jepa(checkpoint)
+        jepa = load(checkpoint)
         if not isinstance(jepa, ImageJEPA):
             raise ValueError(f"{checkpoint} holds a {type(jepa).__name__}; this probe reads an IJEPA or IWM.")
         self.checkpoint, self.num_classes, self.image_size = checkpoint, num_classes, jepa.image_size
@@ -98,8 +100,11 @@ class ImageProbe(LightningModule, ABC):
     needs_labels = True
     several_tasks = False
 
-    reads_views = False
-    """Whether its batches are pairs of views."""
+    batch_type: type = ImageBatch
+    """What its batches are."""
+
+    any_size = False
+    """Whether its images may be of another size than in pre-training."""
 
     def train(self, mode: bool = True) -> "ImageProbe":
         """Switch to training mode, all but the frozen networks."""
@@ -115,7 +120,7 @@ class ImageProbe(LightningModule, ABC):
             ValueError: Other classes or images of another size than the probe was built for, or no classes at all.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        check_batches(self, data, ViewBatch if self.reads_views else ImageBatch)
+        check_batches(self, data, self.batch_type)
         classes = getattr(data, "num_classes", self.num_classes)
         if self.needs_labels:
             self._check_classes(data, classes)
@@ -125,7 +130,7 @@ class ImageProbe(LightningModule, ABC):
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
         self.known_pixels = agree(self.known_pixels, self.channels, data)
         theirs = getattr(data, "image_size", self.image_size)
-        if tuple(theirs) != self.image_size:
+        if tuple(theirs) != self.image_size and not self.any_size:
             raise ValueError(f"The JEPA was trained on images of {self.image_size} pixels; data.image_size={theirs}.")
 
     def _check_classes(self, data: Any, classes: Any) -> None:

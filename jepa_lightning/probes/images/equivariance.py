@@ -57,7 +57,7 @@ class EquivarianceProbe(ImageProbe):
     """
 
     needs_fit = False
-    reads_views = True
+    batch_type = ViewBatch
 
     def __init__(self, checkpoint: str, num_images: int = 256) -> None:
         super().__init__(checkpoint, "target", None)

@@ -244,7 +244,7 @@ class LinearProbe(ClassificationProbe):
 
     def _width(self, name: str) -> int:
         if name == "pixels":
-            return 3 * min(PIXEL_GRID, self.image_size[0]) * min(PIXEL_GRID, self.image_size[1])
+            return self.channels * min(PIXEL_GRID, self.image_size[0]) * min(PIXEL_GRID, self.image_size[1])
         depth = min(4, len(self.encoder.vit.blocks)) if name.endswith("four") else 1
         return depth * self.encoder.dim
 
