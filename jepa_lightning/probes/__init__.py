@@ -9,6 +9,7 @@ from jepa_lightning.probes.dynamics.planning import PlanningProbe
 from jepa_lightning.probes.dynamics.reward import RewardProbe
 from jepa_lightning.probes.dynamics.state import StateProbe
 from jepa_lightning.probes.images.attentive import AttentiveProbe
+from jepa_lightning.probes.images.comparison import ComparisonProbe
 from jepa_lightning.probes.images.completion import CompletionProbe
 from jepa_lightning.probes.images.equivariance import EquivarianceProbe
 from jepa_lightning.probes.images.finetuning import FineTuning
@@ -20,6 +21,7 @@ from jepa_lightning.probes.images.segmentation import SegmentationProbe
 
 __all__ = [
     "AttentiveProbe",
+    "ComparisonProbe",
     "CompletionProbe",
     "DecoderProbe",
     "EquivarianceProbe",

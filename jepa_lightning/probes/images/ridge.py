@@ -45,7 +45,7 @@ class RidgeProbe(ImageProbe):
     """
 
     names = LINEAR_INPUTS
-    own = ("last", "last_four")
+    own: tuple[str, ...] = ("last", "last_four")
     needs_fit = False
 
     def __init__(
@@ -79,6 +79,7 @@ class RidgeProbe(ImageProbe):
             # By their place among those of all processes: so it does not matter how many there are.
             chosen = (rank + num_ranks * torch.arange(seen, seen + len(labels), device=labels.device)) % every == every - 1
             seen += len(labels)
+            self.keep(features, labels, len(loader.dataset))  # type: ignore[arg-type]
             for name, value in features.items():
                 if name not in fits:
                     assert isinstance(self.num_classes, int)
@@ -89,6 +90,15 @@ class RidgeProbe(ImageProbe):
         self._weights, self._penalties = {}, {}
         for name in self.names:
             self._weights[name], self._penalties[name] = self._fitted(fits.pop(name), kept.pop(name), kept_labels)
+
+    def keep(self, features: dict[str, Tensor], labels: Tensor, count: int) -> None:
+        """What a subclass does with each batch of the training images.
+
+        Args:
+            features: Embeddings by kind, (B, D).
+            labels: Classes, (B,).
+            count: Number of training images of this process.
+        """
 
     def _fitted(self, fit: RidgeClassifier, kept: list[Tensor], kept_labels: list[Tensor]) -> tuple[Tensor, float]:
         """Weights (1 + D, C) with the penalty that does best on what was kept for it, and that penalty."""

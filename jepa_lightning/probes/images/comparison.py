@@ -1,0 +1,239 @@
+"""Evaluation of the frozen encoder: is it better than no training, than pixels, than weights from elsewhere?
+
+Shapes: B batch, H W pixels, D embedding dimension, I images.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, distributed, nn
+from torchvision.transforms import v2
+
+from datamodules.batches import ImageBatch, batch_generator
+from datamodules.pixel_format import PixelFormat
+from datamodules.preprocessing import denormalize, normalize
+from jepa_lightning.classifiers import classify, directions
+from jepa_lightning.figures import show
+from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.networks.vit import ViTEncoder
+from jepa_lightning.probes.images.linear import shrunk_pixels
+from jepa_lightning.probes.images.memory_bank import MemoryBank
+from jepa_lightning.probes.images.ridge import RidgeProbe
+from jepa_lightning.probes.report import save_report
+from jepa_lightning.weights.loading import load
+
+NUM_NEIGHBORS, TEMPERATURE = 20, 0.07
+
+MAX_PAIRS = 2000
+"""Maximum number of held-out images that are to be found again under augmentation."""
+
+FIGURES = {
+    "linear": "linear, last four blocks",
+    "knn": f"{NUM_NEIGHBORS} nearest neighbors",
+    "consistency": "found again under augmentation",
+}
+"""What is reported, and how."""
+
+
+class ComparisonProbe(RidgeProbe):
+    """Several encoders on the same images: the JEPA, a random initialization of it, pixels, and weights from elsewhere.
+
+    With labels, by the linear probe in closed form on the last four blocks (see `RidgeProbe`) and by k-NN on the average of
+    the last. Without labels, and with them too, by k-NN consistency: of two random crops of each held-out image, flipped and
+    in other colors, is the one nearest to the first the second of the same image? Chance is one over the number of images.
+    `test` alone does it all, and writes report.json, report.md and comparison.png.
+
+    Args:
+        checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM.
+        others: Paths of further run directories, checkpoints, or weights in the layout of the released I-JEPA, of timm or of
+            Hugging Face, which read the same images, resized positions included.
+        num_classes: Number of classes; that of the data by default.
+        encoder: Which encoder's embeddings are read, "target" as in the paper, or "context".
+        baselines: Whether to evaluate the randomly initialized encoder and pixels, too.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be read, holds no such model, or one for other channels.
+    """
+
+    names: dict[str, str]
+
+    def __init__(
+        self,
+        checkpoint: str,
+        others: list[str] | None = None,
+        num_classes: int | None = None,
+        encoder: Literal["target", "context"] = "target",
+        baselines: bool = True,
+    ) -> None:
+        self.names = {"jepa": "JEPA"} | ({"untrained": "random initialization", "pixels": "pixels"} if baselines else {})
+        self.names |= {f"other_{place}": path for place, path in enumerate(others or [])}
+        self.own = tuple(self.names)
+        super().__init__(checkpoint, num_classes, encoder, baselines=baselines)
+        self.save_hyperparameters()
+        self.others = nn.ModuleDict()
+        self._pixels: dict[str, PixelFormat] = {}
+        for place, path in enumerate(others or []):
+            other = load(path)
+            if not isinstance(other, ImageJEPA) or other.channels != self.channels:
+                raise ValueError(f"{path}: give an I-JEPA, an IWM or an encoder for images of {self.channels} channels.")
+            network = other.target_encoder if encoder == "target" else other.context_encoder
+            network = network if other.image_size == self.image_size else network.resized(self.image_size)
+            self.others[f"other_{place}"] = network.requires_grad_(False).eval()
+            self._pixels[f"other_{place}"] = other.pixels
+        self._frozen.append("others")
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data module; labels are welcome, not needed. See `ImageProbe.setup` for the errors."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        self.needs_labels = bool(getattr(data, "num_classes", self.num_classes))
+        super().setup(stage)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> dict[str, Tensor]:
+        """Averages of the last four blocks, or pixels, by name: normalized (B, C, H, W) -> (B, 4 D) each."""
+        found = {"jepa": _pooled(self.encoder, images)}
+        if self.baselines:
+            found |= {"untrained": _pooled(self.untrained, images), "pixels": shrunk_pixels(images)}
+        for name, network in self.others.items():
+            theirs = self._pixels[name]
+            seen = images if theirs == self.pixels else normalize(denormalize(images, self.pixels), theirs)
+            found[name] = _pooled(network, seen)  # type: ignore[arg-type]
+        return found
+
+    def last(self, name: str, features: Tensor) -> Tensor:
+        """Of the averages of four blocks, that of the last one; pixels as they are."""
+        if name == "pixels":
+            return features
+        network: ViTEncoder = self.others[name] if name in self.others else self.encoder  # type: ignore[assignment]
+        return features[:, -network.dim :]
+
+    def on_test_start(self) -> None:
+        """Fit on the training images, and keep them for the vote of the nearest, if they have labels."""
+        self._banks: dict[str, MemoryBank] = {}
+        self._queries: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        self._answers: list[Tensor] = []
+        self._views: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
+        self._paired = 0
+        if self.needs_labels:
+            super().on_test_start()
+            for bank in self._banks.values():
+                bank.close()
+
+    def keep(self, features: dict[str, Tensor], labels: Tensor, count: int) -> None:
+        for name, value in features.items():
+            if name not in self._banks:
+                self._banks[name] = MemoryBank(count, self.trainer.global_rank, self.trainer.world_size)
+            self._banks[name].add(self.last(name, value).float(), labels)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        self.evaluated.update(len(batch.labels))
+        if self.needs_labels:
+            for name, features in self.features(batch.images).items():
+                with torch.autocast(self.device.type, enabled=False):
+                    self.right[name].update((classify(features, self._weights[name]) == batch.labels).sum())
+                self._queries[name].append(self.last(name, features).float().cpu())
+            self._answers.append(batch.labels)
+        wanted = -(-MAX_PAIRS // self.trainer.world_size) - self._paired
+        if wanted > 0:
+            plain = denormalize(batch.images[:wanted], self.pixels)
+            first, second = (normalize(view, self.pixels) for view in augmented_twice(plain, batch_generator(batch)))
+            ours, theirs = self.features(first), self.features(second)
+            for name in self.names:
+                pair = (self.last(name, found[name]).float().cpu() for found in (ours, theirs))
+                self._views[name].append(tuple(pair))  # type: ignore[arg-type]
+            self._paired += len(plain)
+
+    def on_test_epoch_end(self) -> None:
+        count = int(self.evaluated.compute())
+        self.evaluated.reset()
+        figures: dict[str, dict[str, float]] = {name: {} for name in self.names}
+        pairs = 0
+        for name in self.names:
+            if self.needs_labels:
+                figures[name] |= _with_error("linear", float(self.right[name].compute()) / count, count)
+                queries, answers = torch.cat(self._queries.pop(name)).to(self.device), torch.cat(self._answers)
+                votes = self._banks.pop(name).vote(queries, NUM_NEIGHBORS, TEMPERATURE)
+                right = self.trainer.strategy.reduce((votes == answers).sum(), reduce_op="sum")
+                figures[name] |= _with_error("knn", float(right) / count, count)
+            first, second = (torch.cat(of) for of in zip(*self._views.pop(name), strict=True))
+            found = found_again(*(_of_all(part) for part in (first, second)))
+            pairs = len(found)
+            figures[name] |= _with_error("consistency", float(found.float().mean()), pairs)
+            self.right[name].reset()
+        if self.trainer.is_global_zero:
+            self._report(figures, count, pairs)
+
+    def _report(self, figures: dict[str, dict[str, float]], count: int, pairs: int) -> None:
+        report = {"comparison": figures, "names": self.names, "checkpoint": self.checkpoint}
+        report |= {"num_images": count, "num_pairs": pairs, "chance_consistency": 1 / pairs}
+        shown = [kind for kind in FIGURES if kind in figures["jepa"]]
+        lines = ["| encoder | " + " | ".join(FIGURES[kind] for kind in shown) + " |", "| :-- |" + " --: |" * len(shown)]
+        for name, title in self.names.items():
+            cells = [f"{figures[name][kind]:.3f} ({figures[name][f'{kind}_standard_error']:.3f})" for kind in shown]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+        notes = (
+            f"`{self.checkpoint}`: accuracies (standard error) on {count} held-out images; found again: of {pairs} held-out "
+            f"images, the one whose second crop is nearest to its first, chance {1 / pairs:.4f}. Figure: comparison.png."
+        )
+        directory = Path(self.trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        figure = bars(figures, self.names, shown)
+        figure.savefig(directory / "comparison.png")
+        show(self.trainer, "comparison", figure, self.global_step)
+        save_report(directory, report, "Comparison", notes, "\n".join(lines))
+
+
+def _pooled(encoder: ViTEncoder, images: Tensor) -> Tensor:
+    """Averages over the patches of the last four blocks, one after the other: (B, C, H, W) -> (B, 4 D)."""
+    return torch.cat([block.float().mean(dim=1) for block in encoder.last_blocks(images, 4)], dim=1)
+
+
+def augmented_twice(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two random crops of each image, flipped at random and, if it has colors, in other ones: uint8 (B, C, H, W) twice."""
+    steps: list[Any] = [v2.RandomResizedCrop(images.shape[-2:], scale=(0.4, 1.0)), v2.RandomHorizontalFlip()]
+    if images.shape[1] == 3:
+        steps.append(v2.ColorJitter(0.4, 0.4, 0.2, 0.1))
+    change = v2.Compose(steps)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator.get_state())
+        views = [torch.stack([change(image) for image in images]) for _ in range(2)]
+    return views[0], views[1]
+
+
+def found_again(first: Tensor, second: Tensor) -> Tensor:
+    """Whether, of all second views, that of the same image is the most similar to the first one: (I, D) twice -> (I,)."""
+    ours, theirs = (directions(of, of.mean(dim=0)) for of in (first, second))
+    return torch.cat([part @ theirs.T for part in ours.split(500)]).argmax(dim=1) == torch.arange(len(ours))
+
+
+def _of_all(mine: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks; another number in each."""
+    if not distributed.is_initialized():
+        return mine
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, mine)
+    return torch.cat(gathered)
+
+
+def _with_error(kind: str, fraction: float, count: int) -> dict[str, float]:
+    return {kind: fraction, f"{kind}_standard_error": (fraction * (1 - fraction) / count) ** 0.5}
+
+
+def bars(figures: dict[str, dict[str, float]], names: dict[str, str], kinds: list[str]) -> Figure:
+    """A group of bars for each kind of figure, one bar for each encoder."""
+    figure = Figure(figsize=(2 + 2.2 * len(kinds), 3.2), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(names)
+    for place, (name, title) in enumerate(names.items()):
+        heights = [figures[name][kind] for kind in kinds]
+        errors = [figures[name][f"{kind}_standard_error"] for kind in kinds]
+        where = [group + place * width for group in range(len(kinds))]
+        axis.bar(where, heights, width, yerr=errors, label=Path(title).name if name.startswith("other") else title)
+    axis.set(xticks=[group + 0.4 - width / 2 for group in range(len(kinds))], ylabel="fraction right", ylim=(0, None))
+    axis.set_xticklabels([FIGURES[kind].replace(" under", "\nunder").replace(", ", ",\n") for kind in kinds])
+    axis.legend(fontsize="small")
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure
