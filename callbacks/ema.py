@@ -1,19 +1,25 @@
 """The target encoder follows the context encoder: one exponential-moving-average update per optimizer step."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from callbacks.schedules import SCHEDULES, ScheduleName, total_optimizer_steps
+from callbacks.schedules import SCHEDULES, MomentumSchedule, total_optimizer_steps
 from callbacks.steps import StepFollower
 
 TARGET = "target_encoder"
 """Name of the averaged network in a module, and in its checkpoints."""
+
+
+SMOOTHED_STEPS = 100
+"""Optimizer steps over which the loss is smoothed before the momentum follows it."""
 
 
 class EMAUpdate(StepFollower):
@@ -29,45 +35,80 @@ class EMAUpdate(StepFollower):
     Differs from the paper: I-JEPA raises the momentum linearly; the default here is a cosine. Choose
     `schedule: linear` for parity.
 
+    With `schedule: loss` the momentum follows the prediction loss instead of the steps: it is `start` where the loss,
+    smoothed over some hundred steps, is the largest so far, and comes the nearer to `end` the smaller the loss is, in
+    proportion. While predictions are poor, targets follow fast; as they become good, targets stand still. The module's
+    `step_loss` is read for it, averaged over the processes, which waits for the device once in each step.
+
     Args:
         start: Momentum of the first update, in [0, 1].
         end: Momentum that the schedule approaches at the end of training, in [start, 1].
-        schedule: Shape of the way from `start` to `end`.
+        schedule: Shape of the way from `start` to `end`, or "loss".
 
     Raises:
         ValueError: Momenta out of range, or a constant schedule between two different values.
     """
 
+    _note_loss: Callable[[], Any] | None = None
     _average: dict[str, Tensor] | None = None  # in float32, by name, where the target encoder itself is narrower
 
-    def __init__(self, start: float = 0.996, end: float = 1.0, schedule: ScheduleName = "cosine") -> None:
+    def __init__(self, start: float = 0.996, end: float = 1.0, schedule: MomentumSchedule = "cosine") -> None:
         if not 0.0 <= start <= end <= 1.0:
             raise ValueError(f"momentum from {start} to {end}: choose 0 <= start <= end <= 1.")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(SCHEDULES)}.")
-        SCHEDULES[schedule](0, 1, start, end)  # a constant schedule checks its ends
+        if schedule not in get_args(MomentumSchedule):
+            raise ValueError(f"schedule={schedule!r}: choose one of {', '.join(get_args(MomentumSchedule))}.")
+        if schedule != "loss":
+            SCHEDULES[schedule](0, 1, start, end)  # a constant schedule checks its ends
         self.start, self.end, self.schedule = start, end, schedule
+        self._loss: Tensor | None = None  # of the step that is to be followed
+        self._smoothed = self._largest = 0.0  # loss, for the schedule that follows it
         self._loaded: dict[str, Tensor] = {}
 
     def momentum(self, step: int, total: int) -> float:
         """Momentum of the update that follows optimizer step number `step`, counted from 0."""
+        if self.schedule == "loss":
+            return self.end - (self.end - self.start) * self._smoothed / (self._largest or 1.0)
         return SCHEDULES[self.schedule](step, total, self.start, self.end)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._loaded = {}
         if trainer.global_step == 0:
-            self._average = None
+            self._average, self._loss, self._smoothed, self._largest = None, None, 0.0, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._total = total_optimizer_steps(trainer)
+        self._total, by_loss = total_optimizer_steps(trainer), self.schedule == "loss"
         target = getattr(pl_module, TARGET)
         if self._average is None or self._loaded:
             self._average = wide_copy(target, self._loaded)
         self._loaded = {}
+        self._note_loss = (lambda: trainer.strategy.reduce(pl_module.step_loss, reduce_op="mean")) if by_loss else None
         super().on_train_start(trainer, pl_module)
 
+    def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        super()._note(optimizer, args, kwargs)
+        if self._note_loss is not None:
+            self._loss = self._note_loss()
+
+    def state_dict(self) -> dict[str, Any]:
+        loss = None if self._loss is None else float(self._loss)
+        return super().state_dict() | {"loss": loss, "smoothed": self._smoothed, "largest": self._largest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        loss = state_dict.get("loss")
+        self._loss = None if loss is None else torch.tensor(loss)
+        self._smoothed, self._largest = state_dict.get("smoothed", 0.0), state_dict.get("largest", 0.0)
+
+    def _follow_loss(self) -> None:
+        """Take the loss of a step into its running average."""
+        if self.schedule == "loss" and self._loss is not None:
+            loss = float(self._loss)
+            self._smoothed = loss if self.steps == 1 else self._smoothed + (loss - self._smoothed) / SMOOTHED_STEPS
+            self._largest = max(self._largest, self._smoothed)
+
     def on_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._follow_loss()
         momentum = self.momentum(self.steps - 1, self._total)
         update_average(getattr(pl_module, TARGET), pl_module.context_encoder, momentum, self._average)
         # Filled on the device: a number from the host would have to be waited for.

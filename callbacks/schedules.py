@@ -10,6 +10,8 @@ from typing import Literal
 from lightning.pytorch import Trainer
 
 ScheduleName = Literal["cosine", "linear", "constant"]
+MomentumSchedule = Literal["cosine", "linear", "constant", "loss"]
+"""Those of a momentum, which may also follow the prediction loss: see `callbacks.ema.EMAUpdate`."""
 
 
 def _progress(step: int, total: int) -> float:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional
 
-from callbacks.schedules import ScheduleName
+from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ClipBatch
 from jepa_lightning.dynamics_checks import (
     MODES,
@@ -88,7 +88,8 @@ class DynamicsJEPA(LatentDynamics):
         final_weight_decay: Weight decay at the last step, reached along a cosine; `weight_decay` if None.
         momentum: EMA momentum of the first target update, in [0, 1]. Not used with `target_mode` "none".
         final_momentum: EMA momentum approached at the last step, in [momentum, 1].
-        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`: "cosine", "linear", "constant", or
+            "loss", which follows the prediction loss.
         regularizer: Anti-collapse regularizer, see `jepa_lightning.regularizers.Regularizer`; None for nothing.
         regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
 
@@ -127,7 +128,7 @@ class DynamicsJEPA(LatentDynamics):
         final_weight_decay: float | None = None,
         momentum: float = 0.99,
         final_momentum: float = 1.0,
-        momentum_schedule: ScheduleName = "cosine",
+        momentum_schedule: MomentumSchedule = "cosine",
         regularizer: RegularizerName | None = "vicreg",
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from callbacks.schedules import ScheduleName
+from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.masks import Masks, MultiBlock
@@ -63,7 +63,8 @@ class IJEPA(ImageJEPA):
         final_weight_decay: Weight decay at the last step, reached along a cosine; constant if None.
         momentum: EMA momentum of the first target update, in [0, 1].
         final_momentum: EMA momentum approached at the last step, in [momentum, 1].
-        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`; the paper's is linear.
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`: "cosine", "linear" as in the paper,
+            "constant", or "loss", which follows the prediction loss.
         regularizer: Anti-collapse regularizer on the context encoder's output, "variance_hinge" or "vicreg"; None as in
             the paper.
         regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
@@ -105,7 +106,7 @@ class IJEPA(ImageJEPA):
         final_weight_decay: float | None = 0.4,
         momentum: float = 0.996,
         final_momentum: float = 1.0,
-        momentum_schedule: ScheduleName = "cosine",
+        momentum_schedule: MomentumSchedule = "cosine",
         regularizer: RegularizerName | None = None,
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from callbacks.schedules import ScheduleName
+from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.preprocessing import denormalize
 from datamodules.views import COLORS
@@ -71,7 +71,8 @@ class IWM(ImageJEPA):
         final_weight_decay: Weight decay at the last step, reached along a cosine; constant if None.
         momentum: EMA momentum of the first target update, in [0, 1].
         final_momentum: EMA momentum approached at the last step, in [momentum, 1].
-        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`: "cosine", "linear", "constant", or
+            "loss", which follows the prediction loss.
         regularizer: Anti-collapse regularizer on the context encoder's output, "variance_hinge" or "vicreg"; None as in
             the paper.
         regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
@@ -113,7 +114,7 @@ class IWM(ImageJEPA):
         final_weight_decay: float | None = 0.4,
         momentum: float = 0.996,
         final_momentum: float = 1.0,
-        momentum_schedule: ScheduleName = "cosine",
+        momentum_schedule: MomentumSchedule = "cosine",
         regularizer: RegularizerName | None = None,
         regularizer_weights: dict[str, float] | None = None,
     ) -> None:

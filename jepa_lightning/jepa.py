@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from callbacks.collapse import CollapseAlarm
 from callbacks.ema import EMAUpdate
-from callbacks.schedules import ScheduleName, total_optimizer_steps
+from callbacks.schedules import MomentumSchedule, total_optimizer_steps
 from callbacks.weight_decay import WeightDecaySchedule
 from jepa_lightning.finite import FiniteGuard, check_weights
 from jepa_lightning.losses import squared_error
@@ -59,7 +59,8 @@ class JEPA(LightningModule, ABC):
         final_weight_decay: Weight decay at the last step, reached along a cosine; `weight_decay` if None.
         momentum: EMA momentum of the first target update, in [0, 1].
         final_momentum: EMA momentum approached at the last step, in [momentum, 1].
-        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`.
+        momentum_schedule: Shape of the schedule from `momentum` to `final_momentum`: "cosine", "linear", "constant", or
+            "loss", which follows the prediction loss.
         regularizer: Anti-collapse regularizer, see `jepa_lightning.regularizers`; with None, the EMA and the stop-gradient
             alone prevent collapse, as in I-JEPA.
         regularizer_weights: Weight of each term of the regularizer, see `jepa_lightning.regularizers`.
@@ -78,6 +79,9 @@ class JEPA(LightningModule, ABC):
     built_with: dict[str, Any]
     """Arguments of a model that comes from a checkpoint."""
 
+    step_loss: Tensor
+    """Prediction loss of the last training batch, a scalar."""
+
     _planned_steps: int | None = None  # optimizer steps over which the schedules are laid
 
     def __init__(
@@ -89,7 +93,7 @@ class JEPA(LightningModule, ABC):
         final_weight_decay: float | None = None,
         momentum: float = 0.996,
         final_momentum: float = 1.0,
-        momentum_schedule: ScheduleName = "cosine",
+        momentum_schedule: MomentumSchedule = "cosine",
         regularizer: RegularizerName | None = None,
         regularizer_weights: dict[str, float] | None = None,
         start_learning_rate: float | None = None,
@@ -172,6 +176,7 @@ class JEPA(LightningModule, ABC):
         batch = self.as_batch(batch, batch_idx)
         pairs = self.target_pairs(batch)
         prediction = self.prediction_loss(pairs)
+        self.step_loss = prediction.detach()
         loss = prediction + self.auxiliary_loss(batch, pairs)
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/prediction_loss", prediction)
