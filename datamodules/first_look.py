@@ -4,9 +4,9 @@ Shapes: C channels, H W pixels.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -44,7 +44,11 @@ class Look(NamedTuple):
 
 
 def look(
-    paths: Sequence[bytes], channels: int = 3, value_range: Range | None = None, normalization: Normalization | None = None
+    paths: Sequence[bytes],
+    channels: int = 3,
+    value_range: Range | None = None,
+    normalization: Normalization | None = None,
+    fetch: Callable[[bytes], Any] | None = None,
 ) -> Look:
     """Find the values of black and white of images with more than 8 bits, and the mean and standard deviation.
 
@@ -59,6 +63,7 @@ def look(
         value_range: Values of black and white, if they are known.
         normalization: "imagenet" takes ImageNet's mean and standard deviation, "found" those of the images; by default
             ImageNet's for 3 channels.
+        fetch: Gets the content of an image by its path, where that is no file.
 
     Raises:
         ValueError: An argument out of its range, or not one image has so many channels.
@@ -70,9 +75,9 @@ def look(
     chosen = np.unique(np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round().astype(int))
     for path in (paths[place] for place in chosen):
         try:
-            layout = layout_of(path)
+            layout = layout_of(path if fetch is None else fetch(path))
             if find or is_wide(layout) or "pages" in layout:
-                values = read_values(path, channels)
+                values = read_values(path if fetch is None else fetch(path), channels)
                 _widen(ranges, values)
                 points.append(_thinned(values))
             layouts[layout] += 1

@@ -56,6 +56,7 @@ class ImageDataset(Dataset[Any]):
         seed: First element of each batch's key.
         unreadable: Flags of the files that cannot be decoded, shared with all that read the same; new ones if left out.
         pixels: Number of channels C, and values of black and white; RGB by default.
+        fetch: Gets what `read_image` takes by the path of an image, where that is no file.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class ImageDataset(Dataset[Any]):
         seed: int,
         unreadable: UnreadableFiles | None = None,
         pixels: PixelFormat | None = None,
+        fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
-        self.samples, self.image_size, self.seed, self.pixels = samples, image_size, seed, pixels or PixelFormat()
+        self.samples, self.image_size, self.seed, self.fetch = samples, image_size, seed, fetch
+        self.pixels = pixels or PixelFormat()
         self.unreadable = UnreadableFiles(len(samples.labels)) if unreadable is None else unreadable
 
     def __len__(self) -> int:
@@ -74,7 +77,8 @@ class ImageDataset(Dataset[Any]):
 
     def read(self, index: int) -> Any:
         """What the file of an image holds, or an exception of whatever kind."""
-        return read_image(self.samples.paths[index], self.pixels)
+        path = self.samples.paths[index]
+        return read_image(path if self.fetch is None else self.fetch(path), self.pixels)
 
     def decode(self, index: int) -> Any:
         """One image, uint8 (C, H, W), or None if its file cannot be read.
@@ -130,6 +134,7 @@ class TrainingImages(ImageDataset):
         turns: Further turns of the whole image.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
         pixels: As in `ImageDataset`.
+        fetch: As in `ImageDataset`.
     """
 
     def __init__(
@@ -143,8 +148,9 @@ class TrainingImages(ImageDataset):
         turns: Turns | None = None,
         unreadable: UnreadableFiles | None = None,
         pixels: PixelFormat | None = None,
+        fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable, pixels)
+        super().__init__(samples, image_size, seed, unreadable, pixels, fetch)
         # Of tensors: torch resizes its uint8 images several times faster than Pillow does its own.
         steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
         steps += [v2.RandAugment()] if rand_augment else []
@@ -171,6 +177,7 @@ class TrainingViews(ImageDataset):
         turns: Turns of the whole image, which both views show.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
         pixels: As in `ImageDataset`.
+        fetch: As in `ImageDataset`.
     """
 
     def __init__(
@@ -182,8 +189,9 @@ class TrainingViews(ImageDataset):
         turns: Turns | None = None,
         unreadable: UnreadableFiles | None = None,
         pixels: PixelFormat | None = None,
+        fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable, pixels)
+        super().__init__(samples, image_size, seed, unreadable, pixels, fetch)
         self.maker, self.turns = maker, turns
 
     def make(self, image: Tensor) -> Pair:
@@ -268,6 +276,7 @@ class HeldOutViews(HeldOutImages):
         maker: Maker of the pairs of views.
         unreadable: Flags of the files that cannot be decoded, as in `ImageDataset`.
         pixels: As in `ImageDataset`.
+        fetch: As in `ImageDataset`.
     """
 
     def __init__(
@@ -278,8 +287,9 @@ class HeldOutViews(HeldOutImages):
         maker: ViewMaker,
         unreadable: UnreadableFiles | None = None,
         pixels: PixelFormat | None = None,
+        fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
-        super().__init__(samples, image_size, seed, unreadable, pixels)
+        super().__init__(samples, image_size, seed, unreadable, pixels, fetch)
         self.maker = maker
 
     def __getitems__(self, indices: list[int]) -> ViewBatch | None:  # type: ignore[override]
