@@ -3,6 +3,7 @@
 from datamodules.batches import ClipBatch, ImageBatch, SegmentationBatch, ViewBatch
 from datamodules.collecting import Collect
 from datamodules.double_pendulum import DoublePendulum
+from datamodules.hugging_face import HuggingFaceImages
 from datamodules.image_folder import ImageFolder
 from datamodules.multi_task import MultiTask
 from datamodules.segmentation_folder import SegmentationFolder
@@ -14,6 +15,7 @@ __all__ = [
     "ClipBatch",
     "Collect",
     "DoublePendulum",
+    "HuggingFaceImages",
     "ImageBatch",
     "ImageFolder",
     "MultiTask",

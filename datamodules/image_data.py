@@ -165,8 +165,11 @@ class ImageDataModule(SingleLoaderDataModule):
         return ResumableLoader(images, self.train_sampler(len(images)), **self.loader_settings())
 
     def order(self) -> dict[str, Any]:
+        return {"images": self._fingerprint} | self.augmentations()
+
+    def augmentations(self) -> dict[str, Any]:
+        """What the content of training samples depends on."""
         return {
-            "images": self._fingerprint,
             "image_size": self.image_size,
             "crop_scale": self.crop_scale,
             "flip": self.flip,

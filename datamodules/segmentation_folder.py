@@ -27,7 +27,7 @@ from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import normalize
 from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
-from datamodules.rng import HELD_OUT_STREAM
+from datamodules.rng import HELD_OUT_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 
 
@@ -196,7 +196,9 @@ class SegmentationFolder(SingleLoaderDataModule):
         for split in ("train", "val"):
             samples = scan(self.root / split / "images").samples
             masks = _masks_of(samples, self.root / split / "images", self.root / split / "masks")
-            found[split] = (samples, masks)
+            # In one mixed order: neighbors, as in a film, would show the same in figures.
+            order = torch.randperm(len(masks), generator=seeded_generator(self.seed, HELD_OUT_STREAM)).numpy()
+            found[split] = (Samples(samples.paths[order], samples.labels[order]), masks[order])
             said.append(f"Found {len(masks)} images with masks in {printable(self.root / split)}.")
         count = self.given_classes
         if count is None:

@@ -100,7 +100,9 @@ def test_pairs_are_cut_and_flipped_together(scenes: Path) -> None:
         assert image[mask == 2].mean() > image[mask == 0].mean() + 60 if (mask == 0).any() else True
     batches = list(data.val_dataloader())
     assert sum(len(batch.masks) for batch in batches) == 5
-    with Image.open(scenes / "val" / "masks" / "00.png") as file:
+    first_image, first_mask = (Path(paths[0].decode()) for paths in (data._pairs["val"][0].paths, data._pairs["val"][1]))
+    assert first_image.stem == first_mask.stem
+    with Image.open(first_mask) as file:
         truth = torch.from_numpy(np.array(file)).long()
     assert torch.equal(batches[0].masks[0], torch.where(truth == 255, VOID, truth))
     floats = data.on_after_batch_transfer(batches[0], 0)

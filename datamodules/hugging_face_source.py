@@ -1,0 +1,125 @@
+"""What Hugging Face's `datasets` reads, row by row or as a stream of records."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from datamodules.image_files import Samples
+from datamodules.image_stream import Record
+
+LABELS = ("label", "labels", "cls", "fine_label")
+"""Columns that hold classes, where none is named; the first that is there."""
+
+
+class HuggingFaceSource:
+    """A data set by its name or files: see `datamodules.HuggingFaceImages` for the arguments."""
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None,
+        data_files: dict[str, str] | None,
+        image_column: str | None,
+        label_column: str | None,
+        streaming: bool,
+    ) -> None:
+        self.path, self.name, self.data_files, self.streaming = path, name, data_files, streaming
+        self.image_column, self.label_column = image_column, label_column
+        self._splits: dict[str, Any] = {}
+
+    def split(self, split: str) -> Any:
+        """A split, with images as they lie in their files.
+
+        Raises:
+            ValueError: A column that is not there, or none of images.
+        """
+        if split not in self._splits:
+            datasets = library()
+            if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
+                found = datasets.load_from_disk(self.path)
+                opened = found[split] if isinstance(found, datasets.DatasetDict) else found
+            else:
+                files, streaming = self.data_files, self.streaming
+                opened = datasets.load_dataset(self.path, self.name, data_files=files, split=split, streaming=streaming)
+            features = dict(opened.features or {})
+            images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+            column = self.image_column or next(iter(images), None)
+            for argument, asked in (("image_column", column), ("label_column", self.label_column)):
+                if (asked is None and argument == "image_column") or (asked is not None and asked not in features):
+                    raise ValueError(f"data.{argument}={asked!r}: {self.path} has the columns {', '.join(features)}.")
+            self.image_column = column
+            self._splits[split] = opened.cast_column(column, datasets.Image(decode=False))
+        return self._splits[split]
+
+    def labels_of(self, opened: Any) -> tuple[str | None, list[str]]:
+        """The column of the classes of a split, if there is one, and their names, if it says them."""
+        column = self.label_column or next((name for name in LABELS if name in opened.features), None)
+        return column, list(getattr(opened.features[column], "names", None) or []) if column else []
+
+    def rows(self, split: str) -> tuple[Samples, list[str]]:
+        """All rows of a split, by names such as b"train/17", and the names of the classes.
+
+        Raises:
+            ValueError: It is empty.
+        """
+        opened = self.split(split)
+        if not len(opened):
+            raise ValueError(f"{self.path} has no images in split {split!r}.")
+        column, classes = self.labels_of(opened)
+        labels = torch.full((len(opened),), -1)
+        if column is not None:
+            values = np.asarray(opened.with_format("numpy")[column][:])
+            if not classes:
+                found, values = np.unique(values, return_inverse=True)
+                classes = [str(value) for value in found]
+            labels = torch.from_numpy(values.astype(np.int64))
+        return Samples(np.array([f"{split}/{row}".encode() for row in range(len(opened))]), labels), classes
+
+    def fetch(self, path: bytes) -> io.BytesIO | str:
+        """The content of a row's image by its name, or the path of its file."""
+        split, row = path.decode().rsplit("/", 1)
+        image = self.split(split)[int(row)][self.image_column]
+        return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+
+    def records(
+        self, split: str, rank: tuple[int, int] = (0, 1), shuffle: tuple[int, int] | None = None, epoch: int = 0
+    ) -> Iterator[Record]:
+        """A process's share of a stream.
+
+        Args:
+            split: Name of the split.
+            rank: Rank of the process, and number of processes.
+            shuffle: Seed, and number of images that the next one is drawn from; in order by default.
+            epoch: Another order for each.
+        """
+        opened = self.split(split)
+        column, _ = self.labels_of(opened)
+        if shuffle is not None:
+            opened = opened.shuffle(seed=shuffle[0], buffer_size=shuffle[1])
+        opened = library().distributed.split_dataset_by_node(opened, *rank)
+        opened.set_epoch(epoch)
+        for place, row in enumerate(opened):
+            image = row[self.image_column]
+            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            label = -1 if column is None else int(row[column])
+            yield Record(content, label, image["path"] or f"{split}, image {place} of process {rank[0]}")
+
+
+def library() -> Any:
+    """Hugging Face's datasets.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    try:
+        import datasets
+        import datasets.distributed
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'HuggingFaceImages needs the package datasets: pip install "jepa-lightning[hf]".', name="datasets"
+        ) from error
+    return datasets

@@ -1,0 +1,179 @@
+"""Images that come one after the other, from shards too many for a disk: read by each process, decoded by its workers.
+
+The training process reads the stream and hands the bytes of each batch to its workers. So the order does not depend on their
+number, and a run that was cut goes on at the same image: what lies before is read again, and not decoded.
+"""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from datamodules.batches import ImageBatch, ViewBatch
+from datamodules.decoding import read_image
+from datamodules.image_datasets import ImageDataset, Turns, UnreadableImageWarning
+from datamodules.image_files import Samples, printable
+from datamodules.pixel_format import PixelFormat
+from datamodules.preprocessing import center
+from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM
+from datamodules.unreadable import UnreadableFiles
+from datamodules.views import ViewMaker, Views
+
+
+class Record(NamedTuple):
+    """An image of a stream, not yet decoded."""
+
+    content: bytes
+    """What its file holds."""
+
+    label: int
+    """Class index; -1 without."""
+
+    name: str
+    """For messages."""
+
+
+class StreamBatches:
+    """Batch sampler over a stream: lists of (epoch, place in the process's epoch, record).
+
+    Args:
+        open_stream: Opens the process's share of the stream, given the number of the epoch.
+        batch_size: Images per batch and process.
+        length: Batches of an epoch; None to read the stream to its end, with a last batch that may be smaller.
+        repeat: Whether every epoch is the first one again.
+    """
+
+    def __init__(
+        self, open_stream: Callable[..., Iterator[Record]], batch_size: int, length: int | None, repeat: bool = False
+    ) -> None:
+        self.open_stream, self.batch_size, self.length, self.repeat = open_stream, batch_size, length, repeat
+        self.epoch = 0
+        self.first_batch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning at the start of each epoch."""
+        self.epoch = 0 if self.repeat else epoch
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError("a stream has no length")
+        return self.length
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, Record]]]:
+        """Yield the batches of an epoch from `first_batch` on.
+
+        Raises:
+            ValueError: The stream ends before the epoch does.
+        """
+        batch: list[tuple[int, int, Record]] = []
+        for place, record in enumerate(self.open_stream(epoch=self.epoch)):
+            if place // self.batch_size >= (self.length or place + 1):
+                return
+            if place >= self.first_batch * self.batch_size:
+                batch.append((self.epoch, place, record))
+            if len(batch) == self.batch_size:
+                yield batch
+                batch = []
+        if self.length is None and batch:
+            yield batch
+        elif self.length is not None and place + 1 < self.length * self.batch_size:
+            raise ValueError(
+                f"The stream of this process ended after {place + 1} images, and data.size promised "
+                f"{self.length * self.batch_size} of its own: lower data.size, or make the shards alike."
+            )
+
+
+class StreamChange:
+    """The random change of a training image: a crop, turned and flipped, or a pair of views.
+
+    Args:
+        size: Height H and width W in pixels.
+        crop_scale: Minimum and maximum area of a crop, as fractions of the image.
+        flip: Probability of a horizontal flip.
+        turns: Further turns of the whole image.
+        views: Settings of the views; a crop alone by default.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], crop_scale: tuple[float, float], flip: float, turns: Turns | None, views: Views | None
+    ) -> None:
+        self.turns, crop = turns, v2.RandomResizedCrop(size, scale=crop_scale)
+        self.change: Callable[[Tensor], Any] = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
+        if views is not None:
+            self.change = ViewMaker(views, size, crop_scale, flip).pair
+
+    def __call__(self, image: Tensor) -> Any:
+        return self.change(image if self.turns is None else self.turns(image))
+
+
+class StreamedImages(ImageDataset):
+    """Decodes what `StreamBatches` hands out.
+
+    Args:
+        image_size: Height H and width W in pixels.
+        seed: Seed of the random changes, which are functions of (seed, epoch, rank, place in the epoch).
+        rank: Rank of the process.
+        change: Random change of a training image, (C, any, any) -> an image or a pair of views; None to cut the middle.
+        pixels: How the images are read.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        seed: int,
+        rank: int,
+        change: Callable[[Tensor], Any] | None,
+        pixels: PixelFormat,
+    ) -> None:
+        nothing = Samples(torch.empty(0).numpy(), torch.empty(0, dtype=torch.int64))
+        super().__init__(nothing, image_size, seed, UnreadableFiles(1), pixels)
+        self.rank, self.change = rank, change
+        self._named: set[str] = set()
+
+    def __getitems__(self, items: list[tuple[int, int, Record]]) -> ImageBatch | ViewBatch | None:
+        """The batch of these records. In training the next readable one of the batch stands in for an unreadable one.
+
+        Raises:
+            ValueError: Not one image of a training batch can be read.
+        """
+        decoded = [self._decode(record) for _, _, record in items]
+        labels = torch.tensor([record.label for _, _, record in items])
+        kept = [place for place, image in enumerate(decoded) if image is not None]
+        epoch, first, _ = items[0]
+        if self.change is None:
+            if not kept:
+                return None
+            middles = [center(decoded[place], self.image_size) for place in kept]  # type: ignore[arg-type]
+            return ImageBatch(torch.stack(middles), labels[kept], (self.seed, HELD_OUT_STREAM, self.rank, first))
+        if not kept:
+            raise ValueError(f"None of the {len(items)} images of a batch can be decoded; the last is {items[-1][2].name}.")
+        taken = [min((place for place in kept if place >= wanted), default=kept[0]) for wanted in range(len(items))]
+        made = []
+        with torch.random.fork_rng(devices=[]):
+            for place, (_, number, _) in zip(taken, items, strict=True):
+                self.seed_transforms(CROP_STREAM, epoch, self.rank, number)
+                made.append(self.change(decoded[place]))  # type: ignore[arg-type]
+        key = (self.seed, epoch, self.rank, first)
+        if isinstance(made[0], Tensor):
+            return ImageBatch(torch.stack(made), labels[taken], key)
+        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*made, strict=True))
+        return ViewBatch(sources, targets, actions, None, labels[taken], key)
+
+    def _decode(self, record: Record) -> Tensor | None:
+        try:
+            return read_image(io.BytesIO(record.content), self.pixels)
+        except Exception as error:  # as in `ImageDataset.decode`
+            if record.name not in self._named:
+                self._named.add(record.name)
+                reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+                warnings.warn(
+                    printable(f"{os.fsdecode(record.name)} cannot be decoded and is left out ({reason})."),
+                    UnreadableImageWarning,
+                    stacklevel=2,
+                )
+            return None

@@ -1,0 +1,337 @@
+"""Hugging Face data sets: on a disk and streamed, by one process and two, cut and resumed."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+from conftest import ROOT, parameters_equal, run_script, small_ijepa, small_iwm, trainer
+from lightning.pytorch import Callback
+from PIL import Image
+
+import datamodules.hugging_face_source as source
+from datamodules import HuggingFaceImages, Views
+from datamodules.image_stream import Record, StreamBatches, StreamChange, StreamedImages
+from datamodules.pixel_format import PixelFormat
+from jepa_lightning.probes import KNNProbe
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+def png(value: int) -> bytes:
+    """An image all of one value, which says which image it is."""
+    content = io.BytesIO()
+    Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(content, "PNG")
+    return content.getvalue()
+
+
+def write(folder: Path, count: int = 48, shards: int = 4) -> Path:
+    """Parquet and WebDataset shards of images 0 ... count - 1 to train on, and of six more."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def table(numbers: range) -> Any:
+        rows = {"image": [{"bytes": png(n), "path": None} for n in numbers], "label": [n % 3 for n in numbers]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cat"])})
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    def archive(path: Path, numbers: range) -> None:
+        with tarfile.open(path, "w") as file:
+            for number in numbers:
+                for ending, content in (("png", png(number)), ("cls", str(number % 3).encode())):
+                    info = tarfile.TarInfo(f"{number:04d}.{ending}")
+                    info.size = len(content)
+                    file.addfile(info, io.BytesIO(content))
+
+    train = table(range(count))
+    for shard in range(shards):
+        train.shard(shards, shard).to_parquet(folder / f"train-{shard}.parquet")
+        archive(folder / f"train-{shard}.tar", range(shard * count // shards, (shard + 1) * count // shards))
+    table(range(200, 206)).to_parquet(folder / "val.parquet")
+    archive(folder / "val.tar", range(200, 206))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    datasets.disable_progress_bars()
+    return write(tmp_path_factory.mktemp("shards"))
+
+
+SMALL: dict[str, Any] = {"image_size": 16, "batch_size": 4, "num_workers": 0, "crop_scale": (1.0, 1.0)}
+
+
+def on_disk(folder: Path, **changes: Any) -> HuggingFaceImages:
+    files = {"train": str(folder / "train-*.parquet"), "val": str(folder / "val.parquet")}
+    return HuggingFaceImages("parquet", data_files=files, **(SMALL | changes))
+
+
+def streamed(folder: Path, kind: str = "parquet", **changes: Any) -> HuggingFaceImages:
+    ending = "parquet" if kind == "parquet" else "tar"
+    files = {"train": str(folder / f"train-*.{ending}"), "val": str(folder / f"val.{ending}")}
+    settings = {"val_split": "val", "streaming": True, "size": 48, "shuffle_buffer": 7}
+    return HuggingFaceImages(kind, data_files=files, **(SMALL | settings | changes))
+
+
+def numbers(batch: Any) -> list[int]:
+    """Which images a batch holds."""
+    return batch.images.float().mean(dim=(1, 2, 3)).round().int().tolist()
+
+
+def flat(parts: list[list[int]]) -> list[int]:
+    return [number for part in parts for number in part]
+
+
+def epoch(data: HuggingFaceImages, number: int = 0, first: int = 0) -> list[list[int]]:
+    loader = data.make_train_loader()
+    loader.sampler.set_epoch(number)
+    loader.start_at(first)
+    return [numbers(batch) for batch in loader]
+
+
+def test_a_data_set_on_a_disk_is_like_a_folder(shards: Path) -> None:
+    data = on_disk(shards)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == ["ant", "bee", "cat"] and data.num_classes == 3
+    train, held_out = flat(epoch(data)), [n for batch in data.val_dataloader() for n in numbers(batch)]
+    assert len(held_out) == 6 and sorted({*train, *held_out}) == sorted([*train, *held_out])
+    batch = next(iter(data.val_dataloader()))
+    assert batch.labels.tolist() == [n % 3 for n in numbers(batch)]
+    assert epoch(data, 1) != epoch(data) == epoch(data) and epoch(data, 1, first=3) == epoch(data, 1)[3:]
+    assert sorted(n for batch in data.plain_train_dataloader() for n in numbers(batch)) == sorted(
+        set(range(48)) - set(held_out)
+    )
+    split = on_disk(shards, val_split="val", fraction=0.5)
+    split.setup("fit")
+    assert sorted(n for batch in split.val_dataloader() for n in numbers(batch)) == list(range(200, 206))
+    assert len(split._samples["train"].labels) == 24
+
+
+def test_a_saved_data_set_and_columns_by_name(tmp_path: Path) -> None:
+    images = [{"bytes": png(n), "path": None} for n in range(20)]
+    rows = {"picture": images, "what": ["x" if n % 2 else "y" for n in range(20)], "other": list(range(20))}
+    made = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "several")
+    for name in ("one", "several"):
+        data = HuggingFaceImages(str(tmp_path / name), label_column="what", **SMALL)
+        data.setup("fit")
+        assert data.classes == ["x", "y"] and len(data._samples["train"].labels) == 18
+    plain = HuggingFaceImages(str(tmp_path / "one"), **SMALL)
+    plain.setup("fit")
+    assert plain.num_classes == 0
+    for changes, message in (
+        ({"image_column": "photo"}, "data.image_column='photo': .* has the columns picture, what, other"),
+        ({"label_column": "class"}, "data.label_column='class': .* has the columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HuggingFaceImages(str(tmp_path / "one"), **(SMALL | changes)).setup("fit")
+    made.remove_columns(["picture"]).save_to_disk(tmp_path / "none")
+    with pytest.raises(ValueError, match="data.image_column=None: .* has the columns what, other"):
+        HuggingFaceImages(str(tmp_path / "none"), **SMALL).setup("fit")
+
+
+def test_embedding_and_probing_work_as_on_a_folder(shards: Path, tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(small_ijepa(), on_disk(shards))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    probed = trainer(tmp_path / "probe", limit_test_batches=1.0)
+    probed.test(KNNProbe(str(tmp_path / "a.ckpt")), on_disk(shards), verbose=False)
+    assert "knn" not in (report := json.loads((tmp_path / "probe" / "report.json").read_text())) and report["accuracy"]
+    data = on_disk(shards)
+    rows: Any = trainer(tmp_path, limit_predict_batches=1.0).predict(small_ijepa(), data)
+    assert sum(len(part) for part in rows) == 48 and data.predict_files.paths[17] == b"train/17"
+    assert data.thumbnails([5], 8).mean() == pytest.approx(5 / 255, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_stream_has_each_image_once_in_an_epoch(shards: Path, kind: str) -> None:
+    data = streamed(shards, kind)
+    data.setup("fit")
+    first, second = epoch(data), epoch(data, 1)
+    assert sorted(flat(first)) == sorted(flat(second)) == list(range(48))
+    assert first != second and flat(first) != sorted(flat(first)) and epoch(data) == first
+    assert epoch(data, 1, first=5) == second[5:], "taken up in the middle"
+    assert epoch(streamed_with(data, num_workers=2), 1, first=5) == second[5:], "whatever the number of workers"
+    assert sorted(n for batch in data.val_dataloader() for n in numbers(batch)) == list(range(200, 206))
+    batch = next(iter(data.train_dataloader()))
+    assert batch.labels.tolist() == [n % 3 for n in numbers(batch)]
+    assert data.num_classes == (3 if kind == "parquet" else 0)
+
+
+def streamed_with(data: HuggingFaceImages, **changes: Any) -> HuggingFaceImages:
+    for name, value in changes.items():
+        setattr(data, name, value)
+    return data
+
+
+def test_a_stream_of_fewer_images_than_promised_is_an_error(shards: Path) -> None:
+    data = streamed(shards, size=52)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"ended after 48 images, and data.size promised 52"):
+        epoch(data)
+    short = streamed(shards, size=20)
+    short.setup("fit")
+    assert len(epoch(short)) == 5 and len(set(flat(epoch(short)))) == 20
+
+
+def test_a_batch_that_cannot_be_read_is_named_and_another_stands_in() -> None:
+    def stream(epoch: int) -> Iterator[Record]:
+        for number in range(8):
+            yield Record(b"no image" if number in (1, 7) else png(number), number, f"image {number}")
+
+    sampler = StreamBatches(stream, 4, 2)
+    images = StreamedImages((16, 16), 0, 0, StreamChange((16, 16), (1.0, 1.0), 0.0, None, None), PixelFormat())
+    with pytest.warns(UserWarning, match="image 1 cannot be decoded and is left out"):
+        first, second = (images.__getitems__(next(iter(sampler))) for _ in range(2))
+    assert first.labels.tolist() == [0, 2, 2, 3] == second.labels.tolist()
+    with pytest.warns(UserWarning, match="image 7"):
+        assert images.__getitems__([*sampler][1]).labels.tolist() == [4, 5, 6, 4]
+    held_out = StreamedImages((16, 16), 0, 0, None, PixelFormat())
+    with pytest.warns(UserWarning, match="image 1"):
+        assert held_out.__getitems__(next(iter(sampler))).labels.tolist() == [0, 2, 3]
+    bad = [(0, place, Record(b"", 0, f"bad {place}")) for place in range(2)]
+    with pytest.warns(UserWarning, match="bad"):
+        assert held_out.__getitems__(bad) is None
+    with pytest.raises(ValueError, match="None of the 2 images of a batch can be decoded; the last is bad 1"):
+        with pytest.warns(UserWarning, match="bad"):
+            images.__getitems__(bad)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val_split": None}, "data.streaming=true needs data.val_split"),
+        ({"fraction": 0.5}, "takes no data.fraction"),
+        ({"size": 0}, "data.size=0"),
+        ({"shuffle_buffer": 0}, "data.shuffle_buffer=0: give at least 1"),
+        ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
+        ({"size": 3}, "data.size=3 does not fill one batch of 4"),
+        ({"size": None}, "parquet does not say how many images it has: give data.size"),
+    ],
+)
+def test_impossible_streams_are_refused(shards: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data = streamed(shards, **changes)
+        data.setup("fit")
+        data.make_train_loader()
+
+
+def test_what_a_stream_cannot_do_is_said(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="predict embeds what is on a disk"):
+        streamed(shards).setup("predict")
+    data = streamed(shards)
+    data.setup("fit")
+    with pytest.raises(ValueError, match="this probe reads all training images at will"):
+        data.plain_train_dataloader()
+
+
+def test_without_the_package_it_is_said_what_to_install(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "jepa-lightning\[hf\]"'):
+        source.library()
+
+
+def test_an_iwm_learns_from_a_stream(shards: Path, tmp_path: Path) -> None:
+    data = streamed(shards, views=Views())
+    trainer(tmp_path, max_steps=2).fit(small_iwm(), data)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.sources.shape == batch.targets.shape == (4, 3, 16, 16) and batch.actions.shape == (4, 7)
+
+
+class Cut(Callback):
+    """Write a checkpoint after some batches, and note which images were seen."""
+
+    def __init__(self, path: Path, batch: int) -> None:
+        self.path, self.batch, self.seen = path, batch, []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(batch.images.mean(dim=(1, 2, 3)).tolist())
+        if len(self.seen) == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+@pytest.mark.parametrize("batch", [5, 12, 17])
+def test_a_cut_run_goes_on_with_the_next_image(shards: Path, tmp_path: Path, kind: str, batch: int) -> None:
+    def fit(cut: Cut, path: Path | None = None) -> Any:
+        model = small_ijepa(momentum=0.9)
+        trainer(tmp_path, max_epochs=2, callbacks=[cut]).fit(model, streamed(shards, kind), ckpt_path=path)
+        return model
+
+    whole, rest = Cut(tmp_path / "cut.ckpt", batch), Cut(tmp_path / "none.ckpt", -1)
+    models = fit(whole), fit(rest, tmp_path / "cut.ckpt")
+    assert len(whole.seen) == 24 and rest.seen == whole.seen[batch:]
+    assert all(parameters_equal(*pair) for pair in zip(*(model.children() for model in models), strict=True))
+
+
+TWO = """
+import json, os, signal, sys
+from pathlib import Path
+from conftest import small_ijepa, trainer
+from lightning.pytorch import Callback
+from test_hugging_face_images import numbers, streamed
+
+out, shards, kind, kill = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+path = out.parent / "cut.ckpt"
+
+class Watch(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        # Each value of an image is its number, which normalization has shifted: undo it for the first channel.
+        seen = (batch.images[:, 0].mean(dim=(1, 2)) * 0.229 + 0.485) * 255
+        with open(out / f"seen {trainer.global_rank} {trainer.current_epoch}", "a") as file:
+            file.write(json.dumps(seen.round().int().tolist()) + chr(10))
+        if trainer.global_step == kill:
+            trainer.save_checkpoint(path)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+run = trainer(out, devices=2, strategy="ddp", max_epochs=2, callbacks=[Watch()])
+data = streamed(shards, kind, num_workers=1)
+run.fit(small_ijepa(), data, ckpt_path=path if path.exists() else None, weights_only=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_two_processes_killed_and_resumed_see_each_image_once(shards: Path, tmp_path: Path, kind: str) -> None:
+    """48 images, four each for two processes: six steps an epoch, killed after the fourth."""
+    out = tmp_path / "first"
+    out.mkdir()
+    (out / "script.py").write_text(TWO)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(out / "script.py"), str(out), str(shards), kind, "4"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0 and (tmp_path / "cut.ckpt").exists(), done.stderr[-2000:]
+    run_script(TWO, tmp_path / "second", str(shards), kind, "-1")
+    for number in range(2):
+        seen: list[list[int]] = []
+        for part in ("first", "second"):
+            for rank in range(2):
+                file = tmp_path / part / f"seen {rank} {number}"
+                seen += [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        assert len(seen) == 12 and sorted(flat(seen)) == list(range(48)), "none lost, none twice"
+
+
+def test_shards_that_do_not_divide_are_shared_image_by_image(tmp_path: Path) -> None:
+    folder = write(tmp_path / "three", 24, 3)
+    data = streamed(folder, size=24)
+    data.setup("fit")
+    found = []
+    for rank in range(2):
+        stream = data.source.records("train", (rank, 2), (0, 5), 1)
+        found.append([int(np.asarray(Image.open(io.BytesIO(record.content)))[0, 0, 0]) for record in stream])
+    assert sorted(flat(found)) == list(range(24)) and len(found[0]) == len(found[1]) == 12
