@@ -20,7 +20,7 @@ LOOKED_AT = 1000
 """How many images of a folder are looked at, evenly spaced."""
 
 POINTS = 64
-"""How many rows and columns of an image its part of the mean and standard deviation is taken from."""
+"""How many rows and columns of an image the mean and standard deviation are taken from."""
 
 LAYOUTS = {
     "RGB": "8-bit RGB",

@@ -37,7 +37,6 @@ from callbacks.checkpointing import checkpoint_folder, checkpoints_to_resume, is
 from callbacks.startup import quiet
 from jepa_lightning import cpu, probes  # noqa: F401  (short class names)
 from jepa_lightning.collect_command import run_collect
-from jepa_lightning.dynamics_checks import sizes_of
 from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import DESCRIPTION, USAGE, readable, with_file_name
 from jepa_lightning.run_defaults import (
@@ -45,10 +44,11 @@ from jepa_lightning.run_defaults import (
     as_list,
     check_writable,
     default_run_directory,
-    is_built_for_data,
     is_overruled,
+    model_built_for_data,
     options,
     requeued,
+    sizes_for,
     with_atomic_writing,
     with_config_files,
     with_the_run,
@@ -184,10 +184,11 @@ class JEPACommandLine(LightningCLI):
         """Build the model of a training for its data: sizes that were not given are those of the data."""
         section, asked = self._section(), self._asked_model
         data = None
-        if asked is not None and section.get("ckpt_path") is None and is_built_for_data(section):
+        model = None if asked is None or section.get("ckpt_path") is not None else model_built_for_data(section)
+        if model is not None:
             data = self._parser(self.config.subcommand).instantiate_classes(Namespace(data=section.data)).data
             given = vars(asked.get("init_args", Namespace()))
-            section.model.init_args.update(Namespace(**{k: v for k, v in sizes_of(data).items() if k not in given}))
+            section.model.init_args.update(Namespace(**{k: v for k, v in sizes_for(model, data).items() if k not in given}))
             self.__dict__.pop("config_dump", None)  # Lightning's copy for checkpoints, made with the data
         super().instantiate_classes()
         if data is not None:

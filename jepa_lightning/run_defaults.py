@@ -1,6 +1,7 @@
 """What is chosen for a user who does not say it: the device, the run directory, and what a run has kept."""
 
 import importlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,12 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from datamodules.batches import ImageBatch, ViewBatch
 from jepa_lightning import probes
 from jepa_lightning.dynamics import DynamicsJEPA
+from jepa_lightning.dynamics_checks import sizes_of
+from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.jepa import JEPA
 from jepa_lightning.weights.checkpoints import read_checkpoint
 from jepa_lightning.weights.io import AtomicCheckpointIO
 from jepa_lightning.weights.runs import data_of, run_directory
@@ -149,12 +154,23 @@ def options(args: list[str]) -> Iterator[tuple[str, str]]:
             yield tuple(name.split("=", 1)) if "=" in name else (name, following)  # type: ignore[misc]
 
 
-def is_built_for_data(section: Any) -> bool:
-    """Whether a configuration has data, and a model that takes its sizes from it."""
+def model_built_for_data(section: Any) -> type[JEPA] | None:
+    """The class of a configuration's model, if that takes its sizes from its data, and there is some."""
     if section.get("model") is None or section.get("data") is None:
-        return False
+        return None
     module, _, name = section.model.class_path.rpartition(".")
-    return issubclass(getattr(importlib.import_module(module), name), DynamicsJEPA)
+    found = getattr(importlib.import_module(module), name)
+    return found if issubclass(found, DynamicsJEPA | ImageJEPA) else None
+
+
+def sizes_for(model: type[JEPA], data: Any) -> dict[str, Any]:
+    """What a data module says of its observations, by the names of a model's arguments; nothing if they do not fit."""
+    if issubclass(model, DynamicsJEPA):
+        return sizes_of(data)
+    if getattr(data, "batch_type", None) not in (ImageBatch, ViewBatch):
+        return {}
+    found = {"image_size": data.image_size, "channels": data.pixels.channels}
+    return {name: value for name, value in found.items() if name in inspect.signature(model).parameters}
 
 
 def is_overruled(asked: Any, loaded: Any) -> bool:

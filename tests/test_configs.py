@@ -169,6 +169,8 @@ PROBES_OF_IMAGES: list[tuple[str, ...]] = [
     ("probes/finetuning",),
     ("probes/completion",),
     ("probes/knn",),
+    ("probes/ridge",),
+    ("probes/comparison",),
 ]
 
 
@@ -200,7 +202,7 @@ def test_every_probe_reads_size_classes_and_data_from_the_run(
     settings = {"model__checkpoint": root, "data__batch_size": 2}
     if name == "few_labels":
         settings |= {"data__fraction": 0.3, "trainer__default_root_dir": root / name}
-    if name != "knn":
+    if name not in ("knn", "ridge", "comparison"):
         run("fit", *configs, **(settings | BARELY))
         settings["ckpt_path"] = "last"
     run("test", *configs, **settings)
@@ -243,7 +245,13 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
     tested = {name for names in (*JEPAS_OF_IMAGES, *PROBES_OF_IMAGES) for name in names}
     tested |= {f"pendulum/{name}" for name in ("demo", "images", "coordinates", "actuated")}
     tested |= {f"probes/{name}" for name in ("decoder", "state", "image_decoder", "planning")}
-    tested |= {"probes/equivariance", "probes/predictor_finetuning", "overlays/synthetic", "overlays/multi_task"}
+    tested |= {
+        "probes/equivariance",
+        "probes/predictor_finetuning",
+        "probes/segmentation",
+        "overlays/synthetic",
+        "overlays/multi_task",
+    }
     tested |= {f"overlays/{name}" for name in (*OF_THE_PENDULUM, "tworoom_goals")}
     tested |= {f"worlds/{name}" for name in WORLDS} | {
         f"probes/{name}" for name in ("goals", "inverse", "reward", "forecast")

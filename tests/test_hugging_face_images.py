@@ -30,6 +30,7 @@ datasets = pytest.importorskip("datasets")
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s after each stream of parquet files
     datasets.disable_progress_bars()
 
 
@@ -124,8 +125,8 @@ def test_a_data_set_on_a_disk_is_like_a_folder(shards: Path) -> None:
 
 def test_a_saved_data_set_and_columns_by_name(tmp_path: Path) -> None:
     images = [{"bytes": png(n), "path": None} for n in range(20)]
-    rows = {"picture": images, "what": ["x" if n % 2 else "y" for n in range(20)], "other": list(range(20))}
-    made = datasets.Dataset.from_dict(rows).cast_column("picture", datasets.Image())
+    rows = {"photo": images, "what": ["x" if n % 2 else "y" for n in range(20)], "other": list(range(20))}
+    made = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
     made.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": made}).save_to_disk(tmp_path / "several")
     for name in ("one", "several"):
@@ -136,12 +137,12 @@ def test_a_saved_data_set_and_columns_by_name(tmp_path: Path) -> None:
     plain.setup("fit")
     assert plain.num_classes == 0
     for changes, message in (
-        ({"image_column": "photo"}, "data.image_column='photo': .* has the columns picture, what, other"),
+        ({"image_column": "sketch"}, "data.image_column='sketch': .* has the columns photo, what, other"),
         ({"label_column": "class"}, "data.label_column='class': .* has the columns"),
     ):
         with pytest.raises(ValueError, match=message):
             HuggingFaceImages(str(tmp_path / "one"), **(SMALL | changes)).setup("fit")
-    made.remove_columns(["picture"]).save_to_disk(tmp_path / "none")
+    made.remove_columns(["photo"]).save_to_disk(tmp_path / "none")
     with pytest.raises(ValueError, match="data.image_column=None: .* has the columns what, other"):
         HuggingFaceImages(str(tmp_path / "none"), **SMALL).setup("fit")
 

@@ -268,7 +268,7 @@ def test_weights_of_timm_and_runs_are_read(checkpoint: str, scenes: Path, tmp_pa
 
 def test_impossible_probes_are_refused(checkpoint: str) -> None:
     for arguments in ({"width": 0}, {"learning_rate": 0.0}, {"weight_decay": -1.0}):
-        with pytest.raises(ValueError, match="give at least one channel"):
+        with pytest.raises(ValueError, match="give a width of 1 or more"):
             SegmentationProbe(checkpoint, **arguments)
 
 

@@ -119,8 +119,8 @@ class ComparisonProbe(RidgeProbe):
         self._paired = 0
         if self.needs_labels:
             super().on_test_start()
-            for bank in self._banks.values():
-                bank.close()
+            for memory_bank in self._banks.values():
+                memory_bank.close()
 
     def keep(self, features: dict[str, Tensor], labels: Tensor, count: int) -> None:
         for name, value in features.items():

@@ -107,8 +107,8 @@ class SegmentationProbe(ImageProbe):
         self.save_hyperparameters()
         if width < 1 or not learning_rate > 0 or not weight_decay >= 0:
             raise ValueError(
-                f"model.width={width}, model.learning_rate={learning_rate}, model.weight_decay={weight_decay}: give at "
-                "least one channel, a positive rate and a weight decay >= 0."
+                f"model.width={width}, model.learning_rate={learning_rate}, model.weight_decay={weight_decay}: give a width "
+                "of 1 or more, a positive rate and a weight decay >= 0."
             )
         self.width, self.learning_rate, self.weight_decay = width, learning_rate, weight_decay
         if image_size is not None:
