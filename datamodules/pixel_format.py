@@ -15,7 +15,7 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """How the numbers in a file become what an encoder takes: 8 bits a channel, then a mean of 0 and a standard deviation of 1.
+    """How the numbers in a file become what an encoder takes: 8 bits a channel, then mean 0 and standard deviation 1.
 
     It is found when a folder is read for the first time and kept in the checkpoint, so that whoever uses the model sees
     images as it saw them.
