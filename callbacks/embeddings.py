@@ -92,7 +92,7 @@ class EmbeddingWriter(Callback):
     def _identity(self, trainer: Trainer, model: Any, data: Any) -> str:
         """Distinguishes these embeddings, of these files by these weights, from others."""
         files = hashlib.sha256(b"\0".join(data.predict_files.paths.tolist()))
-        files.update(repr((trainer.ckpt_path, data.image_size, self.patches)).encode())
+        files.update(repr((trainer.ckpt_path, data.image_size, getattr(data, "pixels", None), self.patches)).encode())
         if trainer.ckpt_path and os.path.exists(trainer.ckpt_path):
             files.update(str(os.stat(trainer.ckpt_path).st_mtime_ns).encode())
         elif not trainer.ckpt_path:  # else the weights are not there yet

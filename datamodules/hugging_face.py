@@ -122,13 +122,14 @@ class HuggingFaceImages(ImageDataModule):
         self.val_fraction, self.fraction, self.shuffle_buffer = val_fraction, fraction, shuffle_buffer
         self.source = HuggingFaceSource(path, name, data_files, image_column, label_column, streaming)
         self.fetch = self.source.fetch
-        self.root = Path(path)
+        self.root = Path(path) if data_files is None else Path(next(iter(data_files.values()))).parent
         self._opened = False
 
     def prepare_data(self) -> None:
         """Download and convert what is not there, once."""
         if not self.streaming:
-            self.source.split(self.split)
+            for split in {self.split, self.val_split} - {None}:
+                self.source.split(split)  # type: ignore[arg-type]
 
     def find(self, stage: str) -> tuple[dict[str, Samples], list[str], str]:
         """The rows of each split.
@@ -218,5 +219,11 @@ class HuggingFaceImages(ImageDataModule):
     def order(self) -> dict[str, Any]:
         if not self.streaming:
             return super().order()
-        stream = {"path": str(self.root), "split": self.split, "size": self.size, "shuffle_buffer": self.shuffle_buffer}
+        stream = {
+            "path": self.source.path,
+            "files": self.source.data_files,
+            "split": self.split,
+            "size": self.size,
+            "shuffle_buffer": self.shuffle_buffer,
+        }
         return stream | self.augmentations() | {"processes": self.rank[1]}

@@ -110,7 +110,8 @@ class ImageJEPA(JEPA, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["pixels"] = self.pixels.to_dict()
+        if self.known_pixels is not None:
+            checkpoint["pixels"] = self.known_pixels.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

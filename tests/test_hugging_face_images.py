@@ -157,6 +157,7 @@ def test_embedding_and_probing_work_as_on_a_folder(shards: Path, tmp_path: Path)
     data = on_disk(shards)
     rows: Any = trainer(tmp_path, limit_predict_batches=1.0).predict(small_ijepa(), data)
     assert sum(len(part) for part in rows) == 48 and data.predict_files.paths[17] == b"train/17"
+    assert data.root == shards, "the folder of the files names what is written"
     assert data.thumbnails([5], 8).mean() == pytest.approx(5 / 255, abs=1e-3)
 
 
@@ -223,7 +224,7 @@ def test_a_batch_that_cannot_be_read_is_named_and_another_stands_in() -> None:
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0: give at least 1"),
         ({"val_fraction": 1.0}, "data.val_fraction=1.0"),
         ({"size": 3}, "data.size=3 does not fill one batch of 4"),
-        ({"size": None}, "parquet does not say how many images it has: give data.size"),
+        ({"size": None}, "does not say how many images it has: give data.size"),
     ],
 )
 def test_impossible_streams_are_refused(shards: Path, changes: dict[str, Any], message: str) -> None:

@@ -341,6 +341,20 @@ def test_probes_and_exports_see_images_as_the_model_does(tmp_path: Path) -> None
     assert load_encoder(tmp_path / "timm").channels == 2
 
 
+def test_weights_that_never_saw_images_take_the_format_of_the_data(tmp_path: Path) -> None:
+    """Weights from elsewhere know nothing of the range of a camera."""
+    folder = tmp_path / "images"
+    for number in range(12):
+        save(folder, f"{number:02d}.tif", RAMP)
+    run = trainer(tmp_path)
+    run.strategy.connect(small_ijepa())
+    run.save_checkpoint(tmp_path / "imported.ckpt", weights_only=True)
+    model, data = load(tmp_path / "imported.ckpt"), small_images(folder)
+    assert model.known_pixels is None and model.pixels == PixelFormat()
+    trainer(tmp_path, limit_predict_batches=1).predict(model, data, return_predictions=False)
+    assert data.pixels.integers == (0, 4095) and model.pixels == data.pixels
+
+
 def test_training_that_starts_from_weights_keeps_their_normalization(tmp_path: Path) -> None:
     folder = microscopy(tmp_path / "images")
     source = load(fitted(small_images(folder, channels=2), tmp_path / "run"))
