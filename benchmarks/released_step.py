@@ -64,11 +64,11 @@ def ours(given: argparse.Namespace, images: Tensor) -> Step:
     device = images.device
     jepa = IJEPA(
         f"{given.encoder}_patch{14 if given.encoder == 'vit_huge' else 16}_224",
-        given.image_size,
-        given.patch_size,
-        given.depth,
-        given.predictor_width,
-        given.predictor_depth,
+        image_size=given.image_size,
+        patch_size=given.patch_size,
+        encoder_depth=given.depth,
+        predictor_width=given.predictor_width,
+        predictor_depth=given.predictor_depth,
         predictor_context=given.predictor_context,
     ).to(device)
     networks = (jepa.context_encoder, jepa.predictor)

@@ -79,11 +79,10 @@ class EmbeddingWriter(Callback):
 
     def _folder(self, trainer: Trainer, data: Any) -> Path:
         """Where to write: by the name of the folder of images, with more behind it if that is another folder's already."""
-        root = Path(data.root).resolve()
-        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "predict" / root.name)
-        note = folder / "source.json"
-        if self.dirpath is None and note.is_file() and json.loads(note.read_text())["root"] != str(root):
-            folder = folder.with_name(f"{folder.name}-{hashlib.sha256(os.fsencode(root)).hexdigest()[:6]}")
+        folder = Path(self.dirpath or Path(trainer.default_root_dir) / "predict" / Path(data.root).resolve().name)
+        note, source = folder / "source.json", _source(data)
+        if self.dirpath is None and note.is_file() and json.loads(note.read_text())["root"] != source:
+            folder = folder.with_name(f"{folder.name}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:6]}")
         return folder
 
     def _part(self, name: str) -> Path:
@@ -91,7 +90,7 @@ class EmbeddingWriter(Callback):
 
     def _identity(self, trainer: Trainer, model: Any, data: Any) -> str:
         """Distinguishes these embeddings, of these files by these weights, from others."""
-        files = hashlib.sha256(b"\0".join(data.predict_files.paths.tolist()))
+        files = hashlib.sha256(b"\0".join([os.fsencode(_source(data)), *data.predict_files.paths.tolist()]))
         files.update(repr((trainer.ckpt_path, data.image_size, getattr(data, "pixels", None), self.patches)).encode())
         if trainer.ckpt_path and os.path.exists(trainer.ckpt_path):
             files.update(str(os.stat(trainer.ckpt_path).st_mtime_ns).encode())
@@ -179,7 +178,7 @@ class EmbeddingWriter(Callback):
             for row, (path_bytes, label) in enumerate(zip(files.paths[kept].tolist(), labels, strict=True)):
                 table.writerow([row, os.fsdecode(path_bytes), label])
         (self.folder / "source.json").write_text(
-            json.dumps({"root": str(Path(data.root).resolve()), "checkpoint": str(trainer.ckpt_path)}) + "\n"
+            json.dumps({"root": _source(data), "checkpoint": str(trainer.ckpt_path)}) + "\n"
         )
         projected = arrays["embeddings"][self._spread(len(kept))].copy()
         for name in self._rows:
@@ -207,3 +206,8 @@ class EmbeddingWriter(Callback):
         names = [os.fsencode(labels[place]).decode("utf-8", "backslashreplace") or "-" for place in chosen]
         tag = self.folder.name
         logger.experiment.add_embedding(torch.from_numpy(embeddings), metadata=names, label_img=thumbnails, tag=tag)
+
+
+def _source(data: Any) -> str:
+    """Where images come from: their folder, and what else distinguishes them."""
+    return " ".join([str(Path(data.root).resolve()), *([data.source_name] if getattr(data, "source_name", "") else [])])

@@ -92,7 +92,7 @@ def layout_of(path: Source) -> str:
         Exception: As for `read_image`.
     """
     with warnings.catch_warnings(action="ignore"), _opened(path) as image:
-        pages = _num_pages(image)
+        pages = len(_pages(image))
         return image.mode if pages == 1 else f"{pages} pages of {image.mode}"
 
 
@@ -136,7 +136,7 @@ def values_of(image: Image.Image, channels: int) -> np.ndarray:
     Raises:
         ChannelsError: The image has another number of channels.
     """
-    pages = _num_pages(image)
+    pages = len(_pages(image))
     if pages > 1:
         if pages != channels:
             raise ChannelsError(
@@ -144,9 +144,9 @@ def values_of(image: Image.Image, channels: int) -> np.ndarray:
                 "or save the pages as files of their own"
             )
         found = []
-        for page in range(pages):
+        for page in _pages(image):
             image.seek(page)
-            found.append(np.array(image))
+            found.append(np.array(image.convert("L") if image.mode == "1" else image))
         return np.stack(found, axis=2)
     image.load()
     if image.mode.startswith(("I", "F")):
@@ -165,11 +165,17 @@ def values_of(image: Image.Image, channels: int) -> np.ndarray:
     return np.array(image.convert("RGB" if channels == 3 else "L")).reshape(image.height, image.width, channels)
 
 
-def _num_pages(image: Image.Image) -> int:
-    """Pages of a TIFF whose first one has a single band; 1 for everything else."""
-    if image.format != "TIFF" or len(image.getbands()) > 1 or image.mode == "P":
-        return 1
-    return int(getattr(image, "n_frames", 1))
+def _pages(image: Image.Image) -> list[int]:
+    """Pages of a TIFF of one band that are as large and as deep as the first, which thumbnails are not; else the first."""
+    if image.format != "TIFF" or len(image.getbands()) > 1 or image.mode == "P" or getattr(image, "n_frames", 1) == 1:
+        return [0]
+    first, alike = (image.size, image.mode), []
+    for page in range(image.n_frames):  # type: ignore[attr-defined]
+        image.seek(page)
+        if (image.size, image.mode) == first:
+            alike.append(page)
+    image.seek(0)
+    return alike
 
 
 def _orientation(image: Image.Image) -> int:

@@ -94,9 +94,13 @@ def look(
         low, high = ranges["floats"]
         pixels = replace(pixels, floats=(0.0, 1.0) if low >= 0 and high <= 1 else (low, high))
     if find and points:
-        scaled = np.concatenate([np.broadcast_to(pixels.to_bytes(part), (len(part), channels)) for part in points]) / 255
-        std = scaled.std(axis=0).clip(1 / 255)  # a channel that is constant has none
-        pixels = replace(pixels, mean=_rounded(scaled.mean(axis=0)), std=_rounded(std))
+        sums = np.zeros((2, channels))
+        for part in points:
+            scaled = np.broadcast_to(pixels.to_bytes(part), (len(part), channels)) / 255
+            sums += np.stack([scaled.sum(axis=0), np.square(scaled).sum(axis=0)])
+        mean, squares = sums / sum(len(part) for part in points)
+        std = np.sqrt((squares - np.square(mean)).clip(0)).clip(1 / 255)  # a channel that is constant has none
+        pixels = replace(pixels, mean=_rounded(mean), std=_rounded(std))
     said = _say(layouts, pixels, ranges, find)
     if misfits:
         said = f"{said} {len(misfits)} have other channels and will be left out: {misfits[0]}.".strip()
@@ -123,8 +127,8 @@ def _widen(ranges: dict[str, Range], values: np.ndarray) -> None:
 
 
 def _thinned(values: np.ndarray) -> np.ndarray:
-    """Some of the pixels of an image, evenly spaced: (H, W, C) -> (about POINTS^2, C)."""
-    rows, columns = (max(1, side // POINTS) for side in values.shape[:2])
+    """Some of the pixels of an image, evenly spaced: (H, W, C) -> (at most POINTS^2, C)."""
+    rows, columns = (-(-side // POINTS) for side in values.shape[:2])
     thin = values[::rows, ::columns]
     return thin.reshape(-1, thin.shape[2]).copy()  # not a view of the whole
 
@@ -152,10 +156,10 @@ def _say(layouts: Counter[str], pixels: PixelFormat, ranges: dict[str, Range], f
     kinds = ", ".join(f"{count} {name}" for name, count in named.most_common())
     said = [f"Of {layouts.total()} images looked at: {kinds}"]
     if "integers" in ranges:
-        low, high = pixels.integers
+        low, high = pixels.integers or ranges["integers"]
         said.append(f"integers of more than 8 bits from {low:g} (black) to {high:g} (white)")
     if "floats" in ranges:
-        low, high = pixels.floats
+        low, high = pixels.floats or ranges["floats"]
         said.append(f"floats from {low:g} to {high:g}")
     if find:
         mean, std = (", ".join(f"{value:.3f}" for value in of) for of in (pixels.mean, pixels.std))

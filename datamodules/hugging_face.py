@@ -14,11 +14,10 @@ from torch.utils.data import DataLoader
 from datamodules.first_look import Look, Normalization, look
 from datamodules.hugging_face_source import HuggingFaceSource
 from datamodules.image_data import ImageDataModule
-from datamodules.image_datasets import HeldOutLoader
 from datamodules.image_files import Samples, draw_per_class, part_of
-from datamodules.image_stream import StreamBatches, StreamChange, StreamedImages
+from datamodules.image_stream import HeldOutStream, StreamBatches, StreamChange, StreamedImages
 from datamodules.rank_zero import from_rank_zero
-from datamodules.resumable import ResumableLoader, already_collated
+from datamodules.resumable import ResumableLoader
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 from datamodules.views import Views
 
@@ -39,7 +38,7 @@ class HuggingFaceImages(ImageDataModule):
         image_size: Height and width in pixels, one number or two.
         data_files: Files by split for a kind of files: {"train": "DIR/train-*.parquet", "validation": "DIR/val.parquet"}.
         name: Configuration of a data set of the Hub.
-        split: Split to train on.
+        split: Split to train on, and the one that `predict` embeds.
         val_split: Split to validate on. On a disk `val_fraction` of each class of `split` is held out if left out.
         val_fraction: Fraction that is held out, in (0, 1), where there is no `val_split`.
         fraction: Fraction of each class that is trained on, in (0, 1]; not of a stream.
@@ -55,7 +54,7 @@ class HuggingFaceImages(ImageDataModule):
         channels: As for `ImageFolder`.
         value_range: As for `ImageFolder`.
         normalization: As for `ImageFolder`.
-        views: Settings of pairs of views, which IWM needs; a stream has them for training alone.
+        views: Settings of pairs of views, which IWM needs.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.
         timeout: Seconds to wait for a batch before the run ends with an error; 0 waits for ever.
@@ -123,6 +122,7 @@ class HuggingFaceImages(ImageDataModule):
         self.source = HuggingFaceSource(path, name, data_files, image_column, label_column, streaming)
         self.fetch = self.source.fetch
         self.root = Path(path) if data_files is None else Path(next(iter(data_files.values()))).parent
+        self.source_name = " ".join(str(part) for part in (path, name, data_files, split) if part is not None)
         self._opened = False
 
     def prepare_data(self) -> None:
@@ -142,7 +142,7 @@ class HuggingFaceImages(ImageDataModule):
         if stage == "predict":
             return {"predict": train}, classes, token
         if self.val_split is not None:
-            val, _ = self.source.rows(self.val_split)
+            val, _ = self.source.rows(self.val_split, classes)
         else:
             held_out = draw_per_class(train.labels, self.val_fraction, seeded_generator(self.seed, SPLIT_STREAM), spare=1)
             val, train = part_of(train, held_out), part_of(train, ~held_out)
@@ -169,6 +169,7 @@ class HuggingFaceImages(ImageDataModule):
             if not self.size:
                 raise ValueError(f"{self.root} does not say how many images it has: give data.size, those of an epoch.")
             self.classes = self.source.labels_of(opened)[1]
+            self.source.split(self.val_split or "")  # for its errors
             self.pixels, said = from_rank_zero(self.trainer, self._look_at_stream)
             found = f"A stream of {opened.num_shards} shards of {self.root}, {self.size} images an epoch."
             rank_zero_info(f"{found} {said}".strip())
@@ -177,7 +178,11 @@ class HuggingFaceImages(ImageDataModule):
     def _look_at_stream(self) -> Look:
         contents = [record.content for record in itertools.islice(self.source.records(self.split), LOOKED_AT)]
         places, channels = [str(place).encode() for place in range(len(contents))], self.pixels.channels
-        fetch = lambda place: io.BytesIO(contents[int(place)])  # noqa: E731
+
+        def fetch(place: bytes) -> Any:
+            content = contents[int(place)]
+            return io.BytesIO(content) if isinstance(content, bytes) else content
+
         return look(places, channels, self.value_range, self.normalization, fetch)
 
     def make_train_loader(self) -> ResumableLoader:
@@ -197,14 +202,17 @@ class HuggingFaceImages(ImageDataModule):
         sampler: Any = StreamBatches(stream, self.batch_size, length, repeat)
         return ResumableLoader(images, sampler, **self.loader_settings())
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Any:
         if not self.streaming:
             return super().val_dataloader()
         assert self.val_split is not None
-        images = StreamedImages(self.image_size, self.seed, self.rank[0], None, self.pixels)
-        stream = partial(self.source.records, self.val_split, self.rank, None)
-        sampler: Any = StreamBatches(stream, self.batch_size, None)
-        return HeldOutLoader(images, batch_sampler=sampler, collate_fn=already_collated, **self.loader_settings())
+        maker = None if self.views is None else self._view_maker()
+        images = StreamedImages(self.image_size, self.seed, self.rank[0], None, self.pixels, maker)
+        sampler = StreamBatches(partial(self.source.records, self.val_split, self.rank, None), self.batch_size, None)
+        return HeldOutStream(images, sampler, **self.loader_settings())
+
+    def test_dataloader(self) -> Any:
+        return self.val_dataloader()
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
         """As for a folder.
@@ -218,7 +226,7 @@ class HuggingFaceImages(ImageDataModule):
 
     def order(self) -> dict[str, Any]:
         if not self.streaming:
-            return super().order()
+            return super().order() | {"source": self.source_name}
         stream = {
             "path": self.source.path,
             "files": self.source.data_files,

@@ -11,6 +11,9 @@ import torch
 from datamodules.image_files import Samples
 from datamodules.image_stream import Record
 
+SHARDS = 64
+"""Shards that a data set of `save_to_disk` is streamed in, for processes to share."""
+
 LABELS = ("label", "labels", "cls", "fine_label")
 """Columns that hold classes, where none is named; the first that is there."""
 
@@ -30,6 +33,7 @@ class HuggingFaceSource:
         self.path, self.name, self.data_files, self.streaming = path, name, data_files, streaming
         self.image_column, self.label_column = image_column, label_column
         self._splits: dict[str, Any] = {}
+        self._alone: str | None = None  # split that a data set without splits is taken for
 
     def split(self, split: str) -> Any:
         """A split, with images as they lie in their files.
@@ -40,8 +44,8 @@ class HuggingFaceSource:
         if split not in self._splits:
             datasets = library()
             if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
-                found = datasets.load_from_disk(self.path)
-                opened = found[split] if isinstance(found, datasets.DatasetDict) else found
+                opened = self._of_disk(datasets.load_from_disk(self.path), split)
+                opened = opened.to_iterable_dataset(min(SHARDS, len(opened))) if self.streaming else opened
             else:
                 files, streaming = self.data_files, self.streaming
                 opened = datasets.load_dataset(self.path, self.name, data_files=files, split=split, streaming=streaming)
@@ -52,19 +56,44 @@ class HuggingFaceSource:
                 if (asked is None and argument == "image_column") or (asked is not None and asked not in features):
                     raise ValueError(f"data.{argument}={asked!r}: {self.path} has the columns {', '.join(features)}.")
             self.image_column = column
-            self._splits[split] = opened.cast_column(column, datasets.Image(decode=False))
+            label, _ = self.labels_of(opened)
+            if self.streaming and label is not None and getattr(features[label], "dtype", "") in ("string", "large_string"):
+                raise ValueError(
+                    f"data.label_column={label!r} of {self.path} is text, and a stream does not say which classes there "
+                    "are: leave data.streaming off, or write integers."
+                )
+            kept = opened.select_columns([column] + ([label] if label else []))  # or else the others are read, too
+            self._splits[split] = kept.cast_column(column, datasets.Image(decode=False))
         return self._splits[split]
+
+    def _of_disk(self, found: Any, split: str) -> Any:
+        """A split of what `save_to_disk` has written: of several, or a data set without splits, which can be but one."""
+        if isinstance(found, dict):
+            if split not in found:
+                raise ValueError(f"{self.path} has no split {split!r}: choose one of {', '.join(found)}.")
+            return found[split]
+        if self._alone not in (None, split):
+            raise ValueError(
+                f"{self.path} is one data set without splits, and cannot be {self._alone!r} and {split!r}: leave "
+                "data.val_split out, and data.val_fraction of it is held out."
+            )
+        self._alone = split
+        return found
 
     def labels_of(self, opened: Any) -> tuple[str | None, list[str]]:
         """The column of the classes of a split, if there is one, and their names, if it says them."""
         column = self.label_column or next((name for name in LABELS if name in opened.features), None)
         return column, list(getattr(opened.features[column], "names", None) or []) if column else []
 
-    def rows(self, split: str) -> tuple[Samples, list[str]]:
+    def rows(self, split: str, known: list[str] | None = None) -> tuple[Samples, list[str]]:
         """All rows of a split, by names such as b"train/17", and the names of the classes.
 
+        Args:
+            split: Name of the split.
+            known: Names of the classes, where another split has said them.
+
         Raises:
-            ValueError: It is empty.
+            ValueError: It is empty, or has classes that are not known.
         """
         opened = self.split(split)
         if not len(opened):
@@ -75,7 +104,13 @@ class HuggingFaceSource:
             values = np.asarray(opened.with_format("numpy")[column][:])
             if not classes:
                 found, values = np.unique(values, return_inverse=True)
-                classes = [str(value) for value in found]
+                classes = known or [str(value) for value in found]
+                if odd := [str(value) for value in found if str(value) not in classes]:
+                    raise ValueError(
+                        f"{self.path}: split {split!r} has the class {odd[0]!r}, and the training images have "
+                        f"{', '.join(classes)}."
+                    )
+                values = np.array([classes.index(str(value)) for value in found])[values]
             labels = torch.from_numpy(values.astype(np.int64))
         return Samples(np.array([f"{split}/{row}".encode() for row in range(len(opened))]), labels), classes
 
@@ -83,6 +118,8 @@ class HuggingFaceSource:
         """The content of a row's image by its name, or the path of its file."""
         split, row = path.decode().rsplit("/", 1)
         image = self.split(split)[int(row)][self.image_column]
+        if image is None:
+            raise ValueError("there is no image")
         return image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
 
     def records(
@@ -103,9 +140,9 @@ class HuggingFaceSource:
         opened = library().distributed.split_dataset_by_node(opened, *rank)
         opened.set_epoch(epoch)
         for place, row in enumerate(opened):
-            image = row[self.image_column]
-            content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-            label = -1 if column is None else int(row[column])
+            image = row[self.image_column] or {"bytes": None, "path": None}
+            content = image["path"] if image["bytes"] is None else image["bytes"]
+            label = -1 if column is None or row[column] is None else int(row[column])
             yield Record(content, label, image["path"] or f"{split}, image {place} of process {rank[0]}")
 
 

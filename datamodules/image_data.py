@@ -98,6 +98,9 @@ class ImageDataModule(SingleLoaderDataModule):
         self._samples: dict[str, Samples] = {}
         self._unreadable: dict[str, UnreadableFiles] = {}
 
+    source_name = ""
+    """What distinguishes the source of the images from others, where the folder `root` does not."""
+
     fetch: Callable[[bytes], Any] | None = None
     """Gets the content of an image by its path, where that is no file."""
 
@@ -173,12 +176,16 @@ class ImageDataModule(SingleLoaderDataModule):
             "image_size": self.image_size,
             "crop_scale": self.crop_scale,
             "flip": self.flip,
-            "vertical_flip": self.turns.vertical_flip if self.turns else 0.0,
-            "rotate": self.turns is not None and self.turns.rotate,
             "rand_augment": self.rand_augment,
             "views": None if self.views is None else asdict(self.views),
             "seed": self.seed,
-        }
+        } | self._further()
+
+    def _further(self) -> dict[str, Any]:
+        """What came later, where it is in use: a checkpoint from before is not one of other samples."""
+        turns, value_range = self.turns, self.value_range
+        found: dict[str, Any] = {} if turns is None else {"vertical_flip": turns.vertical_flip, "rotate": turns.rotate}
+        return found if value_range is None else found | {"value_range": list(value_range)}
 
     @cached_property
     def _fingerprint(self) -> str:

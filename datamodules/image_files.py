@@ -159,6 +159,21 @@ def split_images(
     return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, alone
 
 
+def files_below(folder: Path) -> tuple[list[bytes], Counter[str]]:
+    """Paths of all images below a folder, without classes, and how many other files there are by ending.
+
+    Raises:
+        FileNotFoundError: No such folder.
+        ValueError: No image in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    found, others = _images(os.fsencode(folder))
+    if not found:
+        raise ValueError(f"{folder} holds no image: its files must end in {', '.join(EXTENSIONS)}.")
+    return found, others
+
+
 def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], Counter[str]]:
     """Paths of all images below a folder, in the order of their bytes, and how many other files there are by ending.
 

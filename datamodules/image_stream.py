@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import fsspec
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from datamodules.batches import ImageBatch, ViewBatch
@@ -20,16 +22,17 @@ from datamodules.image_datasets import ImageDataset, Turns, UnreadableImageWarni
 from datamodules.image_files import Samples, printable
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import center
-from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM
+from datamodules.resumable import already_collated
+from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM
 from datamodules.unreadable import UnreadableFiles
-from datamodules.views import ViewMaker, Views
+from datamodules.views import Place, ViewMaker, Views
 
 
 class Record(NamedTuple):
     """An image of a stream, not yet decoded."""
 
-    content: bytes
-    """What its file holds."""
+    content: bytes | str | None
+    """What its file holds, or the path of that; None where there is no image."""
 
     label: int
     """Class index; -1 without."""
@@ -71,6 +74,7 @@ class StreamBatches:
             ValueError: The stream ends before the epoch does.
         """
         batch: list[tuple[int, int, Record]] = []
+        place = -1
         for place, record in enumerate(self.open_stream(epoch=self.epoch)):
             if place // self.batch_size >= (self.length or place + 1):
                 return
@@ -120,6 +124,7 @@ class StreamedImages(ImageDataset):
         rank: Rank of the process.
         change: Random change of a training image, (C, any, any) -> an image or a pair of views; None to cut the middle.
         pixels: How the images are read.
+        maker: Maker of pairs of views of held-out images, which are functions of (seed, rank, place); none by default.
     """
 
     def __init__(
@@ -129,10 +134,11 @@ class StreamedImages(ImageDataset):
         rank: int,
         change: Callable[[Tensor], Any] | None,
         pixels: PixelFormat,
+        maker: ViewMaker | None = None,
     ) -> None:
         nothing = Samples(torch.empty(0).numpy(), torch.empty(0, dtype=torch.int64))
         super().__init__(nothing, image_size, seed, UnreadableFiles(1), pixels)
-        self.rank, self.change = rank, change
+        self.rank, self.change, self.maker = rank, change, maker
         self._named: set[str] = set()
 
     def __getitems__(self, items: list[tuple[int, int, Record]]) -> ImageBatch | ViewBatch | None:
@@ -148,8 +154,7 @@ class StreamedImages(ImageDataset):
         if self.change is None:
             if not kept:
                 return None
-            middles = [center(decoded[place], self.image_size) for place in kept]  # type: ignore[arg-type]
-            return ImageBatch(torch.stack(middles), labels[kept], (self.seed, HELD_OUT_STREAM, self.rank, first))
+            return self._held_out(decoded, labels, kept, first)
         if not kept:
             raise ValueError(f"None of the {len(items)} images of a batch can be decoded; the last is {items[-1][2].name}.")
         taken = [min((place for place in kept if place >= wanted), default=kept[0]) for wanted in range(len(items))]
@@ -164,8 +169,29 @@ class StreamedImages(ImageDataset):
         sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*made, strict=True))
         return ViewBatch(sources, targets, actions, None, labels[taken], key)
 
+    def _held_out(self, decoded: list[Tensor | None], labels: Tensor, kept: list[int], first: int) -> ImageBatch | ViewBatch:
+        """The middles of the images that could be read, and pairs of views of them if there is a maker."""
+        middles = [center(decoded[place], self.image_size) for place in kept]  # type: ignore[arg-type]
+        key = (self.seed, HELD_OUT_STREAM, self.rank, first)
+        if self.maker is None:
+            return ImageBatch(torch.stack(middles), labels[kept], key)
+        pairs = []
+        with torch.random.fork_rng(devices=[]):
+            for place, middle in zip(kept, middles, strict=True):
+                self.seed_transforms(VIEW_STREAM, self.rank, first + place)
+                whole = self.maker.views.geometric
+                seen = (decoded[place],) if whole else (middle, Place(0, 0, *self.image_size))
+                pairs.append(self.maker.pair(*seen))
+        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return ViewBatch(sources, targets, actions, torch.stack(middles), labels[kept], key)
+
     def _decode(self, record: Record) -> Tensor | None:
         try:
+            if record.content is None:
+                raise ValueError("there is no image")
+            if isinstance(record.content, str):  # a path, perhaps on another machine
+                with fsspec.open(record.content, "rb") as file:
+                    return read_image(io.BytesIO(file.read()), self.pixels)
             return read_image(io.BytesIO(record.content), self.pixels)
         except Exception as error:  # as in `ImageDataset.decode`
             if record.name not in self._named:
@@ -177,3 +203,27 @@ class StreamedImages(ImageDataset):
                     stacklevel=2,
                 )
             return None
+
+
+class HeldOutStream:
+    """Batches of a stream to its end, without those of which not one image can be read.
+
+    Not a DataLoader itself: Lightning would want to put a sampler for several processes on it, and each process has its own
+    share of the stream already.
+
+    Args:
+        images: Decodes the records.
+        sampler: Reads the process's share.
+        settings: Further arguments of the DataLoader.
+    """
+
+    def __init__(self, images: StreamedImages, sampler: StreamBatches, **settings: Any) -> None:
+        self.loader: DataLoader[Any] = DataLoader(
+            images,
+            batch_sampler=sampler,
+            collate_fn=already_collated,
+            **settings,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.loader if batch is not None)

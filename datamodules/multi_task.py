@@ -99,11 +99,19 @@ class MultiTask(ResumableDataModule):
             folder.prepare_data()
 
     def setup(self, stage: str) -> None:
-        """Find the images; see `ImageFolder` for the errors. All are normalized like those of the first folder."""
+        """Find the images; see `ImageFolder` for the errors.
+
+        All are read alike: normalized as those of the first folder, and by the range of the first that has one.
+        """
+        first: PixelFormat | None = None
         for folder in self.folders.values():
             folder.trainer = self.trainer
             folder.setup(stage)
-            folder.pixels = replace(folder.pixels, mean=self.pixels.mean, std=self.pixels.std)
+            found = first or folder.pixels
+            integers, floats = found.integers or folder.pixels.integers, found.floats or folder.pixels.floats
+            first = replace(found, integers=integers, floats=floats)
+        assert first is not None
+        self.pixels = first
 
     def make_train_loaders(self) -> dict[str, Passes]:
         """The loader of each task."""

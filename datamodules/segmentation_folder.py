@@ -3,10 +3,12 @@
 Shapes: B batch, C channels, H W pixels.
 """
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -22,13 +24,16 @@ from datamodules.batches import VOID, SegmentationBatch
 from datamodules.decoding import FORMATS
 from datamodules.first_look import Normalization, check_normalization, look
 from datamodules.image_datasets import HeldOutLoader, ImageDataset, augmented
-from datamodules.image_files import Samples, printable, scan
+from datamodules.image_files import Samples, files_below, printable
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import normalize
 from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.rng import HELD_OUT_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
+
+SOME_MASKS = 200
+"""How many training masks are looked at where the number of classes is given."""
 
 
 def read_mask(path: str | bytes, void: int | None = None) -> Tensor:
@@ -161,6 +166,8 @@ class SegmentationFolder(SingleLoaderDataModule):
                 f"data.image_size={image_size}, data.batch_size={batch_size}: both must be at least 1; data.seed={seed} and "
                 f"data.num_workers={num_workers} must not be negative."
             )
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"data.num_classes={num_classes}: segmentation needs at least 2 classes.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1 or not 0 <= flip <= 1:
             raise ValueError(
                 f"data.crop_scale={crop_scale}, data.flip={flip}: give areas 0 < minimum <= maximum <= 1, and a probability."
@@ -194,23 +201,40 @@ class SegmentationFolder(SingleLoaderDataModule):
     def _find(self) -> tuple[dict[str, tuple[Samples, np.ndarray]], int, PixelFormat, list[str], str]:
         found, said = {}, []
         for split in ("train", "val"):
-            samples = scan(self.root / split / "images").samples
-            masks = _masks_of(samples, self.root / split / "images", self.root / split / "masks")
+            paths, others = files_below(self.root / split / "images")
+            masks = _masks_of(paths, self.root / split / "images", self.root / split / "masks")
             # In one mixed order: neighbors, as in a film, would show the same in figures.
             order = torch.randperm(len(masks), generator=seeded_generator(self.seed, HELD_OUT_STREAM)).numpy()
-            found[split] = (Samples(samples.paths[order], samples.labels[order]), masks[order])
+            found[split] = (Samples(np.array(paths)[order], torch.full((len(paths),), -1)), masks[order])
             said.append(f"Found {len(masks)} images with masks in {printable(self.root / split)}.")
-        count = self.given_classes
-        if count is None:
-            count = 1 + max(int(read_mask(path, self.void).max()) for path in found["train"][1].tolist())
-            said.append(f"The masks name {count} classes.")
-        if count < 2:
-            raise ValueError(f"data.num_classes={count}: segmentation needs at least 2 classes.")
+            if others:
+                said.append(f"Left out of {printable(self.root / split / 'images')}: {others.total()} files of other kinds.")
+        some = slice(None) if self.given_classes is None else slice(SOME_MASKS)
+        classes = self._classes_in(found["train"][1][some].tolist())
+        if len(classes) < 2:
+            raise ValueError(
+                f"The training masks hold no class but {', '.join(map(str, classes)) or 'void'}, and data.void={self.void} "
+                "does not count: segmentation needs at least 2. Write 0, 1, ... for the classes, or set data.void to "
+                "another number, null for none."
+            )
+        count = self.given_classes or max(classes) + 1
+        said += [] if self.given_classes else [f"The masks name {count} classes."]
         if self.class_names is not None and len(self.class_names) != count:
             raise ValueError(f"data.class_names has {len(self.class_names)} names, and there are {count} classes.")
-        seen = look(found["train"][0].paths, self.pixels.channels, self.value_range, self.normalization)  # type: ignore[arg-type]
+        images: Any = found["train"][0].paths
+        seen = look(images, self.pixels.channels, self.value_range, self.normalization)
         said += [seen.said] if seen.said else []
-        return found, count, seen.pixels, said, UnreadableFiles(1).path.name.removeprefix("unreadable-")
+        return found, count, seen.pixels, said, uuid4().hex
+
+    def _classes_in(self, masks: list[bytes]) -> list[int]:
+        """The classes that masks name; those that cannot be read are named when they are to be trained on."""
+        found: set[int] = set()
+        for path in masks:
+            try:
+                found |= set(read_mask(path, self.void).unique().tolist())
+            except Exception:
+                continue
+        return sorted(found - {VOID})
 
     def make_train_loader(self) -> ResumableLoader:
         steps = [v2.RandomResizedCrop(self.image_size, self.crop_scale), v2.RandomHorizontalFlip(self.flip)]
@@ -230,8 +254,10 @@ class SegmentationFolder(SingleLoaderDataModule):
         )
 
     def order(self) -> dict[str, Any]:
+        masks = self._pairs["train"][1].tolist()
         return {
-            "images": len(self._pairs["train"][1]),
+            "images": hashlib.sha256(b"\0".join(os.path.basename(path) for path in masks)).hexdigest(),
+            "void": self.void,
             "image_size": self.image_size,
             "crop_scale": self.crop_scale,
             "flip": self.flip,
@@ -257,7 +283,7 @@ class SegmentationFolder(SingleLoaderDataModule):
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
 
-def _masks_of(samples: Samples, images: Path, masks: Path) -> np.ndarray:
+def _masks_of(images: list[bytes], folder: Path, masks: Path) -> np.ndarray:
     """The mask of each image: the file of the same name in the folder of the masks, whatever its ending.
 
     Raises:
@@ -265,11 +291,11 @@ def _masks_of(samples: Samples, images: Path, masks: Path) -> np.ndarray:
         ValueError: An image has no mask.
     """
 
-    def name(path: bytes, folder: Path) -> bytes:
-        return os.path.splitext(os.path.relpath(path, os.fsencode(folder)))[0]
+    def name(path: bytes, below: Path) -> bytes:
+        return os.path.splitext(os.path.relpath(path, os.fsencode(below)))[0]
 
-    there = {name(path, masks): path for path in scan(masks).samples.paths.tolist()}
-    names = [name(path, images) for path in samples.paths.tolist()]
+    there = {name(path, masks): path for path in files_below(masks)[0]}
+    names = [name(path, folder) for path in images]
     if missing := [one for one in names if one not in there]:
         raise ValueError(
             f"{len(missing)} of {len(names)} images have no mask in {printable(masks)}, first {printable(missing[0])}: give "

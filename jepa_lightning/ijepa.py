@@ -32,7 +32,6 @@ class IJEPA(ImageJEPA):
         image_size: Height and width of the images in pixels, one number or two; as in the data.
         patch_size: Height and width of a patch in pixels.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
-        channels: Number of channels of the images, as in the data: 1 for gray, 3 for color.
         predictor_width: Token dimension of the predictor.
         predictor_depth: Number of blocks of the predictor. The paper takes 6 for ViT-B, 12 for L and H.
         predictor_heads: Number of attention heads of the predictor; that of the encoder by default.
@@ -49,7 +48,6 @@ class IJEPA(ImageJEPA):
         context_scale: Area of the context block before it loses the targets, minimum and maximum fraction of the image.
         resampling_fraction: Fraction of images whose context block keeps too few patches, so that they also see patches
             outside of it.
-        margin: Width in patches of a frame around each target block that the context does not see; 0 as in the paper.
         official_compat: Use masks with the flaws of the released code, and its count of optimizer steps from 1 in the
             schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
@@ -68,6 +66,8 @@ class IJEPA(ImageJEPA):
         regularizer: Anti-collapse regularizer on the context encoder's output, "variance_hinge" or "vicreg"; None as in
             the paper.
         regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
+        channels: Number of channels of the images, as in the data: 1 for gray, 3 for color.
+        margin: Width in patches of a frame around each target block that the context does not see; 0 as in the paper.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -79,7 +79,6 @@ class IJEPA(ImageJEPA):
         image_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         encoder_depth: int | None = None,
-        channels: int = 3,
         predictor_width: int = 384,
         predictor_depth: int = 6,
         predictor_heads: int | None = None,
@@ -94,7 +93,6 @@ class IJEPA(ImageJEPA):
         target_aspect: tuple[float, float] = (0.75, 1.5),
         context_scale: tuple[float, float] = (0.85, 1.0),
         resampling_fraction: float = 0.1,
-        margin: int = 0,
         official_compat: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
@@ -109,6 +107,8 @@ class IJEPA(ImageJEPA):
         momentum_schedule: MomentumSchedule = "cosine",
         regularizer: RegularizerName | None = None,
         regularizer_weights: dict[str, float] | None = None,
+        channels: int = 3,
+        margin: int = 0,
     ) -> None:
         super().__init__(
             encoder=encoder,
@@ -155,8 +155,8 @@ class IJEPA(ImageJEPA):
             resampling_fraction,
             final_target_scale,
             more_target_scales,
-            margin,
             official_compat,
+            margin,
         )
 
     def views(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
@@ -178,6 +179,11 @@ class ImageJEPA(JEPA, ABC):
 
     def _check_even(self, batches: Sequence[int | float]) -> None:
         if is_sharded(self.target_encoder):
+            if math.isinf(sum(batches)):
+                raise ValueError(
+                    "Sharded networks need as many held-out batches in each process, and a stream does not say how many it "
+                    "has: set trainer.limit_val_batches, or leave data.streaming off."
+                )
             check_even_batches(int(sum(batches)), self.device)
 
     def forward(self, images: Tensor) -> Tensor:

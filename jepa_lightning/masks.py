@@ -65,11 +65,11 @@ class MultiBlock:
         more_target_scales: Further ranges of `target_scale`: each batch takes its blocks from one of all the ranges, each
             as likely.
         final_target_scale: `target_scale` at the end of training, for a linear curriculum; constant by default.
-        margin: Width in patches of a frame around each target block that the context does not see, so that a block cannot be
-            read off its neighbors; 0 as in the paper.
         official_compat: Draw as the released code of the paper does, with its flaws: for parity alone. Scale and aspect
             come from one random number, the last row and column are never used, and contexts are cut to the batch's
             minimum, first patches first.
+        margin: Width in patches of a frame around each target block that the context does not see, so that a block cannot be
+            read off its neighbors; 0 as in the paper.
 
     Raises:
         ValueError: A range or number that cannot be met on this grid, named together with what is allowed.
@@ -85,8 +85,8 @@ class MultiBlock:
         resampling_fraction: float = 0.1,
         final_target_scale: Range | None = None,
         more_target_scales: Sequence[Range] = (),
-        margin: int = 0,
         official_compat: bool = False,
+        margin: int = 0,
     ) -> None:
         height, width = grid
         if height < 1 or width < 1 or height * width < 4:
@@ -123,11 +123,19 @@ class MultiBlock:
                     f"A target block of scale {largest} covers all of the {height} x {width} patches: lower the scale or "
                     "use smaller patches."
                 )
-            if self._least_left(size) < 1:
-                raise ValueError(
-                    f"margin={margin} around a target block of {size[0]} x {size[1]} patches leaves no context on a grid of "
-                    f"{height} x {width}: lower the margin or the scale, or use smaller patches."
-                )
+        smallest = min(scale[0] for scale in (*self.target_scales, *self.more_target_scales))
+        scales = [smallest + part / 20 * (largest - smallest) for part in range(21)]
+        aspects = [low + part / 20 * (high - low) for part in range(21)]
+        for size in {block_size(grid, scale, aspect) for scale in scales for aspect in aspects} if margin else ():
+            self._check_margin(size)
+
+    def _check_margin(self, size: tuple[int, int]) -> None:
+        """Raise a ValueError if a block of this size and its margin leave no patch."""
+        if self._least_left(size) < 1:
+            raise ValueError(
+                f"margin={self.margin} around a target block of {size[0]} x {size[1]} patches leaves no context on a grid "
+                f"of {self.grid[0]} x {self.grid[1]}: lower the margin or the scale, or use smaller patches."
+            )
 
     def _least_left(self, size: tuple[int, int]) -> int:
         """How many patches a block and its margin leave at least, wherever the block lies."""
@@ -181,6 +189,7 @@ class MultiBlock:
     def _context_patches(self, size: tuple[int, int]) -> int:
         """K for a size of the target blocks: the same for all batches, whatever their size."""
         if size not in self._kept:
+            self._check_margin(size)
             generator = torch.Generator().manual_seed(0)
             smallest, largest = self.context_scale
             counts = []

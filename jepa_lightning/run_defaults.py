@@ -169,8 +169,12 @@ def sizes_for(model: type[JEPA], data: Any) -> dict[str, Any]:
         return sizes_of(data)
     if getattr(data, "batch_type", None) not in (ImageBatch, ViewBatch):
         return {}
-    found = {"image_size": data.image_size, "channels": data.pixels.channels}
-    return {name: value for name, value in found.items() if name in inspect.signature(model).parameters}
+    found = {
+        "image_size": getattr(data, "image_size", None),
+        "channels": getattr(getattr(data, "pixels", None), "channels", None),
+    }
+    known = inspect.signature(model).parameters
+    return {name: value for name, value in found.items() if value is not None and name in known}
 
 
 def is_overruled(asked: Any, loaded: Any) -> bool:

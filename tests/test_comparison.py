@@ -36,12 +36,9 @@ def checkpoint(tmp_path: Path, images: Path) -> str:
     return str(tmp_path / "a.ckpt")
 
 
-def compare(
-    checkpoint: str, images: Path, root: Path, data: dict[str, Any] | None = None, **arguments: Any
-) -> dict[str, Any]:
-    probe = ComparisonProbe(checkpoint, **arguments)
+def compare(checkpoint: str, images: Path, root: Path, others: list[str] | None = None, **data: Any) -> dict[str, Any]:
     run = trainer(root, limit_test_batches=1.0)
-    run.test(probe, small_images(images, **(data or {})), verbose=False)
+    run.test(ComparisonProbe(checkpoint, others), small_images(images, **data), verbose=False)
     return json.loads((root / "report.json").read_text())
 
 
@@ -70,6 +67,11 @@ def test_without_labels_images_are_to_be_found_again(checkpoint: str, tmp_path: 
     assert report["num_pairs"] == 6 and report["chance_consistency"] == pytest.approx(1 / 6)
     again = compare(checkpoint, tmp_path / "flat", tmp_path / "again", batch_size=3)["comparison"]
     assert set(again) == set(report["comparison"])
+
+
+def test_one_folder_of_images_is_no_class(checkpoint: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "one" / "all", 30)
+    assert "linear" not in compare(checkpoint, tmp_path / "one", tmp_path / "out")["comparison"]["jepa"]
 
 
 def test_no_more_pairs_than_asked_for(

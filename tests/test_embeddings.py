@@ -253,3 +253,14 @@ def test_no_embeddings_without_weights_and_none_of_what_is_no_folder(tmp_path: P
     run = trainer(tmp_path, callbacks=[EmbeddingWriter()])
     with pytest.raises(ValueError, match="of folders of images, not of DoublePendulum"):
         run.predict(small_model(), small_data())
+
+
+def test_sources_in_one_folder_are_told_apart(tmp_path: Path, mixed: Path) -> None:
+    folders = []
+    for name in ("", "one", "two", "one"):
+        data, writer = small_images(mixed, batch_size=4), EmbeddingWriter(projector=False)
+        data.source_name = name
+        trainer(tmp_path, callbacks=[writer]).predict(small_ijepa(), data, return_predictions=False)
+        folders.append(writer.folder)
+    # A third one is put where the second was: what it is named after is another source, as source.json says.
+    assert folders[0] != folders[1] == folders[3] != folders[2] != folders[0]

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, parameters_equal, run_script, small_ijepa, small_iwm, trainer
 from lightning.pytorch import Callback
 from PIL import Image
@@ -182,6 +183,60 @@ def streamed_with(data: HuggingFaceImages, **changes: Any) -> HuggingFaceImages:
     return data
 
 
+def test_classes_of_the_held_out_split_are_those_of_training(tmp_path: Path) -> None:
+    def saved(labels: list[Any]) -> Any:
+        rows = {"image": [{"bytes": png(n), "path": None} for n in range(len(labels))], "label": labels}
+        return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+    train = saved([3, 5, 7, 5] * 3)
+    datasets.DatasetDict({"train": train, "val": saved([7, 5]), "odd": saved([5, 9])}).save_to_disk(tmp_path / "d")
+    data = HuggingFaceImages(str(tmp_path / "d"), val_split="val", **SMALL)
+    data.setup("fit")
+    assert data.classes == ["3", "5", "7"]
+    batch = next(iter(data.val_dataloader()))
+    assert dict(zip(numbers(batch), batch.labels.tolist(), strict=True)) == {0: 2, 1: 1}
+    with pytest.raises(ValueError, match=r"split 'odd' has the class '9', and the training images have 3, 5, 7"):
+        HuggingFaceImages(str(tmp_path / "d"), val_split="odd", **SMALL).setup("fit")
+    with pytest.raises(ValueError, match=r"has no split 'test': choose one of train, val, odd"):
+        HuggingFaceImages(str(tmp_path / "d"), val_split="test", **SMALL).setup("fit")
+    train.save_to_disk(tmp_path / "alone")
+    with pytest.raises(ValueError, match="is one data set without splits, and cannot be 'train' and 'val'"):
+        HuggingFaceImages(str(tmp_path / "alone"), val_split="val", **SMALL).setup("fit")
+    stream = HuggingFaceImages(str(tmp_path / "d"), val_split="val", streaming=True, size=12, **SMALL)
+    stream.setup("fit")
+    assert sorted(flat(epoch(stream))) == list(range(12)), "a saved data set can be streamed"
+    datasets.DatasetDict({"train": saved(["a", "b"]), "val": saved(["a"])}).save_to_disk(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"data.label_column='label' of .* is text"):
+        HuggingFaceImages(str(tmp_path / "text"), val_split="val", streaming=True, size=4, **SMALL).setup("fit")
+
+
+def test_rows_without_an_image_or_a_class_end_nothing(tmp_path: Path) -> None:
+    images = [None if n == 2 else {"bytes": png(n), "path": None} for n in range(8)]
+    rows = {"image": images, "label": [None if n == 3 else n % 2 for n in range(8)]}
+    made = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": made, "val": made}).save_to_disk(tmp_path / "d")
+    data = HuggingFaceImages(str(tmp_path / "d"), val_split="val", streaming=True, size=8, **SMALL)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="cannot be decoded and is left out .*there is no image"):
+        assert len(flat(epoch(data))) == 8
+    with pytest.warns(UserWarning, match="there is no image"):
+        held_out = list(data.val_dataloader())
+    assert [n for batch in held_out for n in numbers(batch)] == [0, 1, 3, 4, 5, 6, 7]
+    assert [label for batch in held_out for label in batch.labels.tolist()] == [0, 1, -1, 0, 1, 0, 1]
+
+
+def test_a_path_of_a_stream_is_read_by_the_worker(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(7))
+    images = StreamedImages((16, 16), 0, 0, None, PixelFormat())
+    batch: Any = images.__getitems__([(0, 0, Record(str(tmp_path / "a.png"), 1, "a"))])
+    assert numbers(batch) == [7]
+
+
+def test_an_empty_share_is_an_error() -> None:
+    with pytest.raises(ValueError, match="ended after 0 images"):
+        list(StreamBatches(lambda epoch: iter(()), 4, 2))
+
+
 def test_a_stream_of_fewer_images_than_promised_is_an_error(shards: Path) -> None:
     data = streamed(shards, size=52)
     data.setup("fit")
@@ -251,7 +306,12 @@ def test_without_the_package_it_is_said_what_to_install(shards: Path, monkeypatc
 
 def test_an_iwm_learns_from_a_stream(shards: Path, tmp_path: Path) -> None:
     data = streamed(shards, views=Views())
-    trainer(tmp_path, max_steps=2).fit(small_iwm(), data)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=1.0, num_sanity_val_steps=1, val_check_interval=2)
+    run.fit(small_iwm(), data)
+    assert run.callback_metrics["val/mrr"] > 0
+    held_out, again = (next(iter(data.val_dataloader())) for _ in range(2))
+    assert torch.equal(held_out.sources, again.sources) and held_out.images is not None
+    assert sorted(numbers(held_out)) == [200, 201, 202, 203]
     batch = next(iter(data.train_dataloader()))
     assert batch.sources.shape == batch.targets.shape == (4, 3, 16, 16) and batch.actions.shape == (4, 7)
 
@@ -302,9 +362,10 @@ class Watch(Callback):
             trainer.save_checkpoint(path)
             os.kill(os.getpid(), signal.SIGKILL)
 
-run = trainer(out, devices=2, strategy="ddp", max_epochs=2, callbacks=[Watch()])
+run = trainer(out, devices=2, strategy="ddp", max_epochs=2, callbacks=[Watch()], limit_val_batches=1.0)
 data = streamed(shards, kind, num_workers=1)
 run.fit(small_ijepa(), data, ckpt_path=path if path.exists() else None, weights_only=True)
+assert run.callback_metrics["val/loss"] > 0
 """
 
 

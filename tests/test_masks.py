@@ -231,6 +231,10 @@ def test_curriculum_moves_the_scale() -> None:
         ({"margin": -1}, "margin=-1: give a number of patches >= 0"),
         ({"margin": 1, "official_compat": True}, "margin=1: .* with official_compat=true there is none"),
         ({"grid": (4, 4), "margin": 2}, "margin=2 around a target block of .* leaves no context on a grid of 4 x 4"),
+        (
+            {"grid": (8, 16), "margin": 4, "target_aspect": (0.5, 2.0)},
+            "margin=4 around a target block of 3 x 8 patches leaves no context",  # a smaller block than the largest
+        ),
         ({"grid": (2, 2), "target_scale": (0.9, 1.0)}, "covers all of the 2 x 2 patches"),
     ],
 )

@@ -18,7 +18,8 @@ from datamodules.pixel_format import IMAGENET_MEAN, PixelFormat, agree
 from datamodules.preprocessing import denormalize, normalize
 from jepa_lightning import load
 from jepa_lightning.figures import to_colors
-from jepa_lightning.probes import CompletionProbe, KNNProbe
+from jepa_lightning.probes import CompletionProbe, KNNProbe, LinearProbe
+from jepa_lightning.weights.checkpoints import load_probe
 from jepa_lightning.weights.exporting import export_weights
 from jepa_lightning.weights.importing import load_encoder
 from jepa_lightning.weights.loading import start_from
@@ -83,7 +84,7 @@ def test_one_folder_of_many_kinds(tmp_path: Path) -> None:
     palette.save(tmp_path / "palette.bmp")
     Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cmyk.tif")
     found = look(paths(tmp_path))
-    assert found.pixels == PixelFormat(integers=(0, 4095))
+    assert found.pixels == PixelFormat(integers=(0, 4095), floats=(0, 1))
     assert "integers of more than 8 bits from 0 (black) to 4095 (white); floats from 0 to 1" in found.said
     assert all(f"1 {kind}" in found.said for kind in ("16-bit gray", "8-bit gray", "floats", "palette", "1-bit", "CMYK"))
     expected = {
@@ -306,6 +307,41 @@ def test_a_model_keeps_how_it_has_seen_images(tmp_path: Path) -> None:
     given = small_images(dark, channels=2, value_range=(0, 200))
     trainer(tmp_path / "run", limit_predict_batches=1).predict(model, given, return_predictions=False)
     assert given.pixels.integers == (0, 200) and given.pixels.mean == data.pixels.mean, "a range that is given wins"
+    assert model.pixels == given.pixels, "and is the model's from then on"
+
+
+def test_of_what_a_model_never_saw_the_data_has_the_range(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(12):
+        save(tmp_path / "bytes", f"{number:02d}.png", np.full((20, 24), 20 * number, np.uint8))
+        save(tmp_path / "deep", f"{number:02d}.tif", RAMP)
+        save(tmp_path / "deeper", f"{number:02d}.tif", RAMP * 4)
+    model = load(fitted(small_images(tmp_path / "bytes", channels=1), tmp_path / "run"))
+    mean = model.pixels.mean
+    assert model.pixels.integers is None and mean != (0.5,)
+    data = small_images(tmp_path / "deep", channels=1)
+    trainer(tmp_path, limit_predict_batches=1).predict(model, data, return_predictions=False)
+    assert data.pixels == model.pixels == PixelFormat(1, (0, 4095), None, mean, model.pixels.std)
+    other = small_images(tmp_path / "deeper", channels=1)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, limit_predict_batches=1).predict(model, other, return_predictions=False)
+    assert other.pixels.integers == (0, 4095)
+    assert (
+        "Integers from 0 (black) to 4095 (white), as the model was trained; of these images alone it would be 0 to 16383"
+        in (caplog.text)
+    )
+
+
+def test_a_probe_keeps_the_format_that_it_learned_from_its_data(tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        microscopy(tmp_path / "images" / name, 3)
+    run = trainer(tmp_path)
+    run.strategy.connect(small_ijepa(encoder_depth=2))
+    run.save_checkpoint(tmp_path / "imported.ckpt", weights_only=True)
+    probe, data = LinearProbe(str(tmp_path / "imported.ckpt")), small_images(tmp_path / "images", normalization="found")
+    fit = trainer(tmp_path / "probe", max_steps=1)
+    fit.fit(probe, data)
+    fit.save_checkpoint(tmp_path / "probe.ckpt")
+    assert load_probe(tmp_path / "probe.ckpt", LinearProbe).pixels == data.pixels != PixelFormat()
 
 
 def test_a_resumed_model_sees_images_as_before(tmp_path: Path) -> None:
@@ -339,6 +375,9 @@ def test_probes_and_exports_see_images_as_the_model_does(tmp_path: Path) -> None
     images = torch.randn(3, 2, 16, 16)
     torch.testing.assert_close(encoder(images), load(checkpoint)(images), atol=1e-5, rtol=1e-4)
     assert load_encoder(tmp_path / "timm").channels == 2
+    for layout, name in (("timm", "timm"), ("huggingface", "hf"), ("safetensors", "encoder.safetensors")):
+        export_weights(str(checkpoint), str(tmp_path / name), layout)  # type: ignore[arg-type]
+        assert load(tmp_path / name).pixels == data.pixels, layout
 
 
 def test_weights_that_never_saw_images_take_the_format_of_the_data(tmp_path: Path) -> None:
@@ -370,6 +409,44 @@ def test_models_and_data_of_other_channels_are_refused(tmp_path: Path) -> None:
     assert agree(None, 3, None) is None and agree(PixelFormat(), 3, object()) == PixelFormat()
     with pytest.raises(ValueError, match=r"\(B, 2, 16, 16\)"):
         small_ijepa(channels=2)(torch.zeros(1, 3, 16, 16))
+
+
+def test_thumbnails_are_no_channels_and_bits_are_black_and_white(tmp_path: Path) -> None:
+    first, small = Image.fromarray(RAMP), Image.fromarray(RAMP[:4, :4])
+    first.save(tmp_path / "camera.tif", save_all=True, append_images=[small])
+    assert np.array_equal(read_image(str(tmp_path / "camera.tif"), PixelFormat(1, (0, 4095)))[0], RAMP // 16)
+    bits = [Image.fromarray(RAMP > 64 * limit) for limit in (10, 20)]
+    bits[0].save(tmp_path / "bits.tif", save_all=True, append_images=bits[1:])
+    assert np.array_equal(read_image(str(tmp_path / "bits.tif"), PixelFormat(2))[1], (RAMP > 64 * 20) * 255)
+
+
+def test_a_checkpoint_from_before_goes_on_where_nothing_new_is_in_use(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 12)
+    plain, turned, ranged = (
+        small_images(tmp_path / "images", **changes) for changes in ({}, {"rotate": True}, {"value_range": (0, 9)})
+    )
+    for data in (plain, turned, ranged):
+        data.setup("fit")
+    before = {"images", "image_size", "crop_scale", "flip", "rand_augment", "views", "seed"}
+    assert set(plain.order()) == before
+    assert turned.order()["rotate"] is True and ranged.order()["value_range"] == [0, 9]
+
+
+def test_a_format_can_be_a_list_and_a_key() -> None:
+    pixels = PixelFormat(1, [0, 4095], None, [0.5], [0.2])  # type: ignore[arg-type]
+    assert hash(pixels) == hash(PixelFormat(1, (0, 4095), None, (0.5,), (0.2,)))
+    assert normalize(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), pixels).shape == (1, 1, 2, 2)
+
+
+def test_tasks_of_other_depth_are_read_in_one_range(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        for number in range(6):
+            save(tmp_path / "bytes" / name, f"{number}.png", np.full((8, 8), number, np.uint8))
+            save(tmp_path / "deep" / name, f"{number}.tif", RAMP)
+    data = MultiTask({task: small_images(tmp_path / task, batch_size=2) for task in ("bytes", "deep")})
+    data.setup("fit")
+    assert data.pixels.integers == (0, 4095) and data.folders["deep"].pixels == data.pixels
+    assert agree(data.pixels, 3, data) == data.pixels and data.folders["deep"].pixels == data.pixels
 
 
 def test_tasks_are_normalized_alike(tmp_path: Path) -> None:

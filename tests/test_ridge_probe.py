@@ -67,9 +67,10 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def test_the_penalty_is_chosen_on_training_images_and_the_map_fitted_on_all(
-    tmp_path: Path, noise: Path, checkpoint: str
+    tmp_path: Path, noise: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole probe, written out for each kind of features."""
+    monkeypatch.setattr(jepa_lightning.probes.images.ridge, "MIN_CHOOSING", 1)
     data = small_images(noise, val_fraction=0.3)
     probe = RidgeProbe(checkpoint)
     trainer(tmp_path).test(probe, data, verbose=False)
@@ -146,3 +147,11 @@ def test_what_cannot_be_is_said(checkpoint: str) -> None:
     for penalties in ((), (0.0, 1.0), (1.0, -1.0)):
         with pytest.raises(ValueError, match=r"model\.penalties=.*give at least one, all positive"):
             RidgeProbe(checkpoint, penalties=penalties)
+
+
+def test_with_a_handful_of_labels_the_penalty_is_not_left_to_chance(tmp_path: Path, noise: Path, checkpoint: str) -> None:
+    probe = RidgeProbe(checkpoint, penalties=(1e-6, 3e-2, 10.0))
+    run = trainer(tmp_path, limit_test_batches=1.0)
+    run.test(probe, small_images(noise, fraction=0.1), verbose=False)
+    report = json.loads((tmp_path / "report.json").read_text())["accuracy"]
+    assert {figures["penalty"] for figures in report.values()} == {3e-2}

@@ -23,7 +23,7 @@ from jepa_lightning.intersection_over_union import (
 )
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes import SegmentationProbe
-from jepa_lightning.probes.images.segmentation import class_colors, segmentation_report
+from jepa_lightning.probes.images.segmentation import class_colors, pixel_loss, segmentation_report
 from jepa_lightning.weights.checkpoints import load_probe
 from jepa_lightning.weights.exporting import export_weights
 
@@ -137,6 +137,7 @@ def test_pairs_that_do_not_fit_are_named(tmp_path: Path) -> None:
     [
         ({"image_size": 0}, "data.image_size=0"),
         ({"num_classes": 1}, "data.num_classes=1: segmentation needs at least 2"),
+        ({"num_classes": 0}, "data.num_classes=0: segmentation needs at least 2"),
         ({"class_names": ["a", "b"]}, "data.class_names has 2 names, and there are 3 classes"),
         ({"flip": 2.0}, "data.flip=2.0"),
         ({"crop_scale": (0.5, 0.1)}, "data.crop_scale="),
@@ -145,6 +146,43 @@ def test_pairs_that_do_not_fit_are_named(tmp_path: Path) -> None:
 def test_impossible_data_is_refused(scenes: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_scenes(scenes, **arguments).setup("fit")
+
+
+@pytest.mark.parametrize("num_classes", [None, 2])
+def test_masks_of_black_and_white_are_not_taken_for_void(tmp_path: Path, num_classes: int | None) -> None:
+    for split in ("train", "val"):
+        draw(tmp_path / split, 3)
+        for path in (tmp_path / split / "masks").iterdir():
+            with Image.open(path) as image:
+                mask = np.array(image) == 2
+            Image.fromarray((mask * 255).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"hold no class but 0, and data.void=255 does not count"):
+        small_scenes(tmp_path, num_classes=num_classes).setup("fit")
+
+
+def test_damaged_masks_and_other_files_end_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "val"):
+        draw(tmp_path / split, 6)
+    (tmp_path / "train" / "masks" / "00.png").write_bytes(b"no image")
+    (tmp_path / "train" / "images" / "notes.txt").write_text("")
+    (tmp_path / "train" / "images" / "more").mkdir()
+    (tmp_path / "train" / "masks" / "more").mkdir()
+    for part in ("images", "masks"):
+        (tmp_path / "train" / part / "01.png").rename(tmp_path / "train" / part / "more" / "01.png")
+    data = small_scenes(tmp_path, batch_size=6)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert data.num_classes == 3 and len(data._pairs["train"][1]) == 6, "also those below"
+    assert "1 files of other kinds" in caplog.text
+    with pytest.warns(UserWarning, match=r"00.png cannot be decoded"):
+        next(iter(data.train_dataloader()))
+
+
+def test_a_batch_of_void_alone_has_no_loss() -> None:
+    logits, masks = torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), VOID)
+    assert pixel_loss(logits, masks) == 0
+    masks[0, 0, 0] = 1
+    assert pixel_loss(logits, masks) == -logits[0, :, 0, 0].log_softmax(dim=0)[1]
 
 
 def test_iou_is_that_of_torchmetrics_and_void_does_not_count() -> None:

@@ -7,6 +7,7 @@ import pytest
 from conftest import small_images, small_trajectories, small_views
 from PIL import Image
 
+from datamodules.batches import ImageBatch
 from jepa_lightning import IJEPA, IWM, DynamicsJEPA
 from jepa_lightning.cli import main
 from jepa_lightning.run_defaults import sizes_for
@@ -53,3 +54,12 @@ def test_each_family_takes_what_it_has(image_root: Path, points_root: Path) -> N
     assert sizes_for(IWM, small_views(image_root)) == {"image_size": (16, 16)}
     assert sizes_for(IJEPA, small_trajectories(points_root)) == {} == sizes_for(IJEPA, object())
     assert sizes_for(DynamicsJEPA, small_images(image_root)) == {}
+
+
+def test_data_of_ones_own_may_say_less() -> None:
+    class Bare:
+        batch_type = ImageBatch
+
+    assert sizes_for(IJEPA, Bare()) == {}
+    Bare.image_size = (8, 8)  # type: ignore[attr-defined]
+    assert sizes_for(IJEPA, Bare()) == {"image_size": (8, 8)}

@@ -210,7 +210,9 @@ class MaskedPredictor(nn.Module):
         length = hidden.shape[1] // num_blocks
         mask = None
         if self.shares_context:
-            mask = shared_context_mask(visible.shape[1], num_blocks, length, hidden.device)
+            allowed = shared_context_mask(visible.shape[1], num_blocks, length, hidden.device)
+            # To be added to the scores: not all versions of timm know masks of truth values.
+            mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~allowed, -torch.inf)
         else:  # an image of its own for each block
             visible, hidden = visible.repeat_interleave(num_blocks, dim=0), hidden.reshape(-1, length, hidden.shape[2])
         tokens = torch.cat([visible, hidden], dim=1)

@@ -60,6 +60,7 @@ def export_weights(
         (path / "config.json").write_text(json.dumps(_timm_config(jepa), indent=2) + "\n")
     elif layout == "safetensors":
         about = {"encoder": str(jepa.hparams.encoder), "depth": str(len(vit.vit.blocks)), "layout": "timm"}
+        about["pixels"] = json.dumps(jepa.pixels.to_dict())
         about |= {"image_size": f"{jepa.image_size[0]},{jepa.image_size[1]}", "patch_size": str(jepa.hparams.patch_size)}
         save_file(states[encoder], path, metadata=about)
     else:
@@ -76,6 +77,7 @@ def _timm_config(jepa: ImageJEPA) -> dict[str, Any]:
     encoder, (height, width) = jepa.target_encoder, jepa.image_size
     return {
         "architecture": str(jepa.hparams.encoder),
+        "pixels": jepa.pixels.to_dict(),
         "num_classes": 0,
         "num_features": encoder.dim,
         "global_pool": "avg",
@@ -111,6 +113,7 @@ def _hugging_face_config(jepa: ImageJEPA) -> dict[str, Any]:
     return {
         "architectures": ["IJepaModel"],
         "model_type": "ijepa",
+        "pixels": jepa.pixels.to_dict(),
         "hidden_size": encoder.dim,
         "num_hidden_layers": len(encoder.vit.blocks),
         "num_attention_heads": encoder.num_heads,

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from safetensors import safe_open
 from torch import nn
 
+from datamodules.pixel_format import PixelFormat
 from jepa_lightning.ijepa import IJEPA
 from jepa_lightning.weights import formats
 from jepa_lightning.weights.formats import State
@@ -61,10 +63,22 @@ def load_encoder(path: str | os.PathLike[str], image_size: tuple[int, int] | Non
     encoder = formats.from_hugging_face(state) if formats.is_hugging_face(state) else state
     jepa = _assemble(path, encoder, encoder, None, image_size)
     about = json.loads(config.read_text()) if config.is_file() else {}
-    heads = about.get("num_attention_heads") if isinstance(about, dict) else None
+    about = about if isinstance(about, dict) else {}
+    pixels = about.get("pixels") or _metadata(path).get("pixels")
+    if pixels is not None:  # of our own exports
+        jepa.known_pixels = PixelFormat.from_dict(json.loads(pixels) if isinstance(pixels, str) else pixels)
+    heads = about.get("num_attention_heads")
     if heads is not None and heads != jepa.target_encoder.num_heads:
         raise ValueError(f"{config} says {heads} heads; {jepa.hparams.encoder} has {jepa.target_encoder.num_heads}.")
     return jepa
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing of other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _assemble(
@@ -84,7 +98,7 @@ def _assemble(
     if predictor is not None and "embed.weight" in predictor:
         sizes["predictor_width"] = len(predictor["embed.weight"])
         sizes["predictor_depth"] = len({name.split(".")[1] for name in predictor if name.startswith("blocks.")})
-    jepa = IJEPA(found.name, image_size, found.patch_size, found.depth, found.channels, **sizes)
+    jepa = IJEPA(found.name, image_size, found.patch_size, found.depth, channels=found.channels, **sizes)
     jepa.built_with = {name: value for name, value in jepa.hparams.items() if not name.startswith("_")}
     wrong = _fill(jepa.context_encoder.vit, encoder, jepa.context_encoder.positions, "pos_embed", "encoder")
     wrong += _fill(jepa.target_encoder.vit, target, jepa.target_encoder.positions, "pos_embed", "target_encoder")

@@ -163,3 +163,10 @@ class ImageProbe(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
         checkpoint[RECORD] = self.record
+        if self.known_pixels is not None:
+            checkpoint["pixels"] = self.known_pixels.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "pixels" in checkpoint:
+            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+            self.known_pixels = agree(PixelFormat.from_dict(checkpoint["pixels"]), self.channels, data)

@@ -88,7 +88,7 @@ class ComparisonProbe(RidgeProbe):
     def setup(self, stage: str) -> None:
         """Compare with the data module; labels are welcome, not needed. See `ImageProbe.setup` for the errors."""
         data: Any = getattr(self.trainer, "datamodule", None)
-        self.needs_labels = bool(getattr(data, "num_classes", self.num_classes))
+        self.needs_labels = (getattr(data, "num_classes", self.num_classes) or 0) > 1
         super().setup(stage)
 
     @torch.no_grad()

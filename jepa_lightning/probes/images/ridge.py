@@ -3,6 +3,7 @@
 Shapes: B batch, H W pixels, D embedding dimension, C classes.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -19,6 +20,9 @@ from jepa_lightning.probes.report import save_accuracies
 MAX_CHOOSING = 20_000
 """Maximum number of training images that the penalty is chosen on."""
 
+MIN_CHOOSING, FEW_PENALTY = 20, 0.01
+"""Minimum number of them, and the penalty where there are fewer: a handful says nothing."""
+
 
 class RidgeProbe(ImageProbe):
     """Linear probing in closed form: ridge regression of the classes on frozen, average-pooled embeddings.
@@ -26,7 +30,8 @@ class RidgeProbe(ImageProbe):
     There is nothing to fit by gradient descent, so that all kinds of features have the best linear map that they can have,
     after one pass over the training images without crops: `test` alone does it all and writes report.json and report.md.
     The penalty is chosen, for each kind of features, on every tenth training image, and the map is then fitted anew on all
-    of them; held-out images are only reported on. Features and baselines are those of `LinearProbe`.
+    of them; held-out images are only reported on. With fewer than 200 training images it is the one nearest to 0.01.
+    Features and baselines are those of `LinearProbe`.
 
     Differs from the paper: squared error of one-hot classes instead of cross-entropy, and no crops.
 
@@ -114,9 +119,12 @@ class RidgeProbe(ImageProbe):
         if self.trainer.world_size > 1:
             rest.reduce()
         right = self.trainer.strategy.reduce(right, reduce_op="sum")
+        count = int(rest.moments[0, 0])
         fit.add(rest)
-        # Of penalties that do equally well it is the largest; without images to choose on, too.
+        # Of penalties that do equally well it is the largest.
         best = max(range(len(self.penalties)), key=lambda place: (float(right[place]), self.penalties[place]))
+        if count < MIN_CHOOSING:
+            best = min(range(len(self.penalties)), key=lambda place: abs(math.log(self.penalties[place] / FEW_PENALTY)))
         return fit.weights(self.penalties[best]), self.penalties[best]
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:

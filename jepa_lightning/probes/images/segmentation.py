@@ -172,10 +172,7 @@ class SegmentationProbe(ImageProbe):
         return found
 
     def training_step(self, batch: SegmentationBatch, batch_idx: int) -> Tensor:
-        losses = {
-            name: F.cross_entropy(scores.float(), batch.masks, ignore_index=VOID)
-            for name, scores in self.logits(batch.images).items()
-        }
+        losses = {name: pixel_loss(scores, batch.masks) for name, scores in self.logits(batch.images).items()}
         self.log_dict({f"train/loss_{name}": loss for name, loss in losses.items()})
         total = torch.stack(list(losses.values())).sum()  # they share no parameter, so each is trained on its own
         self.log("train/loss", total / len(losses), prog_bar=True)
@@ -185,7 +182,7 @@ class SegmentationProbe(ImageProbe):
         logits = self.logits(batch.images)
         for name, scores in logits.items():
             self.confusions[name].update(scores.argmax(dim=1), batch.masks)
-        loss = F.cross_entropy(logits["linear_last_four"].float(), batch.masks, ignore_index=VOID)
+        loss = pixel_loss(logits["linear_last_four"], batch.masks)
         self.log("val/loss", loss, sync_dist=True, batch_size=len(batch.images))
         if batch_idx == 0 and not self.trainer.sanity_checking:
             self._show(batch, logits)
@@ -238,6 +235,12 @@ class SegmentationProbe(ImageProbe):
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate)
         schedule = warmup_cosine_schedule(optimizer, total_optimizer_steps(self.trainer), 0.05)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy of the pixels that count, 0 if none does: (B, C, H, W) and (B, H, W) -> scalar."""
+    total = F.cross_entropy(logits.float(), masks, ignore_index=VOID, reduction="sum")
+    return total / (masks != VOID).sum().clamp(min=1)
 
 
 def class_colors(masks: Tensor) -> Tensor:
