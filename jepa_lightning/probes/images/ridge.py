@@ -58,7 +58,7 @@ class RidgeProbe(ImageProbe):
         checkpoint: str,
         num_classes: int | None = None,
         encoder: Literal["target", "context"] = "target",
-        penalties: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        penalties: tuple[float, ...] = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0),
         baselines: bool = True,
     ) -> None:
         super().__init__(checkpoint, encoder, num_classes, baselines)
