@@ -218,12 +218,9 @@ class HeldOutStream:
     """
 
     def __init__(self, images: StreamedImages, sampler: StreamBatches, **settings: Any) -> None:
-        self.loader: DataLoader[Any] = DataLoader(
-            images,
-            batch_sampler=sampler,
-            collate_fn=already_collated,
-            **settings,
-        )
+        # Workers end with each pass: those of a loader that Lightning does not know would outlive the run.
+        settings |= {"persistent_workers": False} if settings.get("num_workers") else {}
+        self.loader: DataLoader[Any] = DataLoader(images, batch_sampler=sampler, collate_fn=already_collated, **settings)
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch in self.loader if batch is not None)
