@@ -322,7 +322,7 @@ def test_of_what_a_model_never_saw_the_data_has_the_range(tmp_path: Path, caplog
     trainer(tmp_path, limit_predict_batches=1).predict(model, data, return_predictions=False)
     assert data.pixels == model.pixels == PixelFormat(1, (0, 4095), None, mean, model.pixels.std)
     other = small_images(tmp_path / "deeper", channels=1)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         trainer(tmp_path, limit_predict_batches=1).predict(model, other, return_predictions=False)
     assert other.pixels.integers == (0, 4095)
     assert (
@@ -467,7 +467,7 @@ def test_tasks_are_normalized_alike(tmp_path: Path) -> None:
 def test_what_is_found_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = small_images(microscopy(tmp_path / "images"), channels=2)
     (tmp_path / "images" / "bad.tif").write_bytes(b"")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
     assert "16-bit gray in 2 pages" in caplog.text and "4095 (white)" in caplog.text
     assert IMAGENET_MEAN != data.pixels.mean

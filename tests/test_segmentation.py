@@ -170,7 +170,7 @@ def test_damaged_masks_and_other_files_end_nothing(tmp_path: Path, caplog: pytes
     for part in ("images", "masks"):
         (tmp_path / "train" / part / "01.png").rename(tmp_path / "train" / part / "more" / "01.png")
     data = small_scenes(tmp_path, batch_size=6)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
     assert data.num_classes == 3 and len(data._pairs["train"][1]) == 6, "also those below"
     assert "1 files of other kinds" in caplog.text
