@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.first_look import Look, Normalization, check_normalization, look
+from datamodules.held_out import HeldOutLoader, held_out_loader
 from datamodules.image_datasets import (
     HeldOutImages,
-    HeldOutLoader,
     HeldOutViews,
     NumberedImages,
     TrainingImages,
@@ -211,13 +211,7 @@ class ImageDataModule(SingleLoaderDataModule):
             images = HeldOutImages(*held_out, unreadable, self.pixels, self.fetch)
         else:
             images = HeldOutViews(*held_out, self._view_maker(), unreadable, self.pixels, self.fetch)
-        return HeldOutLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=self.held_out_sampler("validation", images),
-            collate_fn=already_collated,
-            **self.loader_settings(),
-        )
+        return held_out_loader(self, "validation", images)
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()
@@ -228,13 +222,7 @@ class ImageDataModule(SingleLoaderDataModule):
         if len(chosen) < self.rank[1]:  # some are encoded again, so that each process has one
             chosen = [*chosen, *range(self.rank[1] - len(chosen))]
         images: Dataset[Any] = Subset(self._numbered(self.image_size), chosen)
-        loader = HeldOutLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=self.held_out_sampler("predict", images),
-            collate_fn=already_collated,
-            **self.loader_settings(),
-        )
+        loader = held_out_loader(self, "predict", images)
         loader.may_be_empty = True  # what is left of a run that was cut may be files that nobody can read
         return loader
 

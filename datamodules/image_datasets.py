@@ -6,12 +6,12 @@ Shapes: C channels, H W pixels.
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from datamodules.batches import ImageBatch, ViewBatch
@@ -304,27 +304,3 @@ class HeldOutViews(HeldOutImages):
                 geometric = self.maker.views.geometric
                 pairs.append(self.maker.pair(image) if geometric else self.maker.pair(middle, Place(0, 0, *self.image_size)))
         return self.collate_views(pairs, middles, kept, (self.seed, HELD_OUT_STREAM, indices[0]))
-
-
-class HeldOutLoader(DataLoader[Any]):
-    """A DataLoader over held-out images that leaves out a batch of which not one image can be read.
-
-    No other image takes the place of an unreadable one: it would count twice.
-
-    Raises:
-        ValueError: While it is iterated over: all batches were left out.
-    """
-
-    may_be_empty = False
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        empty = True
-        for batch in super().__iter__():
-            if batch is not None:
-                empty = False
-                yield batch
-        if empty and not self.may_be_empty:
-            raise ValueError(
-                f"Not one of the {len(self.sampler)} held-out images of this process can be decoded: "  # type: ignore[arg-type]
-                "repair the files that the warnings name, or choose another data.root."
-            )

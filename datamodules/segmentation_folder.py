@@ -23,12 +23,13 @@ from torchvision.transforms.v2 import functional as vision
 from datamodules.batches import VOID, SegmentationBatch
 from datamodules.decoding import FORMATS
 from datamodules.first_look import Normalization, check_normalization, look
-from datamodules.image_datasets import HeldOutLoader, ImageDataset, augmented
+from datamodules.held_out import held_out_loader
+from datamodules.image_datasets import ImageDataset, augmented
 from datamodules.image_files import Samples, files_below, printable
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import normalize
 from datamodules.rank_zero import from_rank_zero
-from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
+from datamodules.resumable import ResumableLoader, SingleLoaderDataModule
 from datamodules.rng import HELD_OUT_STREAM, seeded_generator
 from datamodules.unreadable import UnreadableFiles
 
@@ -265,14 +266,7 @@ class SegmentationFolder(SingleLoaderDataModule):
         }
 
     def val_dataloader(self) -> DataLoader[Any]:
-        images = self._images("val", None)
-        return HeldOutLoader(
-            images,
-            batch_size=self.batch_size,
-            sampler=self.held_out_sampler("validation", images),
-            collate_fn=already_collated,
-            **self.loader_settings(),
-        )
+        return held_out_loader(self, "validation", self._images("val", None))
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()

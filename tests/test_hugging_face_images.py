@@ -19,8 +19,8 @@ from conftest import ROOT, parameters_equal, run_script, small_ijepa, small_iwm,
 from lightning.pytorch import Callback
 from PIL import Image
 
-import datamodules.hugging_face_source as source
 from datamodules import HuggingFaceImages, Views
+from datamodules.hugging_face_source import library
 from datamodules.image_stream import Record, StreamBatches, StreamChange, StreamedImages
 from datamodules.pixel_format import PixelFormat
 from jepa_lightning.probes import KNNProbe
@@ -302,7 +302,7 @@ def test_what_a_stream_cannot_do_is_said(shards: Path, tmp_path: Path) -> None:
 def test_without_the_package_it_is_said_what_to_install(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "jepa-lightning\[hf\]"'):
-        source.library()
+        library()
 
 
 def test_an_iwm_learns_from_a_stream(shards: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from datamodules.image_datasets import HeldOutLoader
+from datamodules.held_out import HeldOutLoader
 from jepa_lightning.probes.images.base import ImageProbe
 
 
