@@ -96,6 +96,16 @@ def layout_of(path: Source) -> str:
         return image.mode if pages == 1 else f"{pages} pages of {image.mode}"
 
 
+def size_of(path: Source) -> tuple[int, int]:
+    """Height and width of an image in pixels, by its header alone, as it lies in the file.
+
+    Raises:
+        Exception: As for `read_image`.
+    """
+    with warnings.catch_warnings(action="ignore"), _opened(path) as image:
+        return image.height, image.width
+
+
 def is_wide(layout: str) -> bool:
     """Whether a layout has values of more than 8 bits, of which no number is known to be white."""
     return layout.rsplit(" ", 1)[-1].startswith(("I", "F"))

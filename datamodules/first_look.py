@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from datamodules.decoding import ChannelsError, is_wide, layout_of, read_values
+from datamodules.decoding import ChannelsError, is_wide, layout_of, read_values, size_of
 from datamodules.image_files import printable
 from datamodules.pixel_format import PixelFormat, Range
 
@@ -33,6 +33,10 @@ LAYOUTS = {
     "F": "floats",
 }
 """Pillow's names of layouts -> what messages call them; 16-bit gray has four names, the others are called by theirs."""
+
+
+SIZES = range(32, 129, 32)
+"""Sizes in pixels that are chosen from where none is given: with 8 x 8 patches, of 4 to 16 pixels."""
 
 
 class Look(NamedTuple):
@@ -72,8 +76,7 @@ def look(
     find = (normalization or ("imagenet" if channels == 3 else "found")) == "found"
     layouts, misfits, points = Counter[str](), [], []
     ranges: dict[str, Range] = {}
-    chosen = np.unique(np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round().astype(int))
-    for path in (paths[place] for place in chosen):
+    for path in _evenly(paths):
         try:
             layout = layout_of(path if fetch is None else fetch(path))
             if find or is_wide(layout) or "pages" in layout:
@@ -105,6 +108,35 @@ def look(
     if misfits:
         said = f"{said} {len(misfits)} have other channels and will be left out: {misfits[0]}.".strip()
     return Look(pixels, said)
+
+
+def found_size(paths: Sequence[bytes], fetch: Callable[[bytes], Any] | None = None) -> tuple[int, int]:
+    """The size to resize images to where none is given: the largest of `SIZES` that half of them have on both sides.
+
+    Args:
+        paths: Files of the images, some of which are looked at, by their headers alone.
+        fetch: As for `look`.
+
+    Raises:
+        ValueError: Not one of them can be read.
+    """
+    shorter = []
+    for path in _evenly(paths):
+        try:
+            shorter.append(min(size_of(path if fetch is None else fetch(path))))
+        except Exception:  # as in `look`
+            continue
+    if not shorter:
+        raise ValueError(f"Not one of {len(paths)} images can be read, so that data.image_size cannot be found: give it.")
+    fitting = [size for size in SIZES if size <= np.median(shorter)]
+    size = fitting[-1] if fitting else SIZES[0]
+    return size, size
+
+
+def _evenly(paths: Sequence[bytes]) -> list[bytes]:
+    """Those of the paths that are looked at, evenly spaced."""
+    places = np.unique(np.linspace(0, len(paths) - 1, min(LOOKED_AT, len(paths))).round().astype(int))
+    return [paths[place] for place in places]
 
 
 def check_normalization(channels: int, normalization: str | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -35,7 +36,7 @@ class HuggingFaceImages(ImageDataModule):
 
     Args:
         path: Name on the Hub, folder of `save_to_disk`, or kind of files: "parquet", "arrow", "webdataset", "imagefolder".
-        image_size: Height and width in pixels, one number or two.
+        image_size: Height and width in pixels, one number or two; null as for `ImageFolder`, but not of a stream.
         data_files: Files by split for a kind of files: {"train": "DIR/train-*.parquet", "validation": "DIR/val.parquet"}.
         name: Configuration of a data set of the Hub.
         split: Split to train on, and the one that `predict` embeds.
@@ -68,7 +69,7 @@ class HuggingFaceImages(ImageDataModule):
     def __init__(
         self,
         path: str,
-        image_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] | None = 224,
         data_files: dict[str, str] | None = None,
         name: str | None = None,
         split: str = "train",
@@ -112,6 +113,8 @@ class HuggingFaceImages(ImageDataModule):
             raise ValueError(f"data.val_fraction={val_fraction}, data.fraction={fraction}: choose fractions of the images.")
         if (size is not None and size < 1) or shuffle_buffer < 1:
             raise ValueError(f"data.size={size}, data.shuffle_buffer={shuffle_buffer}: give at least 1.")
+        if streaming and image_size is None:
+            raise ValueError("data.image_size=null with data.streaming: a stream has no images at hand; give a size.")
         if streaming and (fraction < 1 or val_split is None):
             raise ValueError(
                 "data.streaming=true needs data.val_split, and takes no data.fraction: to hold out or choose images of each "
@@ -130,6 +133,9 @@ class HuggingFaceImages(ImageDataModule):
         if not self.streaming:
             for split in {self.split, self.val_split} - {None}:
                 self.source.split(split)  # type: ignore[arg-type]
+
+    def training_paths(self) -> np.ndarray:
+        return self.source.rows(self.split)[0].paths
 
     def find(self, stage: str) -> tuple[dict[str, Samples], list[str], str]:
         """The rows of each split.

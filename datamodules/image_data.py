@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from datamodules.batches import ImageBatch, ViewBatch
-from datamodules.first_look import Look, Normalization, check_normalization, look
+from datamodules.first_look import Look, Normalization, check_normalization, found_size, look
 from datamodules.held_out import HeldOutLoader, held_out_loader
 from datamodules.image_datasets import (
     HeldOutImages,
@@ -39,8 +39,8 @@ from datamodules.views import ViewMaker, Views
 class ImageDataModule(SingleLoaderDataModule):
     """Images of some source, with or without classes, to train on, to hold out and to embed.
 
-    A subclass implements `find`. See `datamodules.ImageFolder` for the arguments and what happens to images that cannot be
-    decoded.
+    A subclass implements `find` and `training_paths`. See `datamodules.ImageFolder` for the arguments and what happens to
+    images that cannot be decoded.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.
@@ -49,7 +49,7 @@ class ImageDataModule(SingleLoaderDataModule):
     def __init__(
         self,
         *,
-        image_size: int | tuple[int, int],
+        image_size: int | tuple[int, int] | None,
         crop_scale: tuple[float, float],
         flip: float,
         vertical_flip: float = 0.0,
@@ -66,8 +66,9 @@ class ImageDataModule(SingleLoaderDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
-        if min(self.image_size) < 1 or batch_size < 1:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_size = None if size is None else (size[0], size[1])
+        if min(self._image_size or (1, 1)) < 1 or batch_size < 1:
             raise ValueError(f"data.image_size={image_size}, data.batch_size={batch_size}: both must be at least 1.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"data.crop_scale={crop_scale}: give minimum and maximum area, 0 < minimum <= maximum <= 1.")
@@ -105,6 +106,15 @@ class ImageDataModule(SingleLoaderDataModule):
     """Gets the content of an image by its path, where that is no file."""
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels; where none was given, by a look at the images, see `first_look.found_size`."""
+        if self._image_size is None:
+            self._image_size = found_size(self.training_paths(), self.fetch)
+            height, width = self._image_size
+            rank_zero_info(f"Images are resized to {height} x {width} pixels; data.image_size chooses another size.")
+        return self._image_size
+
+    @property
     def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:
         """Type of its batches."""
         return ImageBatch if self.views is None else ViewBatch
@@ -113,6 +123,10 @@ class ImageDataModule(SingleLoaderDataModule):
     def num_classes(self) -> int:
         """Number of classes; 0 for a folder without."""
         return len(self.classes)
+
+    @abstractmethod
+    def training_paths(self) -> Any:
+        """Paths of the images to train on, known before `setup`: a sequence of bytes, the same in all processes."""
 
     @abstractmethod
     def find(self, stage: str) -> tuple[dict[str, Samples], list[str], str]:

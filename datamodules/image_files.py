@@ -137,7 +137,7 @@ def split_images(
         ValueError: No image can be held out.
     """
     split = (root / "val").is_dir()
-    folder = root / "train" if (root / "train").is_dir() else root
+    folder = training_folder(root)
     everything = read(folder)
     train, classes, alone = everything.samples, everything.classes, 0
     if split:
@@ -157,6 +157,11 @@ def split_images(
     # In one mixed order, so that the first batches of a validation have all classes.
     order = torch.randperm(len(val.labels), generator=seeded_generator(seed, HELD_OUT_STREAM))
     return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, alone
+
+
+def training_folder(root: Path) -> Path:
+    """Where the images to train on lie: root/train, or root where there is no such folder."""
+    return root / "train" if (root / "train").is_dir() else root
 
 
 def files_below(folder: Path) -> tuple[list[bytes], Counter[str]]:

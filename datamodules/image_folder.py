@@ -4,12 +4,13 @@ import warnings
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.first_look import Normalization
 from datamodules.image_data import ImageDataModule
-from datamodules.image_files import Samples, Scan, all_images, describe, scan, split_images
+from datamodules.image_files import Samples, Scan, all_images, describe, scan, split_images, training_folder
 from datamodules.rank_zero import from_rank_zero
 from datamodules.views import Views
 
@@ -32,7 +33,8 @@ class ImageFolder(ImageDataModule):
 
     Args:
         root: Folder of the images.
-        image_size: Height and width in pixels, one number or two.
+        image_size: Height and width in pixels, one number or two; null chooses 32, 64, 96 or 128 by the images, the largest
+            that half of them have.
         val_fraction: Fraction of each class that is held out, in (0, 1), where there is no folder val.
         fraction: Fraction of each class that is trained on, in (0, 1], at least one image of each: 0.01 and 0.1 are
             usual. Drawn once per seed.
@@ -66,7 +68,7 @@ class ImageFolder(ImageDataModule):
     def __init__(
         self,
         root: str,
-        image_size: int | tuple[int, int] = 224,
+        image_size: int | tuple[int, int] | None = 224,
         val_fraction: float = 0.1,
         fraction: float = 1.0,
         file_list: str | None = None,
@@ -116,6 +118,10 @@ class ImageFolder(ImageDataModule):
         """Download the images, if they are asked for by name and not there."""
         if self.download is not None:
             download(self.download, self.root)
+
+    def training_paths(self) -> np.ndarray:
+        self.prepare_data()
+        return scan(training_folder(self.root)).samples.paths
 
     def find(self, stage: str) -> tuple[dict[str, Samples], list[str], str]:
         """The images, found on rank 0, which broadcasts them: so all ranks have the same files in the same order.

@@ -30,7 +30,7 @@ class IJEPA(ImageJEPA):
         encoder: Name of a timm vision transformer, "vit_tiny_patch16_224" ... "vit_giant_patch14_224"; the sizes in it
             are overruled by the next two arguments.
         image_size: Height and width of the images in pixels, one number or two; as in the data.
-        patch_size: Height and width of a patch in pixels.
+        patch_size: Height and width of a patch in pixels; null for an eighth of the image's shorter side.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
         predictor_width: Token dimension of the predictor.
         predictor_depth: Number of blocks of the predictor. The paper takes 6 for ViT-B, 12 for L and H.
@@ -77,7 +77,7 @@ class IJEPA(ImageJEPA):
         self,
         encoder: str = "vit_small_patch16_224",
         image_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        patch_size: int | None = 16,
         encoder_depth: int | None = None,
         predictor_width: int = 384,
         predictor_depth: int = 6,

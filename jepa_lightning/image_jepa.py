@@ -44,6 +44,9 @@ from jepa_lightning.wide import WideMean
 SHOWN = 8
 """Images in a figure."""
 
+ROWS = 8
+"""Patches along the shorter side of an image where no size of a patch is given."""
+
 LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
 
 
@@ -69,7 +72,7 @@ class ImageJEPA(JEPA, ABC):
         *,
         encoder: str,
         image_size: int | tuple[int, int],
-        patch_size: int,
+        patch_size: int | None,
         encoder_depth: int | None,
         channels: int,
         loss: str,
@@ -93,7 +96,7 @@ class ImageJEPA(JEPA, ABC):
             ViTEncoder,
             encoder,
             self.image_size,
-            patch_size,
+            max(1, min(self.image_size) // ROWS) if patch_size is None else patch_size,
             encoder_depth,
             channels,
             gradient_checkpointing=gradient_checkpointing,

@@ -44,7 +44,7 @@ class IWM(ImageJEPA):
     Args:
         encoder: Name of a timm vision transformer; the sizes in it are overruled by the next two arguments.
         image_size: Height and width of the images in pixels, one number or two; as in the data.
-        patch_size: Height and width of a patch in pixels.
+        patch_size: Height and width of a patch in pixels; null for an eighth of the image's shorter side.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
         conditioning: How the predictor is conditioned on the action: "feature" joins it to each mask token, "sequence"
             makes a token of each scalar, "none" leaves it out.
@@ -90,7 +90,7 @@ class IWM(ImageJEPA):
         self,
         encoder: str = "vit_base_patch16_224",
         image_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
+        patch_size: int | None = 16,
         encoder_depth: int | None = None,
         conditioning: Conditioning = "feature",
         action_dim: int = len(COLORS),

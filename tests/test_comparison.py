@@ -54,10 +54,12 @@ def test_figures_are_those_of_the_other_probes(checkpoint: str, images: Path, tm
         assert figures[name]["linear"] == pytest.approx(alone["ridge"][linear]["accuracy"]), name
         assert figures[name]["linear_standard_error"] == pytest.approx(alone["ridge"][linear]["standard_error"]), name
         assert figures[name]["knn"] == pytest.approx(alone["knn"][knn]["accuracy"]), name
+        assert figures[name]["retrieval"] > 0.5, "each has seven others of its class among fifteen"
     text = (tmp_path / "all" / "report.md").read_text()
     assert "| random initialization | " in text and "chance 0.0625" in text
-    with Image.open(tmp_path / "all" / "comparison.png") as image:
-        assert image.size[0] > 300
+    for figure in ("comparison", "gallery"):
+        with Image.open(tmp_path / "all" / f"{figure}.png") as image:
+            assert image.size[0] > 300
 
 
 def test_without_labels_images_are_to_be_found_again(checkpoint: str, tmp_path: Path) -> None:

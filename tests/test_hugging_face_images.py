@@ -275,6 +275,7 @@ def test_a_batch_that_cannot_be_read_is_named_and_another_stands_in() -> None:
     ("changes", "message"),
     [
         ({"val_split": None}, "data.streaming=true needs data.val_split"),
+        ({"image_size": None}, "data.image_size=null with data.streaming: a stream has none"),
         ({"fraction": 0.5}, "takes no data.fraction"),
         ({"size": 0}, "data.size=0"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0: give at least 1"),

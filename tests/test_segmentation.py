@@ -266,7 +266,8 @@ def test_heads_learn_and_the_encoder_does_not(checkpoint: str, scenes: Path, tmp
 
 
 def test_features_are_laid_out_like_the_image(checkpoint: str) -> None:
-    probe = SegmentationProbe(checkpoint, num_classes=3, image_size=(24, 32))
+    probe = SegmentationProbe(checkpoint, num_classes=3)
+    probe.set_size((24, 32))
     images = torch.randn(2, 3, 24, 32)
     features = probe.features(images)
     patches = probe.encoder.last_blocks(images, 4)
@@ -281,7 +282,8 @@ def test_features_are_laid_out_like_the_image(checkpoint: str) -> None:
 
 
 def test_void_pixels_have_no_gradient(checkpoint: str, scenes: Path) -> None:
-    probe = SegmentationProbe(checkpoint, num_classes=3, image_size=(24, 32))
+    probe = SegmentationProbe(checkpoint, num_classes=3)
+    probe.set_size((24, 32))
     probe.log = probe.log_dict = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     data = small_scenes(scenes)
     data.setup("fit")

@@ -8,7 +8,7 @@ from conftest import small_images, small_trajectories, small_views
 from PIL import Image
 
 from datamodules.batches import ImageBatch
-from jepa_lightning import IJEPA, IWM, DynamicsJEPA
+from jepa_lightning import IJEPA, IWM, DynamicsJEPA, ImageFolder
 from jepa_lightning.cli import main
 from jepa_lightning.run_defaults import sizes_for
 from jepa_lightning.weights.checkpoints import load_jepa
@@ -63,3 +63,53 @@ def test_data_of_ones_own_may_say_less() -> None:
     assert sizes_for(IJEPA, Bare()) == {}
     Bare.image_size = (8, 8)  # type: ignore[attr-defined]
     assert sizes_for(IJEPA, Bare()) == {"image_size": (8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([(100, 300)] * 3 + [(300, 70)] * 2, 96),  # half of them have 96 on both sides
+        ([(100, 300)] * 2 + [(300, 70)] * 3, 64),
+        ([(500, 400)], 128),
+        ([(128, 400)], 128),
+        ([(127, 400)], 96),
+        ([(20, 28)], 32),  # there is nothing smaller
+    ],
+)
+def test_a_size_is_found_in_the_images(sizes: list[tuple[int, int]], found: int, tmp_path: Path) -> None:
+    for number, size in enumerate(sizes):
+        Image.new("L", size).save(tmp_path / f"{number}.png")
+    (tmp_path / "damaged.png").write_bytes(b"nothing")
+    assert ImageFolder(str(tmp_path), image_size=None).image_size == (found, found)
+
+
+def test_a_size_is_not_found_where_nothing_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "damaged.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"Not one of 1 images can be read, so that data.image_size cannot be found"):
+        _ = ImageFolder(str(tmp_path), image_size=None).image_size
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        _ = ImageFolder(str(tmp_path / "missing"), image_size=None).image_size
+
+
+def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(12):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        Image.new("RGB", (70, 90)).save(tmp_path / "train" / f"{number}.png")
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        main(
+            [
+                *("fit", "--config", "ijepa/folder", f"--data.root={tmp_path}"),
+                *(f"--trainer.default_root_dir={tmp_path / 'run'}", "--data.batch_size=4", "--data.num_workers=0"),
+                *("--model.encoder_depth=1", "--trainer.max_steps=1", "--trainer.val_check_interval=1"),
+                *("--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"),
+            ]
+        )
+    assert "Images are resized to 64 x 64 pixels; data.image_size chooses another size." in caplog.text
+    model = load_jepa(tmp_path / "run")
+    assert isinstance(model, IJEPA) and model.image_size == (64, 64)
+    assert model.target_encoder.grid == (8, 8) and model.target_encoder.patch_size == 8
+
+
+def test_patches_are_an_eighth_of_the_shorter_side() -> None:
+    model = IJEPA("vit_tiny_patch16_224", (48, 72), None, encoder_depth=1, predictor_width=24)
+    assert model.target_encoder.grid == (8, 12) and model.target_encoder.patch_size == 6

@@ -61,7 +61,10 @@ def export_weights(
     elif layout == "safetensors":
         about = {"encoder": str(jepa.hparams.encoder), "depth": str(len(vit.vit.blocks)), "layout": "timm"}
         about["pixels"] = json.dumps(jepa.pixels.to_dict())
-        about |= {"image_size": f"{jepa.image_size[0]},{jepa.image_size[1]}", "patch_size": str(jepa.hparams.patch_size)}
+        about |= {
+            "image_size": f"{jepa.image_size[0]},{jepa.image_size[1]}",
+            "patch_size": str(jepa.target_encoder.patch_size),
+        }
         save_file(states[encoder], path, metadata=about)
     else:
         save_file(formats.to_hugging_face(states[encoder]), path / "model.safetensors", metadata={"format": "pt"})
@@ -119,7 +122,7 @@ def _hugging_face_config(jepa: ImageJEPA) -> dict[str, Any]:
         "num_attention_heads": encoder.num_heads,
         "intermediate_size": encoder.vit.blocks[0].mlp.fc1.out_features,
         "image_size": height if height == width else [height, width],
-        "patch_size": jepa.hparams.patch_size,
+        "patch_size": encoder.patch_size,
         "num_channels": jepa.channels,
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,

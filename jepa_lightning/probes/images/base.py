@@ -80,6 +80,19 @@ class ImageProbe(LightningModule, ABC):
         """How the JEPA sees images."""
         return self.known_pixels or PixelFormat(self.channels)
 
+    def set_size(self, image_size: tuple[int, int]) -> None:
+        """Make the encoders take images of another size, and build anew what depends on it; for subclasses to extend.
+
+        Raises:
+            ValueError: Patches do not tile the image.
+        """
+        self.image_size = (image_size[0], image_size[1])
+        self.encoder = self.encoder.resized(self.image_size)
+        if self.baselines:
+            self.untrained = self.untrained.resized(self.image_size)
+        if self.num_classes is not None:
+            self.set_classes(self.num_classes)
+
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         """Build what depends on the number of classes, and note it for the checkpoint; for subclasses to extend."""
         self.num_classes = num_classes
@@ -103,8 +116,9 @@ class ImageProbe(LightningModule, ABC):
     batch_type: type = ImageBatch
     """What its batches are."""
 
-    any_size = False
-    """Whether its images may be of another size than in pre-training."""
+    any_size = True
+    """Whether its images may be of another size than in pre-training: where an encoder alone is read, its positions are
+    stretched; a predictor knows one grid."""
 
     def train(self, mode: bool = True) -> "ImageProbe":
         """Switch to training mode, all but the frozen networks."""
@@ -117,10 +131,18 @@ class ImageProbe(LightningModule, ABC):
         """Compare with the data module, and choose the attention.
 
         Raises:
-            ValueError: Other classes or images of another size than the probe was built for, or no classes at all.
+            ValueError: Other classes than the probe was built for or none at all, or images of a size that it cannot read.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         check_batches(self, data, self.batch_type)
+        theirs = getattr(data, "image_size", self.image_size)
+        if tuple(theirs) != self.image_size:
+            if not self.any_size:
+                raise ValueError(
+                    f"The JEPA was trained on images of {self.image_size} pixels, and data.image_size={theirs}: "
+                    f"{type(self).__name__} reads its predictor, which takes no other size."
+                )
+            self.set_size(theirs)
         classes = getattr(data, "num_classes", self.num_classes)
         if self.needs_labels:
             self._check_classes(data, classes)
@@ -129,9 +151,6 @@ class ImageProbe(LightningModule, ABC):
         elif self.needs_labels and classes != self.num_classes:
             raise ValueError(f"model.num_classes={self.num_classes} but the data has {classes} classes: set it to that.")
         self.known_pixels = agree(self.known_pixels, self.channels, data)
-        theirs = getattr(data, "image_size", self.image_size)
-        if tuple(theirs) != self.image_size and not self.any_size:
-            raise ValueError(f"The JEPA was trained on images of {self.image_size} pixels; data.image_size={theirs}.")
 
     def _check_classes(self, data: Any, classes: Any) -> None:
         """Raise a ValueError if there are too few classes, or several tasks for a probe of one."""
@@ -163,10 +182,14 @@ class ImageProbe(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sign(self, checkpoint)
         checkpoint[RECORD] = self.record
+        checkpoint["image_size"] = list(self.image_size)
         if self.known_pixels is not None:
             checkpoint["pixels"] = self.known_pixels.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        size = tuple(checkpoint.get("image_size", self.image_size))
+        if data is None and size != self.image_size:
+            self.set_size(size)
         if "pixels" in checkpoint:
-            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
             self.known_pixels = agree(PixelFormat.from_dict(checkpoint["pixels"]), self.channels, data)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from datamodules.batches import ImageBatch, batch_generator
@@ -20,6 +21,7 @@ from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.images.linear import shrunk_pixels
 from jepa_lightning.probes.images.memory_bank import MemoryBank
+from jepa_lightning.probes.images.retrieval import average_precisions, gallery
 from jepa_lightning.probes.images.ridge import RidgeProbe
 from jepa_lightning.probes.report import save_report
 from jepa_lightning.weights.loading import load
@@ -27,11 +29,15 @@ from jepa_lightning.weights.loading import load
 NUM_NEIGHBORS, TEMPERATURE = 20, 0.07
 
 MAX_PAIRS = 2000
-"""Maximum number of held-out images that are to be found again under augmentation."""
+"""Maximum number of held-out images that are to be found again under augmentation, or that others are retrieved for."""
+
+THUMBNAIL = 64
+"""Maximum height and width in pixels of what the gallery shows."""
 
 FIGURES = {
     "linear": "linear, last four blocks",
     "knn": f"{NUM_NEIGHBORS} nearest neighbors",
+    "retrieval": "mean average precision",
     "consistency": "found again under augmentation",
 }
 """What is reported, and how."""
@@ -43,7 +49,9 @@ class ComparisonProbe(RidgeProbe):
     With labels, by the linear probe in closed form on the last four blocks (see `RidgeProbe`) and by k-NN on the average of
     the last. Without labels, and with them too, by k-NN consistency: of two random crops of each held-out image, flipped and
     in other colors, is the one nearest to the first the second of the same image? Chance is one over the number of images.
-    `test` alone does it all, and writes report.json, report.md and comparison.png.
+    With labels also by retrieval: the mean average precision of ranking all other held-out images by their similarity.
+    `test` alone does it all, and writes report.json, report.md, comparison.png, and gallery.png, which shows some images
+    and those that the JEPA has nearest to them.
 
     Args:
         checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM.
@@ -85,6 +93,11 @@ class ComparisonProbe(RidgeProbe):
             self._pixels[f"other_{place}"] = other.pixels
         self._frozen.append("others")
 
+    def set_size(self, image_size: tuple[int, int]) -> None:
+        super().set_size(image_size)
+        for name, network in self.others.items():
+            self.others[name] = network.resized(self.image_size)
+
     def setup(self, stage: str) -> None:
         """Compare with the data module; labels are welcome, not needed. See `ImageProbe.setup` for the errors."""
         data: Any = getattr(self.trainer, "datamodule", None)
@@ -116,6 +129,7 @@ class ComparisonProbe(RidgeProbe):
         self._queries: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self._answers: list[Tensor] = []
         self._views: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
+        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
         self._paired = 0
         if self.needs_labels:
             super().on_test_start()
@@ -131,14 +145,16 @@ class ComparisonProbe(RidgeProbe):
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.evaluated.update(len(batch.labels))
         if self.needs_labels:
+            self._answers.append(batch.labels)
             for name, features in self.features(batch.images).items():
                 with torch.autocast(self.device.type, enabled=False):
                     self.right[name].update((classify(features, self._weights[name]) == batch.labels).sum())
                 self._queries[name].append(self.last(name, features).float().cpu())
-            self._answers.append(batch.labels)
         wanted = -(-MAX_PAIRS // self.trainer.world_size) - self._paired
         if wanted > 0:
             plain = denormalize(batch.images[:wanted], self.pixels)
+            embeddings = self.last("jepa", _pooled(self.encoder, batch.images[:wanted]))
+            self._shown.append((thumbnails(plain).cpu(), embeddings.float().cpu(), batch.labels[:wanted].cpu()))
             first, second = (normalize(view, self.pixels) for view in augmented_twice(plain, batch_generator(batch)))
             ours, theirs = self.features(first), self.features(second)
             for name in self.names:
@@ -155,6 +171,8 @@ class ComparisonProbe(RidgeProbe):
             if self.needs_labels:
                 figures[name] |= _with_error("linear", float(self.right[name].compute()) / count, count)
                 queries, answers = torch.cat(self._queries.pop(name)).to(self.device), torch.cat(self._answers)
+                precisions = average_precisions(_of_all(queries.cpu()), _of_all(answers.cpu()), MAX_PAIRS)
+                figures[name] |= _mean_with_error("retrieval", precisions)
                 votes = self._banks.pop(name).vote(queries, NUM_NEIGHBORS, TEMPERATURE)
                 right = self.trainer.strategy.reduce((votes == answers).sum(), reduce_op="sum")
                 figures[name] |= _with_error("knn", float(right) / count, count)
@@ -163,10 +181,11 @@ class ComparisonProbe(RidgeProbe):
             pairs = len(found)
             figures[name] |= _with_error("consistency", float(found.float().mean()), pairs)
             self.right[name].reset()
+        shown = [_of_all(torch.cat(of)) for of in zip(*self._shown, strict=True)]
         if self.trainer.is_global_zero:
-            self._report(figures, count, pairs)
+            self._report(figures, count, pairs, gallery(*shown))
 
-    def _report(self, figures: dict[str, dict[str, float]], count: int, pairs: int) -> None:
+    def _report(self, figures: dict[str, dict[str, float]], count: int, pairs: int, retrieved: Figure) -> None:
         report = {"comparison": figures, "names": self.names, "checkpoint": self.checkpoint}
         report |= {"num_images": count, "num_pairs": pairs, "chance_consistency": 1 / pairs}
         shown = [kind for kind in FIGURES if kind in figures["jepa"]]
@@ -176,19 +195,27 @@ class ComparisonProbe(RidgeProbe):
             lines.append(f"| {title} | " + " | ".join(cells) + " |")
         notes = (
             f"`{self.checkpoint}`: accuracies (standard error) on {count} held-out images; found again: of {pairs} held-out "
-            f"images, the one whose second crop is nearest to its first, chance {1 / pairs:.4f}. Figure: comparison.png."
+            f"images, the one whose second crop is nearest to its first, chance {1 / pairs:.4f}. "
+            + (f"Mean average precision: of {pairs} queries among all of them. " if "retrieval" in shown else "")
+            + "Figures: comparison.png, and gallery.png with the images nearest to some of them."
         )
         directory = Path(self.trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        figure = bars(figures, self.names, shown)
-        figure.savefig(directory / "comparison.png")
-        show(self.trainer, "comparison", figure, self.global_step)
+        for kind, figure in (("comparison", bars(figures, self.names, shown)), ("gallery", retrieved)):
+            figure.savefig(directory / f"{kind}.png")
+            show(self.trainer, kind, figure, self.global_step)
         save_report(directory, report, "Comparison", notes, "\n".join(lines))
 
 
 def _pooled(encoder: ViTEncoder, images: Tensor) -> Tensor:
     """Averages over the patches of the last four blocks, one after the other: (B, C, H, W) -> (B, 4 D)."""
     return torch.cat([block.float().mean(dim=1) for block in encoder.last_blocks(images, 4)], dim=1)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Small images in [0, 1] of uint8 ones: (B, C, H, W) -> (B, C, h, w)."""
+    height, width = (min(THUMBNAIL, side) for side in images.shape[-2:])
+    return F.adaptive_avg_pool2d(images.float(), (height, width)) / 255
 
 
 def augmented_twice(images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -218,6 +245,11 @@ def _of_all(mine: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
+def _mean_with_error(kind: str, values: Tensor) -> dict[str, float]:
+    error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return {kind: float(values.mean()), f"{kind}_standard_error": error}
+
+
 def _with_error(kind: str, fraction: float, count: int) -> dict[str, float]:
     return {kind: fraction, f"{kind}_standard_error": (fraction * (1 - fraction) / count) ** 0.5}
 
@@ -232,7 +264,9 @@ def bars(figures: dict[str, dict[str, float]], names: dict[str, str], kinds: lis
         errors = [figures[name][f"{kind}_standard_error"] for kind in kinds]
         where = [group + place * width for group in range(len(kinds))]
         axis.bar(where, heights, width, yerr=errors, label=Path(title).name if name.startswith("other") else title)
-    axis.set(xticks=[group + 0.4 - width / 2 for group in range(len(kinds))], ylabel="fraction right", ylim=(0, None))
+    axis.set(
+        xticks=[group + 0.4 - width / 2 for group in range(len(kinds))], ylabel="fraction right, precision", ylim=(0, None)
+    )
     axis.set_xticklabels([FIGURES[kind].replace(" under", "\nunder").replace(", ", ",\n") for kind in kinds])
     axis.legend(fontsize="small")
     axis.spines[["top", "right"]].set_visible(False)

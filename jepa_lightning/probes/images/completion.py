@@ -86,6 +86,8 @@ class CompletionProbe(ImageProbe):
 
     needs_labels = False
 
+    any_size = False
+
     def __init__(
         self,
         checkpoint: str,

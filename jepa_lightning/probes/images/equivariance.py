@@ -59,6 +59,8 @@ class EquivarianceProbe(ImageProbe):
     needs_fit = False
     batch_type = ViewBatch
 
+    any_size = False
+
     def __init__(self, checkpoint: str, num_images: int = 256) -> None:
         super().__init__(checkpoint, "target", None)
         self.save_hyperparameters()

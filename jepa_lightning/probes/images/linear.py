@@ -240,6 +240,9 @@ class LinearProbe(ClassificationProbe):
     ) -> None:
         super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays, baselines)
         self.save_hyperparameters()
+
+    def set_classes(self, num_classes: int | dict[str, int]) -> None:
+        super().set_classes(num_classes)
         self.norms = nn.ModuleDict({name: nn.BatchNorm1d(self._width(name), affine=False) for name in self.names})
 
     def _width(self, name: str) -> int:

@@ -94,6 +94,8 @@ class PredictorFineTuning(ImageProbe):
         "attentive": "no predictor: attention over the patches",
     }
 
+    any_size = False
+
     def __init__(
         self,
         checkpoint: str,

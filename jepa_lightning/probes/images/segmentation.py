@@ -75,7 +75,6 @@ class SegmentationProbe(ImageProbe):
         checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM, or of weights in the layout of the released
             I-JEPA, of timm or of Hugging Face.
         num_classes: Number of classes; that of the data by default.
-        image_size: Height and width of the images in pixels; those of the data by default.
         encoder: Which encoder's embeddings are read, "target" or "context".
         width: Channels of the convolutional heads.
         learning_rate: Peak learning rate.
@@ -90,13 +89,11 @@ class SegmentationProbe(ImageProbe):
     names = ARMS
     own = ("linear_last", "linear_last_four", "conv_last_four")
     batch_type = SegmentationBatch
-    any_size = True
 
     def __init__(
         self,
         checkpoint: str,
         num_classes: int | None = None,
-        image_size: tuple[int, int] | None = None,
         encoder: Literal["target", "context"] = "target",
         width: int = 128,
         learning_rate: float = 1e-3,
@@ -111,17 +108,8 @@ class SegmentationProbe(ImageProbe):
                 "of 1 or more, a positive rate and a weight decay >= 0."
             )
         self.width, self.learning_rate, self.weight_decay = width, learning_rate, weight_decay
-        if image_size is not None:
-            self.set_size(image_size)
         if num_classes is not None:
             self.set_classes(num_classes)
-
-    def set_size(self, image_size: tuple[int, int]) -> None:
-        """Make the encoders take images of another size, and note it for the checkpoint."""
-        self.hparams["image_size"] = self.image_size = (image_size[0], image_size[1])
-        self.encoder = self.encoder.resized(self.image_size)
-        if self.baselines:
-            self.untrained = self.untrained.resized(self.image_size)
 
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         assert isinstance(num_classes, int)
@@ -133,13 +121,6 @@ class SegmentationProbe(ImageProbe):
             }
         )
         self.confusions = nn.ModuleDict({name: ImageConfusions(num_classes) for name in self.names})
-
-    def setup(self, stage: str) -> None:
-        """Take the size of the data's images; see `ImageProbe.setup` for the errors."""
-        theirs = getattr(getattr(self.trainer, "datamodule", None), "image_size", self.image_size)
-        if tuple(theirs) != self.image_size:
-            self.set_size(theirs)
-        super().setup(stage)
 
     def _dim(self, name: str) -> int:
         if name.endswith("colors"):

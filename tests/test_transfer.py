@@ -1,0 +1,87 @@
+"""Pre-trained here, probed there: other images, other classes, another size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_ijepa, small_images, trainer, write_images
+
+from jepa_lightning import load
+from jepa_lightning.cli import main
+from jepa_lightning.probes import (
+    AttentiveProbe,
+    ComparisonProbe,
+    CompletionProbe,
+    FineTuning,
+    KNNProbe,
+    LinearProbe,
+    RidgeProbe,
+)
+from jepa_lightning.weights.exporting import export_weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, image_root: Path) -> str:
+    """Of an I-JEPA on images of 16 pixels and two classes."""
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(small_ijepa(encoder_depth=2), small_images(image_root))
+    run.save_checkpoint(tmp_path / "ijepa.ckpt")
+    return str(tmp_path / "ijepa.ckpt")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """Images of 40 x 24 pixels in three classes."""
+    for name, hue in (("ant", 0), ("bee", 2), ("cow", 4)):
+        write_images(tmp_path / "elsewhere" / name, 12, size=(40, 24), hue=hue)
+    return tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe, FineTuning, RidgeProbe, KNNProbe, ComparisonProbe])
+def test_probes_read_images_of_another_size(kind: type, checkpoint: str, elsewhere: Path, tmp_path: Path) -> None:
+    others = {}
+    if kind is ComparisonProbe:
+        export_weights(checkpoint, str(tmp_path / "timm"), "timm")
+        others = {"others": [str(tmp_path / "timm")]}
+    probe = kind(checkpoint, **others)
+    encoder = probe.encoder.resized((24, 40)).eval()
+    data = small_images(elsewhere, image_size=(24, 40), val_fraction=0.25)
+    run = trainer(tmp_path / "probe", max_epochs=2, limit_test_batches=1.0, limit_val_batches=1.0)
+    if probe.needs_fit:
+        run.fit(probe, data)
+        run.save_checkpoint(tmp_path / "probe.ckpt")
+    run.test(probe, data, verbose=False)
+    assert probe.image_size == (24, 40) and probe.encoder.grid == probe.untrained.grid == (6, 10)
+    report = json.loads((tmp_path / "probe" / "report.json").read_text())
+    images = torch.randn(2, 3, 24, 40)
+    if kind is not FineTuning:
+        assert torch.equal(probe.encoder(images), encoder(images)), "positions are stretched, weights stay"
+    if kind is ComparisonProbe:
+        assert torch.equal(probe.others["other_0"](images), encoder(images))
+    if probe.needs_fit:  # in Python, without data
+        again = load(tmp_path / "probe.ckpt")
+        assert again.image_size == (24, 40)
+        assert torch.equal(again.encoder(images), probe.eval().encoder(images))
+        states = probe.state_dict()
+        assert all(torch.equal(value, states[name]) for name, value in again.state_dict().items())
+        resumed = kind(checkpoint)
+        run = trainer(tmp_path / "again", limit_test_batches=1.0)
+        run.test(resumed, data, ckpt_path=str(tmp_path / "probe.ckpt"), verbose=False, weights_only=False)
+        again = json.loads((tmp_path / "again" / "report.json").read_text())
+        assert again["accuracy"] == report["accuracy"]
+
+
+def test_a_predictor_takes_no_other_size(checkpoint: str, elsewhere: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"images of \(16, 16\) pixels, and data.image_size=\(24, 40\): CompletionProbe"):
+        trainer(tmp_path, max_steps=1).fit(CompletionProbe(checkpoint), small_images(elsewhere, image_size=(24, 40)))
+    with pytest.raises(ValueError, match="multiple of patch_size=4"):
+        trainer(tmp_path).test(KNNProbe(checkpoint), small_images(elsewhere, image_size=(22, 40)))
+
+
+def test_by_one_configuration(checkpoint: str, elsewhere: Path, tmp_path: Path) -> None:
+    root = f"--trainer.default_root_dir={tmp_path / 'ridge'}"
+    data = ["--data", "ImageFolder", f"--data.root={elsewhere}", "--data.image_size=[24,40]", "--data.num_workers=0"]
+    main(["test", "--config", "configs/probes/ridge.yaml", f"--model.checkpoint={checkpoint}", *data, root])
+    report = json.loads((tmp_path / "ridge" / "report.json").read_text())
+    assert report["accuracy"]["last_four"]["accuracy"] > 0.5, "three classes that differ in color"
