@@ -27,7 +27,7 @@ from datamodules.pixel_format import IMAGENET_MEAN, IMAGENET_STD
 from datamodules.preprocessing import normalize
 from jepa_lightning.losses import smooth_l1
 from jepa_lightning.masks import MultiBlock
-from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, take
 from jepa_lightning.optim import parameter_groups
 

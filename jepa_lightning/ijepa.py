@@ -11,7 +11,7 @@ from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.networks.predictor import MaskedPredictor, PredictorContext
+from jepa_lightning.networks.masked_predictor import MaskedPredictor, PredictorContext
 from jepa_lightning.regularizers import RegularizerName
 
 

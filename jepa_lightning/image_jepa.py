@@ -36,7 +36,7 @@ from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.metrics import ErrorOverMean, guarded_error
-from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, blocks, take
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 from jepa_lightning.wide import WideMean

@@ -20,7 +20,7 @@ from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.mean_reciprocal_rank import ActionProbe, MeanReciprocalRanks, bank_generator, nearest_figure
-from jepa_lightning.networks.predictor import Conditioning, WorldModel
+from jepa_lightning.networks.masked_predictor import Conditioning, WorldModel
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.sharding import is_sharded
 

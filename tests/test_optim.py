@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from jepa_lightning.networks.predictor import MaskedPredictor
+from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 
 

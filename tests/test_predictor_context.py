@@ -10,7 +10,7 @@ from test_ijepa import batch
 from torch import Tensor
 
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.networks.predictor import MaskedPredictor, PredictorContext, shared_context_mask
+from jepa_lightning.networks.masked_predictor import MaskedPredictor, PredictorContext, shared_context_mask
 
 
 def predictor(context: PredictorContext, **changes: Any) -> MaskedPredictor:

@@ -17,7 +17,7 @@ from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.iwm import IWM
-from jepa_lightning.networks.predictor import WorldModel
+from jepa_lightning.networks.masked_predictor import WorldModel
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.probes.baselines import BASELINE_SEED
 from jepa_lightning.probes.images.attentive import AttentivePool

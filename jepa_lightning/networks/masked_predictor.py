@@ -1,0 +1,217 @@
+"""Predictors of the features of hidden patches: I-JEPA's, and IWM's, which is conditioned on a transformation.
+
+Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
+"""
+
+import math
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from jepa_lightning.networks.mlp import mlp
+from jepa_lightning.networks.vit import attend_by_device, sincos_positions
+
+PredictorContext = Literal["repeated", "shared"]
+Conditioning = Literal["feature", "sequence", "none"]
+
+
+class MaskedPredictor(nn.Module):
+    """A narrow vision transformer that predicts the features of hidden patches from those of visible ones.
+
+    Each target block is predicted on its own: its mask tokens, one shared vector plus their positions, see the context
+    and each other but no other block.
+
+    Args:
+        grid: Number of patches per column and per row of the image, (H, W).
+        dim: Dimension D of the encoder's features.
+        width: Token dimension of the predictor.
+        depth: Number of blocks.
+        num_heads: Number of attention heads of each block; divides `width`.
+        dropout: Dropout probability after the linear layers and in the attention's output.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        context: "repeated", as in the paper: the visible patches are computed anew for each target block, whose mask
+            tokens they attend to; or "shared": they attend to themselves alone and are computed once for all blocks.
+
+    Raises:
+        ValueError: A width that the heads do not divide, or an unknown `context`.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        width: int = 384,
+        depth: int = 6,
+        num_heads: int = 6,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        context: PredictorContext = "repeated",
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"predictor_width={width} is not divisible by its {num_heads} heads: change one of them.")
+        if context not in get_args(PredictorContext):
+            raise ValueError(f"predictor_context={context!r}: choose one of {', '.join(get_args(PredictorContext))}.")
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)
+        self.embed = nn.Linear(dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.Sequential(
+            *(Block(width, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(depth))
+        )
+        self.norm = norm(width)
+        self.project = nn.Linear(width, dim)
+        self.gradient_checkpointing, self.shares_context = gradient_checkpointing, context == "shared"
+        self.register_buffer("positions", sincos_positions(grid, width), persistent=False)
+        self._initialize()
+        attend_by_device(self)
+
+    positions: Tensor
+
+    def _initialize(self) -> None:
+        """As the encoders: normal of 0.02, and the output layers of block l divided by sqrt(2 l)."""
+        trunc_normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.blocks, start=1):
+                block.attn.proj.weight /= math.sqrt(2 * number)
+                block.mlp.fc2.weight /= math.sqrt(2 * number)
+
+    def forward(self, features: Tensor, context: Tensor, targets: Tensor) -> Tensor:
+        """Predicted features of the target blocks.
+
+        Args:
+            features: Features of the visible patches, (B, K, D).
+            context: Raster indices of the visible patches, (B, K).
+            targets: Raster indices of the patches to predict, (B, M, L).
+
+        Returns:
+            (B, M, L, D).
+        """
+        visible = self.embed(features) + self.positions[context]  # (B, K, width)
+        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
+        return self._predict(visible, hidden, targets.shape[1])
+
+    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int) -> Tensor:
+        """Features predicted at the mask tokens of M blocks.
+
+        Args:
+            visible: What all mask tokens of an image attend to, (B, K, width).
+            hidden: Mask tokens, one block after the other, (B, M * L, width).
+            num_blocks: Number of blocks M.
+
+        Returns:
+            (B, M, L, D).
+        """
+        length = hidden.shape[1] // num_blocks
+        mask = None
+        if self.shares_context:
+            allowed = shared_context_mask(visible.shape[1], num_blocks, length, hidden.device)
+            # To be added to the scores: not all versions of timm know masks of truth values.
+            mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~allowed, -torch.inf)
+        else:  # an image of its own for each block
+            visible, hidden = visible.repeat_interleave(num_blocks, dim=0), hidden.reshape(-1, length, hidden.shape[2])
+        tokens = torch.cat([visible, hidden], dim=1)
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, mask, use_reentrant=False)
+            else:
+                tokens = block(tokens, mask)
+        predicted = self.project(self.norm(tokens[:, visible.shape[1] :]))
+        return predicted.reshape(-1, num_blocks, length, predicted.shape[-1])
+
+
+def shared_context_mask(visible: int, num_blocks: int, length: int, device: torch.device) -> Tensor:
+    """Who attends to whom where the context is shared: K visible patches, then M blocks of L mask tokens.
+
+    All attend to the visible patches, and mask tokens to those of their own block, too.
+
+    Returns:
+        (K + M * L, K + M * L), bool, true where the row attends to the column.
+    """
+    own = torch.arange(num_blocks, device=device).repeat_interleave(length)
+    mask = torch.zeros(visible + len(own), visible + len(own), dtype=torch.bool, device=device)
+    mask[:, :visible] = True
+    mask[visible:, visible:] = own[:, None] == own
+    return mask
+
+
+class WorldModel(MaskedPredictor):
+    """An action-conditioned masked predictor: what a change does to the features of an image (Garrido et al. 2024).
+
+    Args:
+        grid: Number of patches per column and per row of the image, (H, W).
+        dim: Dimension D of the encoder's features.
+        action_dim: Number of scalars of an action, A.
+        conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;
+            "sequence" makes a token of each scalar, with a projection of its own; "none" leaves the action out.
+        width: Token dimension of the predictor.
+        depth: Number of blocks.
+        num_heads: Number of attention heads of each block; divides `width`.
+        dropout: Dropout probability after the linear layers and in the attention's output.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: A width that the heads do not divide, or an unknown conditioning.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        dim: int,
+        action_dim: int,
+        conditioning: Conditioning,
+        width: int = 384,
+        depth: int = 18,
+        num_heads: int = 12,
+        dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(grid, dim, width, depth, num_heads, dropout, gradient_checkpointing)
+        if conditioning not in get_args(Conditioning):
+            raise ValueError(f"conditioning={conditioning!r}: choose one of {', '.join(get_args(Conditioning))}.")
+        self.conditioning, self.action_dim = conditioning, action_dim
+        if conditioning == "feature":
+            self.mix = mlp(width + action_dim, (width, width), width)
+        elif conditioning == "sequence":
+            self.action_weight = nn.Parameter(0.02 * torch.randn(action_dim, width))
+            # Attention does not know the order of its tokens: the bias says which scalar this is.
+            self.action_token = nn.Parameter(0.02 * torch.randn(action_dim, width))
+
+    def forward(
+        self,
+        features: Tensor,
+        context: Tensor,
+        targets: Tensor,
+        actions: Tensor | None = None,
+        further: Tensor | None = None,
+    ) -> Tensor:
+        """Predicted features of the target blocks after an action.
+
+        Args:
+            features: Features of the visible patches, (B, K, D).
+            context: Raster indices of the visible patches, (B, K).
+            targets: Raster indices of the patches to predict, (B, M, L).
+            actions: Actions, (B, A); no change by default.
+            further: Further tokens that all others attend to, such as one that names a task, (E, width).
+
+        Returns:
+            (B, M, L, D).
+        """
+        visible = self.embed(features) + self.positions[context]  # (B, K, width)
+        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
+        actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
+        if self.conditioning == "feature":
+            hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
+        elif self.conditioning == "sequence":
+            visible = torch.cat([actions[..., None] * self.action_weight + self.action_token, visible], dim=1)
+        if further is not None:
+            visible = torch.cat([further.expand(len(visible), -1, -1), visible], dim=1)
+        return self._predict(visible, hidden, targets.shape[1])
