@@ -40,7 +40,9 @@ class IJEPA(ImageJEPA):
             block; or "shared": once for all blocks, without attention to them, which takes less time.
         loss: "smooth_l1" as the released code has it, or "squared_error" as the paper says.
         normalize_targets: Layer-normalize the target features, as the released code does.
-        num_targets: Number of target blocks M per image.
+        num_targets: Number of target blocks M per context.
+        num_contexts: Number of contexts per image, each with target blocks of its own, which share one pass of the target
+            encoder; 1 as in the paper. Batches of half as many images take as much memory with 2.
         target_scale: Area of a target block, minimum and maximum fraction of the image.
         more_target_scales: Further ranges of `target_scale`; each batch takes its blocks from one of all the ranges.
         final_target_scale: `target_scale` at the end of training, for a curriculum; constant by default.
@@ -87,6 +89,7 @@ class IJEPA(ImageJEPA):
         loss: Literal["smooth_l1", "squared_error"] = "smooth_l1",
         normalize_targets: bool = True,
         num_targets: int = 4,
+        num_contexts: int = 1,
         target_scale: tuple[float, float] = (0.15, 0.2),
         final_target_scale: tuple[float, float] | None = None,
         more_target_scales: tuple[tuple[float, float], ...] = (),
@@ -134,6 +137,9 @@ class IJEPA(ImageJEPA):
             regularizer_weights=regularizer_weights,
         )
         self.save_hyperparameters()
+        if num_contexts < 1:
+            raise ValueError(f"model.num_contexts={num_contexts}: an image needs at least 1 context.")
+        self.num_contexts = num_contexts
         context_encoder = self.build_encoder()
         predictor = MaskedPredictor(
             context_encoder.grid,

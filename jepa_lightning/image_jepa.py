@@ -37,7 +37,7 @@ from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.metrics import ErrorOverMean, guarded_error
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, blocks, take
+from jepa_lightning.networks.vit import ViTEncoder, blocks, take, times
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 from jepa_lightning.wide import WideMean
 
@@ -66,6 +66,9 @@ class ImageJEPA(JEPA, ABC):
     batch_type: type = ImageBatch
     predict_patches = False
     """What its batches are, and whether `predict` gives the embeddings of all patches."""
+
+    num_contexts = 1
+    """Contexts of an image in training, R: they share the pass of the target encoder."""
 
     def __init__(
         self,
@@ -254,11 +257,12 @@ class ImageJEPA(JEPA, ABC):
     def target_pairs(self, batch: Any) -> TargetPairs:
         seen, whole = self.views(batch)
         masks = self.draw_masks(batch)
+        contexts = len(masks.context) // len(seen)  # R
         target_features = self.encode(whole)  # (B, N, D)
-        hidden = take(self.to_target_space(target_features), masks.targets.flatten(1))
-        targets = hidden.unflatten(1, masks.targets.shape[1:])  # (B, M, L, D)
-        context = self.context_encoder(seen, masks.context)  # (B, K, D)
-        predictions = self.predict_hidden(context, masks, batch)  # (B, M, L, D)
+        hidden = take(times(self.to_target_space(target_features), contexts), masks.targets.flatten(1))
+        targets = hidden.unflatten(1, masks.targets.shape[1:])  # (R B, M, L, D)
+        context = self.context_encoder(times(seen, contexts), masks.context)  # (R B, K, D)
+        predictions = self.predict_hidden(context, masks, batch)  # (R B, M, L, D)
         # In float32: what distinguishes images is often smaller than the rounding of bfloat16.
         pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)
         return TargetPairs(predictions, targets, context, pooled)
@@ -266,15 +270,18 @@ class ImageJEPA(JEPA, ABC):
     def draw_masks(self, batch: ImageBatch | ViewBatch) -> Masks:
         """Masks of a batch, on its device: a function of the batch and, in training, of the optimizer step.
 
-        In training the sizes of the blocks are drawn by step, so that all processes have masks of one shape, and follow
-        the curriculum; elsewhere they are those of its end.
+        In training there are `num_contexts` for each image, those of all images one after the other. The sizes of the blocks
+        are drawn by step, so that all processes have masks of one shape, and follow the curriculum; elsewhere they are those
+        of its end.
         """
         trainer = getattr(self, "_trainer", None)
-        progress, sizes = 1.0, None
+        progress, sizes, contexts = 1.0, None, 1
         if trainer is not None and trainer.training:
+            contexts = self.num_contexts
             progress = trainer.global_step / total_optimizer_steps(trainer)
             sizes = seeded_generator(batch.key[0], BLOCK_SIZE_STREAM, trainer.global_step)
-        return self.masks.draw(len(batch.labels), batch_generator(batch), progress, sizes).to(batch.labels.device)
+        count = contexts * len(batch.labels)
+        return self.masks.draw(count, batch_generator(batch), progress, sizes).to(batch.labels.device)
 
     def prediction_loss(self, pairs: TargetPairs) -> Tensor:
         return self.loss(pairs.predictions, pairs.targets)

@@ -135,7 +135,7 @@ def small_views(root: Path, **changes: Any) -> ImageFolder:
 
 
 def small_shared_ijepa(**changes: Any) -> IJEPA:
-    return small_ijepa(predictor_context="shared", **changes)
+    return small_ijepa(predictor_context="shared", num_contexts=2, **changes)
 
 
 FAMILIES = {

@@ -210,3 +210,33 @@ def test_validation_reports_what_a_person_watches(tmp_path: Path, image_root: Pa
 def test_impossible_models_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_ijepa(**changes)
+
+
+def test_contexts_of_an_image_share_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    jepa, observed = small_ijepa(), batch(3)
+    masks = jepa.masks.draw(6, torch.Generator().manual_seed(0))
+    calls: list[int] = []
+    jepa.target_encoder.register_forward_hook(lambda module, inputs, output: calls.append(len(output)))
+    monkeypatch.setattr(jepa, "draw_masks", lambda batch: masks)
+    pairs = jepa.target_pairs(observed)
+    assert calls == [3], "the target encoder sees each image once"
+    assert pairs.target_features.shape == (3, 1, 192) and pairs.features.shape[:2] == masks.context.shape
+    for place in range(6):
+        image = place % 3
+        alone = type(masks)(masks.context[place : place + 1], masks.targets[place : place + 1])
+        monkeypatch.setattr(jepa, "draw_masks", lambda batch, alone=alone: alone)
+        one = jepa.target_pairs(observed._replace(images=observed.images[image : image + 1], labels=observed.labels[:1]))
+        for name in ("predictions", "targets", "features"):
+            ours, theirs = getattr(pairs, name)[place], getattr(one, name)[0]
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_several_contexts_are_drawn_in_training_alone(tmp_path: Path, image_root: Path) -> None:
+    jepa, counts = small_ijepa(num_contexts=3), {True: set(), False: set()}
+    jepa.context_encoder.register_forward_hook(lambda module, inputs, output: counts[jepa.training].add(len(output)))
+    run, data = trainer(tmp_path, max_steps=2, limit_val_batches=1), small_images(image_root, batch_size=4)
+    run.fit(jepa, data)
+    run.validate(jepa, data, verbose=False)
+    assert counts == {True: {12}, False: {4}}
+    with pytest.raises(ValueError, match="model.num_contexts=0: an image needs at least 1"):
+        small_ijepa(num_contexts=0)

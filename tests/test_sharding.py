@@ -35,7 +35,7 @@ from jepa_lightning.optim import gradient_norm
 
 out, images, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 MODELS = {
-    "ijepa": {"predictor_context": "shared"},
+    "ijepa": {"predictor_context": "shared", "num_contexts": 2},
     "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge", "conditioning": "sequence"},
 }
 TRAINERS = {

@@ -57,6 +57,11 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, Block)]
 
 
+def times(values: Tensor, count: int) -> Tensor:
+    """All of a batch, `count` times one after the other: (B, ...) -> (count B, ...)."""
+    return values if count == 1 else torch.cat([values] * count)
+
+
 class ViTEncoder(nn.Module):
     """A vision transformer of timm without class token and head, with fixed sine-cosine positions.
 
