@@ -1,4 +1,4 @@
-"""What I-JEPA and IWM share: vision transformers that see a subset of the patches, masks, and monitoring of the training.
+"""What I-JEPA and IWM share: vision transformers that see a subset of the patches, and masks.
 
 Shapes: B batch, C channels, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
@@ -21,28 +21,15 @@ from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_gen
 from datamodules.pixel_format import PixelFormat, agree
 from datamodules.preprocessing import ImageTransform, prepared
 from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
-from jepa_lightning.classifiers import OnlineClassifiers
-from jepa_lightning.figures import (
-    feature_colors,
-    mark_blocks,
-    nearest_images,
-    rows_figure,
-    show,
-    to_colors,
-    wants_figures,
-)
+from jepa_lightning.figures import wants_figures
+from jepa_lightning.image_monitor import ImageMonitor, show_images
 from jepa_lightning.inpainting import inpaint
 from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.metrics import ErrorOverMean, guarded_error
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, blocks, take, times
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
-from jepa_lightning.wide import WideMean
-
-SHOWN = 8
-"""Images in a figure."""
 
 ROWS = 8
 """Patches along the shorter side of an image where no size of a patch is given."""
@@ -104,8 +91,6 @@ class ImageJEPA(JEPA, ABC):
             channels,
             gradient_checkpointing=gradient_checkpointing,
         )
-        self.error, self.mean_error = WideMean(), WideMean()
-        self.classifiers = OnlineClassifiers()
 
     known_pixels: PixelFormat | None = None
     """How it has seen images: of its checkpoint, or of its first data; None before both."""
@@ -129,7 +114,7 @@ class ImageJEPA(JEPA, ABC):
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
         super().set_networks(context_encoder, predictor, dim)
         rows, columns = self.target_encoder.grid
-        self.over_places = ErrorOverMean(dim, rows * columns)
+        self.monitor = ImageMonitor(dim, rows * columns)
 
     @property
     def best_metric(self) -> tuple[str, Literal["min", "max"]]:
@@ -297,44 +282,19 @@ class ImageJEPA(JEPA, ABC):
 
     def validation_step(self, batch: Any, batch_idx: int) -> TargetPairs:
         batch = self.as_batch(batch, batch_idx)
-        pairs = super().validation_step(batch, batch_idx)
-        self.error.update((pairs.predictions - pairs.targets).square().mean())
-        # The baseline: one and the same answer, the mean feature, for every patch of every image.
-        mean = pairs.targets.flatten(0, -2).mean(dim=0)
-        self.mean_error.update((mean - pairs.targets).square().mean())
-        # And a stronger one, which knows the place of each patch.
-        self.over_places.update(pairs.predictions, pairs.targets, self.draw_masks(batch).targets)
+        pairs, masks = super().validation_step(batch, batch_idx), self.draw_masks(batch)  # those of `target_pairs`
         features = self.image_features(batch, pairs)
-        if bool((batch.labels >= 0).all()):
-            self.classifiers.update(features, batch.labels)
+        self.monitor.update(pairs.predictions, pairs.targets, masks.targets, features, batch.labels)
         # Sharded networks compute in all processes or in none, whoever needs the figure.
         shows = wants_figures(self.trainer) or is_sharded(self.target_encoder)
         if batch_idx == 0 and shows and not self.trainer.sanity_checking:
-            self._show(batch, features)
+            show_images(self, *self.views(batch), batch.images, masks, features)
         return pairs
 
-    def _show(self, batch: Any, features: Tensor) -> None:
-        """Figures: masks, principal components of the patch features, and nearest neighbors among the images."""
-        grid, (seen, whole) = self.target_encoder.grid, self.views(batch)
-        masks = self.draw_masks(batch)  # those of `target_pairs`
-        visible = torch.zeros(len(seen), grid[0] * grid[1], dtype=torch.bool, device=self.device)
-        marked = [visible.scatter(1, indices, True)[:SHOWN] for indices in (masks.context, masks.targets.flatten(1))]
-        shown = {
-            "image": to_colors(whole[:SHOWN], self.pixels),
-            "masks": mark_blocks(to_colors(seen[:SHOWN], self.pixels), marked[0], marked[1], grid),
-            "features": feature_colors(self.encode(whole[:SHOWN]), grid, self.image_size),
-        }
-        show(self.trainer, "masks and features", rows_figure(shown), self.global_step)
-        alike = rows_figure(nearest_images(to_colors(batch.images, self.pixels), features, SHOWN))
-        show(self.trainer, "nearest images", alike, self.global_step)
-
     def on_validation_epoch_end(self) -> None:
-        rankme, ratio = self.target_statistics.compute()["rankme"], self.over_places.compute()
+        rankme, checking = self.target_statistics.compute()["rankme"], self.trainer.sanity_checking
         super().on_validation_epoch_end()
-        self.log("val/normalized_error", self.error.compute() / self.mean_error.compute(), prog_bar=True)
-        self.log("val/position_normalized_error", ratio)
-        self.log("val/guarded_error", guarded_error(ratio, rankme, self.target_encoder.dim))
-        if self.classifiers.update_called and not self.trainer.sanity_checking:
-            self.log_dict({f"val/{name}": value for name, value in self.classifiers.compute().items()}, prog_bar=True)
-        for metric in (self.error, self.mean_error, self.over_places, self.classifiers):
-            metric.reset()
+        figures = self.monitor.compute(rankme, classify=not checking)
+        shown = ("normalized_error", "knn_accuracy", "linear_accuracy")
+        for name, value in figures.items():
+            self.log(f"val/{name}", value, prog_bar=name in shown)

@@ -97,5 +97,5 @@ def test_a_model_of_images_that_knows_places_alone_is_the_worst(tmp_path: Path, 
     jepa._show = lambda *_: None
     figures = validated(tmp_path, jepa, data(image_root))
     assert figures["val/normalized_error"] < 0.1 and figures["val/position_normalized_error"] > 0.5
-    assert not jepa.over_places.update_called, "each validation starts anew"
+    assert not jepa.monitor.over_places.update_called, "each validation starts anew"
     assert figures["val/guarded_error"] > 0.99

@@ -161,7 +161,7 @@ def test_all_in_bfloat16_learns_and_is_measured_in_wider_numbers(model, data, tm
     run.fit(jepa, data(image_root))
     assert jepa.context_encoder.vit.norm.weight.dtype == torch.bfloat16
     assert jepa.target_statistics.outer.dtype == torch.float64
-    assert jepa.error.mean_value.dtype == torch.float32
+    assert jepa.monitor.error.mean_value.dtype == torch.float32
     assert all(
         torch.isfinite(value) for name, value in run.callback_metrics.items() if "mrr" not in name and "r2" not in name
     )
