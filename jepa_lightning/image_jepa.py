@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_generator, check_batches
-from datamodules.pixel_format import PixelFormat, agree
+from datamodules.pixel_format import agree
 from datamodules.preprocessing import ImageTransform, prepared
 from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
 from jepa_lightning.figures import wants_figures
@@ -29,6 +29,7 @@ from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, blocks, take, times
+from jepa_lightning.seen_pixels import SeesImages
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 
 ROWS = 8
@@ -37,7 +38,7 @@ ROWS = 8
 LOSSES = {"smooth_l1": smooth_l1, "squared_error": squared_error}
 
 
-class ImageJEPA(JEPA, ABC):
+class ImageJEPA(SeesImages, JEPA, ABC):
     """Predict patch features of an image's hidden patches.
 
     A subclass builds its predictor and masks and implements `target_pairs`. See `IJEPA` for the arguments.
@@ -92,25 +93,6 @@ class ImageJEPA(JEPA, ABC):
             gradient_checkpointing=gradient_checkpointing,
         )
 
-    known_pixels: PixelFormat | None = None
-    """How it has seen images: of its checkpoint, or of its first data; None before both."""
-
-    @property
-    def pixels(self) -> PixelFormat:
-        """Range of values and normalization of the images that it takes; ImageNet's unless it was trained otherwise."""
-        return self.known_pixels or PixelFormat(self.channels)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        if self.known_pixels is not None:
-            checkpoint["pixels"] = self.known_pixels.to_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        if "pixels" in checkpoint:
-            data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-            self.known_pixels = agree(PixelFormat.from_dict(checkpoint["pixels"]), self.channels, data)
-
     def set_networks(self, context_encoder: nn.Module, predictor: nn.Module, dim: int) -> None:
         super().set_networks(context_encoder, predictor, dim)
         rows, columns = self.target_encoder.grid
@@ -128,7 +110,7 @@ class ImageJEPA(JEPA, ABC):
         Raises:
             ValueError: Images of another size than the encoder's, or masks that differ in shape between processes.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self.data
         if stage != "predict":
             check_batches(self, data, self.batch_type)
         theirs = getattr(data, "image_size", self.image_size)

@@ -38,6 +38,34 @@ def elsewhere(tmp_path: Path) -> Path:
     return tmp_path / "elsewhere"
 
 
+@pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe, FineTuning])
+def test_what_is_fitted_stays_at_another_size(kind: type, checkpoint: str) -> None:
+    baselines = {"baselines": False} if kind is LinearProbe else {}
+    probe = kind(checkpoint, num_classes=3, **baselines).eval()
+    before = {name: (value.clone(), value.requires_grad) for name, value in probe.state_dict(keep_vars=True).items()}
+    probe.set_size((24, 40))
+    after = probe.state_dict(keep_vars=True)
+    assert before.keys() == after.keys()
+    for name, (value, trained) in before.items():
+        assert torch.equal(value, after[name]) and after[name].requires_grad == trained, name
+    if kind is FineTuning:
+        assert probe.networks["finetuned"].encoder is probe.encoder and probe.encoder.grid == (6, 10)
+        assert probe.networks["scratch"](torch.randn(2, 3, 24, 40)).shape == (2, 3)
+    else:
+        assert probe.logits(torch.randn(2, 3, 24, 40)).shape[::2] == (2, 3)
+
+
+def test_the_baseline_on_small_pixels_is_built_for_the_size_once(checkpoint: str) -> None:
+    probe = LinearProbe(checkpoint, num_classes=3).eval()
+    assert probe.heads["pixels_0"].in_features == 3 * 16 * 16
+    probe.set_size((24, 40))
+    assert probe.heads["pixels_0"].in_features == probe.norms["pixels"].num_features == 3 * 24 * 32
+    probe.fitted.fill_(True)
+    probe.set_size((24, 48))
+    with pytest.raises(ValueError, match=r"baseline on 2304 numbers of pixels does not fit images of \(32, 48\)"):
+        probe.set_size((32, 48))
+
+
 @pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe, FineTuning, RidgeProbe, KNNProbe, ComparisonProbe])
 def test_probes_read_images_of_another_size(kind: type, checkpoint: str, elsewhere: Path, tmp_path: Path) -> None:
     others = {}

@@ -7,20 +7,20 @@ from abc import ABC
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from datamodules.batches import ImageBatch, check_batches
-from datamodules.pixel_format import PixelFormat, agree
+from datamodules.pixel_format import agree
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.baselines import BASELINE_SEED
+from jepa_lightning.seen_pixels import SeesImages
 from jepa_lightning.signature import sign
 from jepa_lightning.weights.checkpoints import RECORD, record
 from jepa_lightning.weights.loading import load
 
 
-class ImageProbe(LightningModule, ABC):
+class ImageProbe(SeesImages, ABC):
     """Freeze an I-JEPA or IWM and fit a probe on its patch features, compared with the random-initialization baseline.
 
     Args:
@@ -75,13 +75,8 @@ class ImageProbe(LightningModule, ABC):
             network.requires_grad_(False).eval()
         self.register_buffer("fitted", torch.tensor(False))
 
-    @property
-    def pixels(self) -> PixelFormat:
-        """How the JEPA sees images."""
-        return self.known_pixels or PixelFormat(self.channels)
-
     def set_size(self, image_size: tuple[int, int]) -> None:
-        """Make the encoders take images of another size, and build anew what depends on it; for subclasses to extend.
+        """Make the encoders take images of another size; what is fitted on them stays. For subclasses to extend.
 
         Raises:
             ValueError: Patches do not tile the image.
@@ -90,8 +85,6 @@ class ImageProbe(LightningModule, ABC):
         self.encoder = self.encoder.resized(self.image_size)
         if self.baselines:
             self.untrained = self.untrained.resized(self.image_size)
-        if self.num_classes is not None:
-            self.set_classes(self.num_classes)
 
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         """Build what depends on the number of classes, and note it for the checkpoint; for subclasses to extend."""
@@ -133,7 +126,7 @@ class ImageProbe(LightningModule, ABC):
         Raises:
             ValueError: Other classes than the probe was built for or none at all, or images of a size that it cannot read.
         """
-        data: Any = getattr(self.trainer, "datamodule", None)
+        data = self.data
         check_batches(self, data, self.batch_type)
         theirs = getattr(data, "image_size", self.image_size)
         if tuple(theirs) != self.image_size:
@@ -180,16 +173,13 @@ class ImageProbe(LightningModule, ABC):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         sign(self, checkpoint)
         checkpoint[RECORD] = self.record
         checkpoint["image_size"] = list(self.image_size)
-        if self.known_pixels is not None:
-            checkpoint["pixels"] = self.known_pixels.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        data = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        super().on_load_checkpoint(checkpoint)
         size = tuple(checkpoint.get("image_size", self.image_size))
-        if data is None and size != self.image_size:
+        if self.data is None and size != self.image_size:
             self.set_size(size)
-        if "pixels" in checkpoint:
-            self.known_pixels = agree(PixelFormat.from_dict(checkpoint["pixels"]), self.channels, data)

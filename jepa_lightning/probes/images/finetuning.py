@@ -98,6 +98,11 @@ class FineTuning(ImageProbe):
         if num_classes is not None:
             self.set_classes(num_classes)
 
+    def set_size(self, image_size: tuple[int, int]) -> None:
+        super().set_size(image_size)
+        if self.num_classes is not None:
+            self.networks["finetuned"].encoder, self.networks["scratch"].encoder = self.encoder, self.untrained
+
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         assert isinstance(num_classes, int)
         super().set_classes(num_classes)

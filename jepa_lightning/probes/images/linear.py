@@ -241,6 +241,19 @@ class LinearProbe(ClassificationProbe):
         super().__init__(checkpoint, num_classes, encoder, learning_rates, weight_decays, baselines)
         self.save_hyperparameters()
 
+    def set_size(self, image_size: tuple[int, int]) -> None:
+        """As for all probes.
+
+        Raises:
+            ValueError: The baseline on pixels was fitted to images that were smaller than `PIXEL_GRID`, or is to be.
+        """
+        before = self._width("pixels")
+        super().set_size(image_size)
+        if self.baselines and self.num_classes is not None and before != self._width("pixels"):
+            if self.fitted:
+                raise ValueError(f"The baseline on {before} numbers of pixels does not fit images of {image_size} pixels.")
+            self.set_classes(self.num_classes)
+
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         super().set_classes(num_classes)
         self.norms = nn.ModuleDict({name: nn.BatchNorm1d(self._width(name), affine=False) for name in self.names})
