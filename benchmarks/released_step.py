@@ -36,6 +36,7 @@ parser.add_argument("--patch_size", type=int, default=16)
 parser.add_argument("--predictor_width", type=int, default=384)
 parser.add_argument("--predictor_depth", type=int, default=6)
 parser.add_argument("--predictor_context", default="repeated")
+parser.add_argument("--masks", default="ours", choices=("ours", "released"), help="Which masks our side draws.")
 parser.add_argument("--batch_size", type=int, default=16)
 parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
 parser.add_argument("--turns", type=int, default=15)
@@ -70,6 +71,7 @@ def ours(given: argparse.Namespace, images: Tensor) -> Step:
         predictor_width=given.predictor_width,
         predictor_depth=given.predictor_depth,
         predictor_context=given.predictor_context,
+        official_compat=given.masks == "released",
     ).to(device)
     networks = (jepa.context_encoder, jepa.predictor)
     optimizer = torch.optim.AdamW(parameter_groups(networks, 0.05), lr=1e-3)
