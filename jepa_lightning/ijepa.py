@@ -54,7 +54,7 @@ class IJEPA(ImageJEPA):
             schedules of learning rate and weight decay: for parity alone.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training: minutes at the start, faster
-            steps after.
+            steps after. Left out, with a warning, where there is no compiler.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
         start_learning_rate: Learning rate at the start of the warm-up; a hundredth of the peak by default.
         final_learning_rate: Learning rate at the end of the cosine decay.

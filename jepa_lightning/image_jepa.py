@@ -21,6 +21,7 @@ from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_gen
 from datamodules.pixel_format import agree
 from datamodules.preprocessing import ImageTransform, prepared
 from datamodules.rng import BLOCK_SIZE_STREAM, seeded_generator
+from jepa_lightning.compiling import compiles
 from jepa_lightning.figures import wants_figures
 from jepa_lightning.image_monitor import ImageMonitor, show_images
 from jepa_lightning.inpainting import inpaint
@@ -125,7 +126,7 @@ class ImageJEPA(SeesImages, JEPA, ABC):
                 "of all processes: leave one of the two out, or train on one device."
             )
         networks = (self.context_encoder, self.target_encoder, self.predictor)
-        if self.compile_networks and stage == "fit":
+        if self.compile_networks and stage == "fit" and compiles(self.trainer.strategy.root_device):
             sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
             # In place: names in checkpoints stay. Gathering of shards is not compiled, so there the blocks are, one by one.
             for module in (block for network in networks for block in blocks(network)) if sharded else networks:

@@ -155,7 +155,7 @@ IMAGENET = SMALL | {"model__encoder": "vit_tiny_patch16_224", "model__image_size
 JEPAS_OF_IMAGES: dict[tuple[str, ...], dict] = {
     ("ijepa/cifar10_cpu",): SMALL,
     ("ijepa/cifar10",): SMALL | {"model__compile_networks": "false"},
-    ("ijepa/folder",): SMALL | {"trainer__val_check_interval": 2},
+    ("ijepa/folder",): SMALL | {"trainer__val_check_interval": 2, "model__compile_networks": "false"},
     ("ijepa/imagenet",): IMAGENET | {"model__patch_size": 8},
     ("ijepa/imagenet", "overlays/imagenet_vith14"): IMAGENET | {"trainer__num_nodes": 1},
     ("iwm/cifar10_cpu",): SMALL,

@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, parameters_equal, run_script, trainer
+from conftest import FAMILIES, parameters_equal, run_script, small_ijepa, small_images, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_ema import Shadow
 
+import jepa_lightning.image_jepa
 import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
 from callbacks import CollapseAlarm, CollapseWarning
+from jepa_lightning.compiling import compiles
 from jepa_lightning.weights.checkpoints import load_jepa
 
 
@@ -37,6 +39,7 @@ def test_compiled_networks_train_to_the_same_weights(
     model, data, tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Traced, and run by torch itself: a test needs no C++ compiler. Masks of several shapes among the steps."""
+    monkeypatch.setattr(jepa_lightning.image_jepa, "compiles", lambda device: True)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
     monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
@@ -51,6 +54,26 @@ def test_compiled_networks_train_to_the_same_weights(
     assert results[0].keys() == results[1].keys(), "names in checkpoints stay"
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+
+
+def test_training_goes_on_where_nothing_can_be_compiled(
+    tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(function):
+        raise RuntimeError("\nNo working C++ compiler found\nin many lines")
+
+    monkeypatch.setattr(torch, "compile", missing)
+    jepa = small_ijepa(compile_networks=True)
+    run = trainer(tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match=r"does not work here \(No working C\+\+ compiler found\): training goes on"):
+        run.fit(jepa, small_images(image_root))
+    assert run.global_step == 1 and jepa.context_encoder._compiled_call_impl is None
+
+
+def test_what_can_be_compiled_is(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: real(function, backend="eager"))
+    assert compiles(torch.device("cpu")) and not recwarn.list
 
 
 @pytest.mark.parametrize(

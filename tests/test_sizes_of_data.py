@@ -101,6 +101,7 @@ def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptu
                 *("fit", "--config", "ijepa/folder", f"--data.root={tmp_path}"),
                 *(f"--trainer.default_root_dir={tmp_path / 'run'}", "--data.batch_size=4", "--data.num_workers=0"),
                 *("--model.encoder_depth=1", "--trainer.max_steps=1", "--trainer.val_check_interval=1"),
+                "--model.compile_networks=false",
                 *("--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"),
             ]
         )
