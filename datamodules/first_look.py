@@ -128,7 +128,8 @@ def found_size(paths: Sequence[bytes], fetch: Callable[[bytes], Any] | None = No
             continue
     if not shorter:
         raise ValueError(f"Not one of {len(paths)} images can be read, so that data.image_size cannot be found: give it.")
-    fitting = [size for size in SIZES if size <= np.median(shorter)]
+    half = np.quantile(shorter, 0.5, method="higher")
+    fitting = [size for size in SIZES if size <= half]
     size = fitting[-1] if fitting else SIZES[0]
     return size, size
 

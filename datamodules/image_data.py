@@ -114,6 +114,11 @@ class ImageDataModule(SingleLoaderDataModule):
             rank_zero_info(f"Images are resized to {height} x {width} pixels; data.image_size chooses another size.")
         return self._image_size
 
+    def take_size(self, size: tuple[int, int]) -> None:
+        """The size of a model's images, where none was given and none was found yet."""
+        if self._image_size is None:
+            self._image_size = size
+
     @property
     def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:
         """Type of its batches."""

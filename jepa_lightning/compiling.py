@@ -12,7 +12,7 @@ def _trial(values: Tensor) -> Tensor:
 def compiles(device: torch.device) -> bool:
     """Whether a small function can be compiled; if not, a warning says why, and the run goes on without.
 
-    On a CPU torch.compile needs a C++ compiler and the headers of Python, which not every machine has.
+    On a CPU torch.compile needs a C++ compiler and the headers of Python, on a GPU Triton and a C compiler.
     """
     try:
         torch.compile(_trial)(torch.ones(8, device=device))
@@ -20,7 +20,7 @@ def compiles(device: torch.device) -> bool:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         rank_zero_warn(
             f"model.compile_networks=true is left out, since torch.compile does not work here ({first}): training goes on, "
-            "a little more slowly. It needs a C++ compiler such as g++, and the headers of Python."
+            "a little more slowly. It needs a compiler such as g++, and the headers of Python."
         )
         return False
     return True

@@ -29,8 +29,8 @@ from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, blocks, take, times
-from jepa_lightning.seen_pixels import SeesImages
+from jepa_lightning.networks.vit import ViTEncoder, blocks, repeated, take
+from jepa_lightning.sees_images import SeesImages, size_of_data
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 
 ROWS = 8
@@ -82,13 +82,21 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         if loss not in LOSSES:
             raise ValueError(f"model.loss={loss!r}: choose one of {', '.join(LOSSES)}.")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        if patch_size is None:
+            patch_size = max(1, min(self.image_size) // ROWS)
+            if any(side % patch_size for side in self.image_size):
+                raise ValueError(
+                    f"model.image_size={self.image_size}: patches of an eighth of the shorter side, {patch_size} pixels, do "
+                    "not tile it. Choose a multiple of 8 for the shorter side and one of an eighth of that for the longer, "
+                    "or give model.patch_size."
+                )
         self.loss, self.compile_networks = LOSSES[loss], compile_networks
         self.normalize_targets, self.channels = normalize_targets, channels
         self.build_encoder = partial(
             ViTEncoder,
             encoder,
             self.image_size,
-            max(1, min(self.image_size) // ROWS) if patch_size is None else patch_size,
+            patch_size,
             encoder_depth,
             channels,
             gradient_checkpointing=gradient_checkpointing,
@@ -102,7 +110,7 @@ class ImageJEPA(SeesImages, JEPA, ABC):
     @property
     def best_metric(self) -> tuple[str, Literal["min", "max"]]:
         """With classes, the k-NN accuracy: the checkpoint is then chosen by labels, and by nothing else."""
-        labeled = getattr(getattr(self.trainer, "datamodule", None), "num_classes", 0)
+        labeled = getattr(self.data, "num_classes", 0)
         return ("val/knn_accuracy", "max") if labeled else super().best_metric
 
     def setup(self, stage: str) -> None:
@@ -114,7 +122,7 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         data = self.data
         if stage != "predict":
             check_batches(self, data, self.batch_type)
-        theirs = getattr(data, "image_size", self.image_size)
+        theirs = size_of_data(data, self.image_size)
         if tuple(theirs) != self.image_size:
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
@@ -227,9 +235,9 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         masks = self.draw_masks(batch)
         contexts = len(masks.context) // len(seen)  # R
         target_features = self.encode(whole)  # (B, N, D)
-        hidden = take(times(self.to_target_space(target_features), contexts), masks.targets.flatten(1))
+        hidden = take(repeated(self.to_target_space(target_features), contexts), masks.targets.flatten(1))
         targets = hidden.unflatten(1, masks.targets.shape[1:])  # (R B, M, L, D)
-        context = self.context_encoder(times(seen, contexts), masks.context)  # (R B, K, D)
+        context = self.context_encoder(repeated(seen, contexts), masks.context)  # (R B, K, D)
         predictions = self.predict_hidden(context, masks, batch)  # (R B, M, L, D)
         # In float32: what distinguishes images is often smaller than the rounding of bfloat16.
         pooled = target_features.float().mean(dim=1, keepdim=True)  # (B, 1, D)

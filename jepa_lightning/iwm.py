@@ -173,7 +173,7 @@ class IWM(ImageJEPA):
         """
         super().setup(stage)
         if stage != "predict":
-            self.check_views(getattr(self.trainer, "datamodule", None))
+            self.check_views(self.data)
 
     def check_views(self, data: Any) -> None:
         """Compare with a data module, if there is one.

@@ -14,9 +14,11 @@ import jepa_lightning.probes.images.comparison as comparison
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import denormalize, normalize
 from datamodules.rng import seeded_generator
+from jepa_lightning import load
 from jepa_lightning.cli import main
 from jepa_lightning.probes import ComparisonProbe, KNNProbe, RidgeProbe
 from jepa_lightning.probes.images.comparison import augmented_twice, bars, found_again
+from jepa_lightning.probes.images.retrieval import average_precisions
 from jepa_lightning.weights.exporting import export_weights
 
 
@@ -54,7 +56,15 @@ def test_figures_are_those_of_the_other_probes(checkpoint: str, images: Path, tm
         assert figures[name]["linear"] == pytest.approx(alone["ridge"][linear]["accuracy"]), name
         assert figures[name]["linear_standard_error"] == pytest.approx(alone["ridge"][linear]["standard_error"]), name
         assert figures[name]["knn"] == pytest.approx(alone["knn"][knn]["accuracy"]), name
-        assert figures[name]["retrieval"] > 0.5, "each has seven others of its class among fifteen"
+    data, model = small_images(images), load(checkpoint)
+    data.setup("test")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+    with torch.no_grad():
+        embeddings = torch.cat([model(batch.images) for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    expected = average_precisions(embeddings, labels)
+    assert figures["jepa"]["retrieval"] == pytest.approx(float(expected.mean()), abs=1e-5)
+    assert figures["jepa"]["retrieval_standard_error"] == pytest.approx(float(expected.std()) / 16**0.5, abs=1e-5)
     text = (tmp_path / "all" / "report.md").read_text()
     assert "| random initialization | " in text and "chance 0.0625" in text
     for figure in ("comparison", "gallery"):

@@ -87,14 +87,16 @@ def test_a_model_of_images_logs_it_and_a_collapsed_one_is_the_worst(tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_images_that_knows_places_alone_is_the_worst(tmp_path: Path, image_root: Path, family: str) -> None:
+def test_a_model_of_images_that_knows_places_alone_is_the_worst(
+    tmp_path: Path, image_root: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It answers with the mean of each place: far better than one answer for all, and yet nothing."""
     model, data = FAMILIES[family]
     jepa = model(learning_rate=1e-9)
     places = torch.randn(16, 192, generator=torch.Generator().manual_seed(0))
     jepa.encode = lambda images: places + 1e-2 * images.flatten(1)[:, :192, None].transpose(1, 2)
     jepa.predict_hidden = lambda context, masks, batch: jepa.to_target_space(places)[masks.targets] + 0 * context.sum()
-    jepa._show = lambda *_: None
+    monkeypatch.setattr("jepa_lightning.image_jepa.show_images", lambda *_: None)
     figures = validated(tmp_path, jepa, data(image_root))
     assert figures["val/normalized_error"] < 0.1 and figures["val/position_normalized_error"] > 0.5
     assert not jepa.monitor.over_places.update_called, "each validation starts anew"

@@ -107,6 +107,7 @@ def epoch(data: HuggingFaceImages, number: int = 0, first: int = 0) -> list[list
 
 
 def test_a_data_set_on_a_disk_is_like_a_folder(shards: Path) -> None:
+    assert on_disk(shards, image_size=None).image_size == (32, 32), "found in the images: the smallest there is"
     data = on_disk(shards)
     data.prepare_data()
     data.setup("fit")
@@ -275,7 +276,7 @@ def test_a_batch_that_cannot_be_read_is_named_and_another_stands_in() -> None:
     ("changes", "message"),
     [
         ({"val_split": None}, "data.streaming=true needs data.val_split"),
-        ({"image_size": None}, "data.image_size=null with data.streaming: a stream has none"),
+        ({"image_size": None}, "data.image_size=null with data.streaming: a stream has no images"),
         ({"fraction": 0.5}, "takes no data.fraction"),
         ({"size": 0}, "data.size=0"),
         ({"shuffle_buffer": 0}, "data.shuffle_buffer=0: give at least 1"),

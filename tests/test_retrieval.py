@@ -20,20 +20,20 @@ def test_average_precision_by_hand(rows: int, monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     embeddings, labels = torch.randn(30, 5) + 3, torch.randint(4, (30,))
     labels[7] = 9  # a class of its own: nothing to find
-    found = average_precisions(embeddings, labels, 12)
+    found = average_precisions(embeddings, labels)
     unit = directions(embeddings, embeddings.mean(dim=0))
     expected = []
-    for place in range(12):
+    for place in range(30):
         others = [other for other in range(30) if other != place]
         relevant = [bool(labels[other] == labels[place]) for other in others]
         if any(relevant):
             expected.append(by_hand(relevant, (unit[others] @ unit[place]).tolist()))
-    assert len(found) == 11
+    assert len(found) == 29
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_nothing_to_find_is_no_figure() -> None:
-    assert average_precisions(torch.randn(4, 3), torch.arange(4), 4).shape == (0,)
+    assert average_precisions(torch.randn(4, 3), torch.arange(4)).shape == (0,)
 
 
 def test_an_image_is_not_its_own_neighbor() -> None:

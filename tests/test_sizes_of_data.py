@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import small_images, small_trajectories, small_views
+from conftest import small_ijepa, small_images, small_trajectories, small_views, trainer
 from PIL import Image
 
 from datamodules.batches import ImageBatch
@@ -70,6 +70,7 @@ def test_data_of_ones_own_may_say_less() -> None:
     [
         ([(100, 300)] * 3 + [(300, 70)] * 2, 96),  # half of them have 96 on both sides
         ([(100, 300)] * 2 + [(300, 70)] * 3, 64),
+        ([(100, 300)] * 2 + [(300, 70)] * 2, 96),
         ([(500, 400)], 128),
         ([(128, 400)], 128),
         ([(127, 400)], 96),
@@ -109,8 +110,24 @@ def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptu
     model = load_jepa(tmp_path / "run")
     assert isinstance(model, IJEPA) and model.image_size == (64, 64)
     assert model.target_encoder.grid == (8, 8) and model.target_encoder.patch_size == 8
+    # Other images than those that it was trained on are read in its size.
+    (tmp_path / "large").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (200, 300)).save(tmp_path / "large" / f"{name}.png")
+    main(["predict", f"--ckpt_path={tmp_path / 'run'}", f"--data.root={tmp_path / 'large'}", "--data.num_workers=0"])
+    assert len((tmp_path / "run" / "predict" / "index.csv").read_text().splitlines()) == 1 + 2
+    resume = ["fit", "--config", "ijepa/folder", "--ckpt_path=last", f"--data.root={tmp_path / 'large'}"]
+    main([*resume, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1", "--data.num_workers=0"])
 
 
 def test_patches_are_an_eighth_of_the_shorter_side() -> None:
     model = IJEPA("vit_tiny_patch16_224", (48, 72), None, encoder_depth=1, predictor_width=24)
     assert model.target_encoder.grid == (8, 12) and model.target_encoder.patch_size == 6
+    with pytest.raises(ValueError, match=r"image_size=\(100, 100\): patches of an eighth of the shorter side, 12 pixels"):
+        IJEPA("vit_tiny_patch16_224", 100, None)
+
+
+def test_data_that_leave_their_size_open_take_the_model_s(image_root: Path, tmp_path: Path) -> None:
+    data = small_images(image_root, image_size=None)
+    trainer(tmp_path, max_steps=1).fit(small_ijepa(), data)
+    assert data.image_size == (16, 16), "and not 32, which the images would have"

@@ -1,6 +1,7 @@
 """Pre-trained here, probed there: other images, other classes, another size."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -61,9 +62,46 @@ def test_the_baseline_on_small_pixels_is_built_for_the_size_once(checkpoint: str
     probe.set_size((24, 40))
     assert probe.heads["pixels_0"].in_features == probe.norms["pixels"].num_features == 3 * 24 * 32
     probe.fitted.fill_(True)
-    probe.set_size((24, 48))
-    with pytest.raises(ValueError, match=r"baseline on 2304 numbers of pixels does not fit images of \(32, 48\)"):
-        probe.set_size((32, 48))
+    heads = probe.heads
+    probe.set_size((16, 16))
+    assert probe.heads is heads, "what is fitted is not thrown away"
+
+
+def test_a_probe_that_was_fitted_at_another_size_says_so(checkpoint: str, elsewhere: Path, tmp_path: Path) -> None:
+    for kind, settings in ((LinearProbe, {"baselines": True}), (AttentiveProbe, {})):
+        run = trainer(tmp_path, max_steps=1)
+        run.fit(kind(checkpoint, **settings), small_images(elsewhere, image_size=(24, 40)))
+        run.save_checkpoint(tmp_path / "probe.ckpt")
+        again, data = trainer(tmp_path / "again"), small_images(elsewhere, image_size=(16, 16))
+        warned = pytest.warns(UserWarning, match=r"fitted on images of \(24, 40\) pixels and reads \(16, 16\) now")
+        refused = pytest.raises(ValueError, match=r"fitted to images of \(24, 40\) pixels, and the data's have \(16, 16\)")
+        with warned, refused if kind is LinearProbe else nullcontext():
+            again.test(kind(checkpoint, **settings), data, ckpt_path=str(tmp_path / "probe.ckpt"), weights_only=False)
+
+
+def test_positions_are_those_of_training_again_at_their_size(checkpoint: str) -> None:
+    probe = KNNProbe(checkpoint)
+    before = probe.encoder.positions.clone()
+    probe.set_size((32, 32))
+    larger = probe.encoder.positions.clone()
+    probe.set_size((8, 8))
+    probe.set_size((32, 32))
+    assert torch.equal(probe.encoder.positions, larger), "not stretched twice"
+    probe.set_size((16, 16))
+    assert torch.equal(probe.encoder.positions, before)
+
+
+def test_other_encoders_are_stretched_once(checkpoint: str, elsewhere: Path, tmp_path: Path, image_root: Path) -> None:
+    other = small_ijepa(image_size=48, patch_size=8)
+    run = trainer(tmp_path / "other", max_steps=1)
+    run.fit(other, small_images(image_root, image_size=48))
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    probe = ComparisonProbe(checkpoint, [str(tmp_path / "other.ckpt")])
+    run = trainer(tmp_path / "probe", limit_test_batches=1.0)
+    run.test(probe, small_images(elsewhere, image_size=48), verbose=False)
+    assert torch.equal(probe.others["other_0"].positions, other.target_encoder.positions), "48 is its own size"
+    with pytest.raises(ValueError, match=r"other.ckpt: Images of \(20, 20\) pixels are no multiple of patch_size=8"):
+        run.test(ComparisonProbe(checkpoint, [str(tmp_path / "other.ckpt")]), small_images(elsewhere, image_size=20))
 
 
 @pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe, FineTuning, RidgeProbe, KNNProbe, ComparisonProbe])
@@ -80,6 +118,8 @@ def test_probes_read_images_of_another_size(kind: type, checkpoint: str, elsewhe
         run.fit(probe, data)
         run.save_checkpoint(tmp_path / "probe.ckpt")
     run.test(probe, data, verbose=False)
+    text = (tmp_path / "probe" / "report.md").read_text()
+    assert kind is ComparisonProbe or "Images of 24 x 40 pixels." in text
     assert probe.image_size == (24, 40) and probe.encoder.grid == probe.untrained.grid == (6, 10)
     report = json.loads((tmp_path / "probe" / "report.json").read_text())
     images = torch.randn(2, 3, 24, 40)

@@ -57,7 +57,7 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [module for module in network.modules() if isinstance(module, Block)]
 
 
-def times(values: Tensor, count: int) -> Tensor:
+def repeated(values: Tensor, count: int) -> Tensor:
     """All of a batch, `count` times one after the other: (B, ...) -> (count B, ...)."""
     return values if count == 1 else torch.cat([values] * count)
 
@@ -118,6 +118,7 @@ class ViTEncoder(nn.Module):
         self.num_heads: int = attention.num_heads
         self.gradient_checkpointing = gradient_checkpointing
         self.register_buffer("positions", sincos_positions(self.grid, self.dim), persistent=False)
+        self.grid_of_training = self.grid
         attend_by_device(self)
 
     positions: Tensor
@@ -136,8 +137,10 @@ class ViTEncoder(nn.Module):
         other = copy.deepcopy(self)
         other.grid = (image_size[0] // self.patch_size, image_size[1] // self.patch_size)
         other.vit.patch_embed.set_input_size(img_size=image_size)
+        # Always from those of training: to go back to their size is to have them again.
+        table = sincos_positions(self.grid_of_training, self.dim).to(self.positions)
         other.positions = resample_abs_pos_embed(
-            self.positions[None], list(other.grid), list(self.grid), num_prefix_tokens=0
+            table[None], list(other.grid), list(self.grid_of_training), num_prefix_tokens=0
         )[0]
         return other
 

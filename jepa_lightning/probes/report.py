@@ -69,7 +69,7 @@ def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], evaluated:
     """The report of a classifier: accuracies on the JEPA's embeddings and on baselines, written by the first process.
 
     Args:
-        probe: Probe with a trainer, its `checkpoint`, and `names`: kind of features -> title of its row.
+        probe: Probe with a trainer, its `checkpoint`, `image_size`, and `names`: kind of features -> title of its row.
         figures: Kind of features -> "accuracy", "standard_error", and what was chosen.
         evaluated: What the accuracies were taken on.
     """
@@ -85,8 +85,10 @@ def save_accuracies(probe: Any, figures: dict[str, dict[str, float]], evaluated:
     ]
     lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    height, width = probe.image_size
     report = {"probe": name, "accuracy": figures, "judged": evaluated, "checkpoint": checkpoint}
-    save_report(directory, report, name, f"Of `{checkpoint}`, {evaluated}.", table)
+    notes = f"Of `{checkpoint}`, {evaluated}. Images of {height} x {width} pixels."
+    save_report(directory, report | {"image_size": [height, width]}, name, notes, table)
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -84,9 +85,12 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
         if odd:
             raise ValueError(
                 f"{path} does not fit this {type(model).__name__}: {len(odd)} weights of the {part} are missing or have "
-                f"another shape, such as {min(odd)}. Its arguments are "
-                + json.dumps(
-                    {name: value for name, value in source.hparams.items() if not name.startswith("_")}, default=str
-                )
+                f"another shape, such as {min(odd)}. Its arguments are " + json.dumps(_arguments(source), default=str)
             )
         model.get_submodule(part).load_state_dict(theirs)
+
+
+def _arguments(model: JEPA) -> dict[str, Any]:
+    """What a model was built with; the size of its patches also where that was left open."""
+    found = {name: value for name, value in model.hparams.items() if not name.startswith("_")}
+    return found | {"patch_size": model.target_encoder.patch_size} if isinstance(model, ImageJEPA) else found

@@ -7,6 +7,7 @@ from abc import ABC
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from datamodules.batches import ImageBatch, check_batches
@@ -14,7 +15,7 @@ from datamodules.pixel_format import agree
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.baselines import BASELINE_SEED
-from jepa_lightning.seen_pixels import SeesImages
+from jepa_lightning.sees_images import SeesImages, size_of_data
 from jepa_lightning.signature import sign
 from jepa_lightning.weights.checkpoints import RECORD, record
 from jepa_lightning.weights.loading import load
@@ -128,13 +129,14 @@ class ImageProbe(SeesImages, ABC):
         """
         data = self.data
         check_batches(self, data, self.batch_type)
-        theirs = getattr(data, "image_size", self.image_size)
-        if tuple(theirs) != self.image_size:
+        theirs = size_of_data(data, self.image_size)
+        if theirs != self.image_size:
             if not self.any_size:
                 raise ValueError(
                     f"The JEPA was trained on images of {self.image_size} pixels, and data.image_size={theirs}: "
                     f"{type(self).__name__} reads its predictor, which takes no other size."
                 )
+            rank_zero_info(f"The encoder knows images of {self.image_size} pixels; its positions are stretched to {theirs}.")
             self.set_size(theirs)
         classes = getattr(data, "num_classes", self.num_classes)
         if self.needs_labels:
@@ -183,3 +185,7 @@ class ImageProbe(SeesImages, ABC):
         size = tuple(checkpoint.get("image_size", self.image_size))
         if self.data is None and size != self.image_size:
             self.set_size(size)
+        elif size != self.image_size:
+            rank_zero_warn(
+                f"This probe was fitted on images of {size} pixels and reads {self.image_size} now: data.image_size chooses."
+            )

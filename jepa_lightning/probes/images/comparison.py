@@ -29,7 +29,7 @@ from jepa_lightning.weights.loading import load
 NUM_NEIGHBORS, TEMPERATURE = 20, 0.07
 
 MAX_PAIRS = 2000
-"""Maximum number of held-out images that are to be found again under augmentation, or that others are retrieved for."""
+"""Maximum number of held-out images that are to be found again under augmentation, and that are retrieved."""
 
 THUMBNAIL = 64
 """Maximum height and width in pixels of what the gallery shows."""
@@ -49,7 +49,7 @@ class ComparisonProbe(RidgeProbe):
     With labels, by the linear probe in closed form on the last four blocks (see `RidgeProbe`) and by k-NN on the average of
     the last. Without labels, and with them too, by k-NN consistency: of two random crops of each held-out image, flipped and
     in other colors, is the one nearest to the first the second of the same image? Chance is one over the number of images.
-    With labels also by retrieval: the mean average precision of ranking all other held-out images by their similarity.
+    With labels also by retrieval: the mean average precision of ranking the others by their similarity.
     `test` alone does it all, and writes report.json, report.md, comparison.png, and gallery.png, which shows some images
     and those that the JEPA has nearest to them.
 
@@ -83,26 +83,27 @@ class ComparisonProbe(RidgeProbe):
         self.save_hyperparameters()
         self.others = nn.ModuleDict()
         self._pixels: dict[str, PixelFormat] = {}
+        self._sizes: dict[str, tuple[int, int]] = {}
         for place, path in enumerate(others or []):
             other = load(path)
             if not isinstance(other, ImageJEPA) or other.channels != self.channels:
                 raise ValueError(f"{path}: give an I-JEPA, an IWM or an encoder for images of {self.channels} channels.")
             network = other.target_encoder if encoder == "target" else other.context_encoder
-            network = network if other.image_size == self.image_size else network.resized(self.image_size)
             self.others[f"other_{place}"] = network.requires_grad_(False).eval()
-            self._pixels[f"other_{place}"] = other.pixels
+            self._pixels[f"other_{place}"], self._sizes[f"other_{place}"] = other.pixels, other.image_size
         self._frozen.append("others")
-
-    def set_size(self, image_size: tuple[int, int]) -> None:
-        super().set_size(image_size)
-        for name, network in self.others.items():
-            self.others[name] = network.resized(self.image_size)
 
     def setup(self, stage: str) -> None:
         """Compare with the data module; labels are welcome, not needed. See `ImageProbe.setup` for the errors."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        self.needs_labels = (getattr(data, "num_classes", self.num_classes) or 0) > 1
+        self.needs_labels = (getattr(self.data, "num_classes", self.num_classes) or 0) > 1
         super().setup(stage)
+        for name, network in self.others.items():
+            if self._sizes[name] != self.image_size:
+                try:
+                    self.others[name] = network.resized(self.image_size)  # type: ignore[operator]
+                except ValueError as error:
+                    raise ValueError(f"{self.names[name]}: {error}") from None
+                self._sizes[name] = self.image_size
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -128,8 +129,8 @@ class ComparisonProbe(RidgeProbe):
         self._banks: dict[str, MemoryBank] = {}
         self._queries: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self._answers: list[Tensor] = []
-        self._views: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.names}
-        self._shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._embeddings: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.names}
+        self._shown: list[tuple[Tensor, Tensor]] = []
         self._paired = 0
         if self.needs_labels:
             super().on_test_start()
@@ -144,46 +145,46 @@ class ComparisonProbe(RidgeProbe):
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> None:
         self.evaluated.update(len(batch.labels))
+        wanted = min(len(batch.labels), -(-MAX_PAIRS // self.trainer.world_size) - self._paired)
+        if not self.needs_labels and not wanted:
+            return
+        features = self.features(batch.images if self.needs_labels else batch.images[:wanted])
         if self.needs_labels:
             self._answers.append(batch.labels)
-            for name, features in self.features(batch.images).items():
+            for name, value in features.items():
                 with torch.autocast(self.device.type, enabled=False):
-                    self.right[name].update((classify(features, self._weights[name]) == batch.labels).sum())
-                self._queries[name].append(self.last(name, features).float().cpu())
-        wanted = -(-MAX_PAIRS // self.trainer.world_size) - self._paired
-        if wanted > 0:
+                    self.right[name].update((classify(value, self._weights[name]) == batch.labels).sum())
+                self._queries[name].append(self.last(name, value).float().cpu())
+        if wanted:
             plain = denormalize(batch.images[:wanted], self.pixels)
-            embeddings = self.last("jepa", _pooled(self.encoder, batch.images[:wanted]))
-            self._shown.append((thumbnails(plain).cpu(), embeddings.float().cpu(), batch.labels[:wanted].cpu()))
-            first, second = (normalize(view, self.pixels) for view in augmented_twice(plain, batch_generator(batch)))
-            ours, theirs = self.features(first), self.features(second)
+            self._shown.append((thumbnails(plain).cpu(), batch.labels[:wanted].cpu()))
+            views = [self.features(normalize(v, self.pixels)) for v in augmented_twice(plain, batch_generator(batch))]
             for name in self.names:
-                pair = (self.last(name, found[name]).float().cpu() for found in (ours, theirs))
-                self._views[name].append(tuple(pair))  # type: ignore[arg-type]
-            self._paired += len(plain)
+                found = (self.last(name, of[name][:wanted]).float().cpu() for of in (features, *views))
+                self._embeddings[name].append(tuple(found))
+            self._paired += wanted
 
     def on_test_epoch_end(self) -> None:
         count = int(self.evaluated.compute())
         self.evaluated.reset()
         figures: dict[str, dict[str, float]] = {name: {} for name in self.names}
-        pairs = 0
+        images, labels = (_of_all(torch.cat(of)) for of in zip(*self._shown, strict=True))
+        retrieved: Figure | None = None
         for name in self.names:
+            plain, first, second = (_of_all(torch.cat(of)) for of in zip(*self._embeddings.pop(name), strict=True))
+            retrieved = retrieved or gallery(images, plain, labels)  # of the JEPA, which comes first
             if self.needs_labels:
                 figures[name] |= _with_error("linear", float(self.right[name].compute()) / count, count)
                 queries, answers = torch.cat(self._queries.pop(name)).to(self.device), torch.cat(self._answers)
-                precisions = average_precisions(_of_all(queries.cpu()), _of_all(answers.cpu()), MAX_PAIRS)
-                figures[name] |= _mean_with_error("retrieval", precisions)
                 votes = self._banks.pop(name).vote(queries, NUM_NEIGHBORS, TEMPERATURE)
                 right = self.trainer.strategy.reduce((votes == answers).sum(), reduce_op="sum")
                 figures[name] |= _with_error("knn", float(right) / count, count)
-            first, second = (torch.cat(of) for of in zip(*self._views.pop(name), strict=True))
-            found = found_again(*(_of_all(part) for part in (first, second)))
-            pairs = len(found)
-            figures[name] |= _with_error("consistency", float(found.float().mean()), pairs)
+                figures[name] |= _mean_with_error("retrieval", average_precisions(plain, labels))
+            figures[name] |= _with_error("consistency", float(found_again(first, second).float().mean()), len(labels))
             self.right[name].reset()
-        shown = [_of_all(torch.cat(of)) for of in zip(*self._shown, strict=True)]
         if self.trainer.is_global_zero:
-            self._report(figures, count, pairs, gallery(*shown))
+            assert retrieved is not None
+            self._report(figures, count, len(labels), retrieved)
 
     def _report(self, figures: dict[str, dict[str, float]], count: int, pairs: int, retrieved: Figure) -> None:
         report = {"comparison": figures, "names": self.names, "checkpoint": self.checkpoint}
@@ -196,7 +197,7 @@ class ComparisonProbe(RidgeProbe):
         notes = (
             f"`{self.checkpoint}`: accuracies (standard error) on {count} held-out images; found again: of {pairs} held-out "
             f"images, the one whose second crop is nearest to its first, chance {1 / pairs:.4f}. "
-            + (f"Mean average precision: of {pairs} queries among all of them. " if "retrieval" in shown else "")
+            + (f"Mean average precision: of each of these {pairs} among the others. " if "retrieval" in shown else "")
             + "Figures: comparison.png, and gallery.png with the images nearest to some of them."
         )
         directory = Path(self.trainer.default_root_dir)

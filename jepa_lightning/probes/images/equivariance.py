@@ -92,7 +92,7 @@ class EquivarianceProbe(ImageProbe):
             ValueError: Images of another size, no views, or actions of another length.
         """
         super().setup(stage)
-        self.jepa.check_views(getattr(self.trainer, "datamodule", None))
+        self.jepa.check_views(self.data)
 
     def test_step(self, batch: ViewBatch, batch_idx: int) -> None:
         images = batch.images

@@ -242,17 +242,25 @@ class LinearProbe(ClassificationProbe):
         self.save_hyperparameters()
 
     def set_size(self, image_size: tuple[int, int]) -> None:
+        before = self._width("pixels")
+        super().set_size(image_size)
+        # Of images smaller than `PIXEL_GRID` the baseline on pixels depends on their size.
+        if self.baselines and self.num_classes is not None and before != self._width("pixels") and not self.fitted:
+            self.set_classes(self.num_classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As for all probes.
 
         Raises:
-            ValueError: The baseline on pixels was fitted to images that were smaller than `PIXEL_GRID`, or is to be.
+            ValueError: The baseline on pixels was fitted to smaller images than those of the data, or to larger ones.
         """
-        before = self._width("pixels")
-        super().set_size(image_size)
-        if self.baselines and self.num_classes is not None and before != self._width("pixels"):
-            if self.fitted:
-                raise ValueError(f"The baseline on {before} numbers of pixels does not fit images of {image_size} pixels.")
-            self.set_classes(self.num_classes)
+        super().on_load_checkpoint(checkpoint)
+        theirs = checkpoint["state_dict"].get("norms.pixels.running_mean")
+        if theirs is not None and self.baselines and len(theirs) != self._width("pixels"):
+            raise ValueError(
+                f"The baseline on pixels was fitted to images of {tuple(checkpoint['image_size'])} pixels, and the data's "
+                f"have {self.image_size}: set data.image_size to what it was fitted to."
+            )
 
     def set_classes(self, num_classes: int | dict[str, int]) -> None:
         super().set_classes(num_classes)

@@ -23,20 +23,19 @@ def similarities(embeddings: Tensor, queries: slice) -> Tensor:
     return found
 
 
-def average_precisions(embeddings: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Average precision of ranking all other images by their similarity to each query, those of its class being relevant.
+def average_precisions(embeddings: Tensor, labels: Tensor) -> Tensor:
+    """Average precision of ranking all other images by their similarity to each, those of its class being relevant.
 
     Args:
         embeddings: Of all images, (I, D).
         labels: Their classes, (I,).
-        count: Number of queries, the first of them.
 
     Returns:
-        (Q,), of those queries whose class has another image.
+        (Q,), of those images whose class has another one.
     """
     found = []
-    for start in range(0, min(count, len(labels)), QUERY_ROWS):
-        similar = similarities(embeddings, slice(start, min(count, start + QUERY_ROWS)))
+    for start in range(0, len(labels), QUERY_ROWS):
+        similar = similarities(embeddings, slice(start, start + QUERY_ROWS))
         order = similar.argsort(dim=1, descending=True)[:, :-1]  # the last one is the query itself
         # Not by torchmetrics, which counts an image whose similarity is negative as not relevant.
         relevant = labels[order] == labels[start : start + len(order), None]  # (Q, I - 1)

@@ -184,7 +184,7 @@ class SegmentationProbe(ImageProbe):
         if not self.trainer.is_global_zero:
             return
         count, num_classes = next(iter(confusions.values())).shape[:2]
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        names = getattr(self.data, "class_names", None)
         report = segmentation_report(confusions, names or [str(number) for number in range(num_classes)])
         report |= {"checkpoint": self.checkpoint, "num_images": count}
         notes = (
