@@ -124,7 +124,7 @@ class SomeProbe(SimpleNamespace):
 
 def some_probe(directory: Path, first: bool = True) -> SomeProbe:
     trainer = SimpleNamespace(is_global_zero=first, default_root_dir=str(directory))
-    return SomeProbe(trainer=trainer, checkpoint="jepa.ckpt")
+    return SomeProbe(trainer=trainer, checkpoint="jepa.ckpt", image_size=(16, 24))
 
 
 ACCURACIES = {
@@ -137,9 +137,10 @@ def test_accuracies_stand_next_to_their_names_with_what_was_chosen(tmp_path: Pat
     save_accuracies(some_probe(tmp_path), ACCURACIES, "on 7 images")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.pop("command")
-    assert report == {"probe": "SomeProbe", "accuracy": ACCURACIES, "judged": "on 7 images", "checkpoint": "jepa.ckpt"}
+    expected = {"probe": "SomeProbe", "accuracy": ACCURACIES, "judged": "on 7 images", "checkpoint": "jepa.ckpt"}
+    assert report == expected | {"image_size": [16, 24]}
     title, _, notes, _, *table = (tmp_path / "report.md").read_text().splitlines()
-    assert (title, notes) == ("# SomeProbe", "Of `jepa.ckpt`, on 7 images.")
+    assert (title, notes) == ("# SomeProbe", "Of `jepa.ckpt`, on 7 images. Images of 16 x 24 pixels.")
     assert table[:4] == [
         "| features | accuracy | standard error | learning rate | weight decay |",
         "| :-- | --: | --: | --: | --: |",

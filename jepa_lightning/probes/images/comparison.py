@@ -189,6 +189,7 @@ class ComparisonProbe(RidgeProbe):
     def _report(self, figures: dict[str, dict[str, float]], count: int, pairs: int, retrieved: Figure) -> None:
         report = {"comparison": figures, "names": self.names, "checkpoint": self.checkpoint}
         report |= {"num_images": count, "num_pairs": pairs, "chance_consistency": 1 / pairs}
+        report |= {"image_size": list(self.image_size)}
         shown = [kind for kind in FIGURES if kind in figures["jepa"]]
         lines = ["| encoder | " + " | ".join(FIGURES[kind] for kind in shown) + " |", "| :-- |" + " --: |" * len(shown)]
         for name, title in self.names.items():
@@ -198,6 +199,7 @@ class ComparisonProbe(RidgeProbe):
             f"`{self.checkpoint}`: accuracies (standard error) on {count} held-out images; found again: of {pairs} held-out "
             f"images, the one whose second crop is nearest to its first, chance {1 / pairs:.4f}. "
             + (f"Mean average precision: of each of these {pairs} among the others. " if "retrieval" in shown else "")
+            + f"Images of {self.image_size[0]} x {self.image_size[1]} pixels. "
             + "Figures: comparison.png, and gallery.png with the images nearest to some of them."
         )
         directory = Path(self.trainer.default_root_dir)
