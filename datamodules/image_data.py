@@ -107,17 +107,12 @@ class ImageDataModule(SingleLoaderDataModule):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels; where none was given, by a look at the images, see `first_look.found_size`."""
+        """Height and width in pixels; where none was given, those of the model, or before there is one `found_size`."""
         if self._image_size is None:
             self._image_size = found_size(self.training_paths(), self.fetch)
             height, width = self._image_size
             rank_zero_info(f"Images are resized to {height} x {width} pixels; data.image_size chooses another size.")
         return self._image_size
-
-    def take_size(self, size: tuple[int, int]) -> None:
-        """The size of a model's images, where none was given and none was found yet."""
-        if self._image_size is None:
-            self._image_size = size
 
     @property
     def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:
@@ -142,6 +137,8 @@ class ImageDataModule(SingleLoaderDataModule):
 
     def setup(self, stage: str) -> None:
         """Find the images, and look at some of them; see `find` for the errors."""
+        if self._image_size is None:  # that of the model, if it has one
+            self._image_size = getattr(getattr(self.trainer, "lightning_module", None), "image_size", None)
         if ("predict" if stage == "predict" else "train") in self._samples:
             return
         samples, classes, token = self.find(stage)

@@ -30,7 +30,7 @@ from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
 from jepa_lightning.networks.vit import ViTEncoder, blocks, repeated, take
-from jepa_lightning.sees_images import SeesImages, size_of_data
+from jepa_lightning.sees_images import SeesImages
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 
 ROWS = 8
@@ -122,8 +122,8 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         data = self.data
         if stage != "predict":
             check_batches(self, data, self.batch_type)
-        theirs = size_of_data(data, self.image_size)
-        if tuple(theirs) != self.image_size:
+        theirs = tuple(getattr(data, "image_size", self.image_size))
+        if theirs != self.image_size:
             raise ValueError(
                 f"The model has image_size={self.image_size} but data.image_size={theirs}: set both to the same value."
             )

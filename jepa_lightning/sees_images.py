@@ -1,19 +1,10 @@
-"""How a model has seen images: their size, and the range and normalization that its checkpoint keeps."""
+"""How a model has seen images: the range and normalization that its checkpoint keeps."""
 
 from typing import Any
 
 from lightning.pytorch import LightningModule
 
-from datamodules.image_data import ImageDataModule
 from datamodules.pixel_format import PixelFormat, agree
-
-
-def size_of_data(data: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the images of a data module; those of the model where it says nothing or leaves them open."""
-    if isinstance(data, ImageDataModule):
-        data.take_size(size)
-    height, width = getattr(data, "image_size", size)
-    return height, width
 
 
 class SeesImages(LightningModule):

@@ -96,16 +96,14 @@ def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptu
     for number in range(12):
         (tmp_path / "train").mkdir(exist_ok=True)
         Image.new("RGB", (70, 90)).save(tmp_path / "train" / f"{number}.png")
+    arguments = [
+        *("fit", "--config", "ijepa/folder", f"--data.root={tmp_path}", "--data.batch_size=4", "--data.num_workers=0"),
+        *(f"--trainer.default_root_dir={tmp_path / 'run'}", "--model.compile_networks=false", "--model.encoder_depth=1"),
+        *("--trainer.max_steps=1", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"),
+        "--trainer.enable_progress_bar=false",
+    ]
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
-        main(
-            [
-                *("fit", "--config", "ijepa/folder", f"--data.root={tmp_path}"),
-                *(f"--trainer.default_root_dir={tmp_path / 'run'}", "--data.batch_size=4", "--data.num_workers=0"),
-                *("--model.encoder_depth=1", "--trainer.max_steps=1", "--trainer.val_check_interval=1"),
-                "--model.compile_networks=false",
-                *("--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"),
-            ]
-        )
+        main(arguments)
     assert "Images are resized to 64 x 64 pixels; data.image_size chooses another size." in caplog.text
     model = load_jepa(tmp_path / "run")
     assert isinstance(model, IJEPA) and model.image_size == (64, 64)
@@ -115,9 +113,12 @@ def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptu
     for name in ("a", "b"):
         Image.new("RGB", (200, 300)).save(tmp_path / "large" / f"{name}.png")
     main(["predict", f"--ckpt_path={tmp_path / 'run'}", f"--data.root={tmp_path / 'large'}", "--data.num_workers=0"])
-    assert len((tmp_path / "run" / "predict" / "index.csv").read_text().splitlines()) == 1 + 2
-    resume = ["fit", "--config", "ijepa/folder", "--ckpt_path=last", f"--data.root={tmp_path / 'large'}"]
-    main([*resume, f"--trainer.default_root_dir={tmp_path / 'run'}", "--trainer.max_steps=1", "--data.num_workers=0"])
+    assert len((tmp_path / "run" / "predict" / "large" / "index.csv").read_text().splitlines()) == 1 + 2
+    for number in range(20):  # the folder grows, and the run goes on in its own size
+        Image.new("RGB", (200, 300)).save(tmp_path / "train" / f"more {number}.png")
+    assert ImageFolder(str(tmp_path), image_size=None).image_size == (128, 128)
+    with pytest.warns(UserWarning, match="This run goes on with other samples: images"):
+        main([*arguments, "--ckpt_path=last"])
 
 
 def test_patches_are_an_eighth_of_the_shorter_side() -> None:
@@ -131,3 +132,6 @@ def test_data_that_leave_their_size_open_take_the_model_s(image_root: Path, tmp_
     data = small_images(image_root, image_size=None)
     trainer(tmp_path, max_steps=1).fit(small_ijepa(), data)
     assert data.image_size == (16, 16), "and not 32, which the images would have"
+    alone = small_images(image_root, image_size=None)
+    alone.setup("fit")
+    assert alone.image_size == (32, 32)

@@ -15,7 +15,7 @@ from datamodules.pixel_format import agree
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.baselines import BASELINE_SEED
-from jepa_lightning.sees_images import SeesImages, size_of_data
+from jepa_lightning.sees_images import SeesImages
 from jepa_lightning.signature import sign
 from jepa_lightning.weights.checkpoints import RECORD, record
 from jepa_lightning.weights.loading import load
@@ -129,7 +129,7 @@ class ImageProbe(SeesImages, ABC):
         """
         data = self.data
         check_batches(self, data, self.batch_type)
-        theirs = size_of_data(data, self.image_size)
+        theirs = tuple(getattr(data, "image_size", self.image_size))
         if theirs != self.image_size:
             if not self.any_size:
                 raise ValueError(
