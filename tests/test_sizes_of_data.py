@@ -117,7 +117,7 @@ def test_size_and_patches_of_folder_yaml(tmp_path: Path, caplog: pytest.LogCaptu
     for number in range(20):  # the folder grows, and the run goes on in its own size
         Image.new("RGB", (200, 300)).save(tmp_path / "train" / f"more {number}.png")
     assert ImageFolder(str(tmp_path), image_size=None).image_size == (128, 128)
-    with pytest.warns(UserWarning, match="This run goes on with other samples: images"):
+    with pytest.warns(UserWarning, match="This run goes on with other samples: data.images"):
         main([*arguments, "--ckpt_path=last"])
 
 
