@@ -102,7 +102,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if path.parent.name != "probes"
     }
     more = {"runs/change": ROOT / "configs" / "iwm" / "cifar10_cpu.yaml"}
-    more["runs/first"] = ROOT / "configs" / "ijepa" / "cifar10_cpu.yaml"
+    more |= dict.fromkeys(("runs/first", "runs/hour"), ROOT / "configs" / "ijepa" / "cifar10_cpu.yaml")
     more["runs/my_recording"] = ROOT / "configs" / "worlds" / "tworoom.yaml"
     for place, config in (runs | more).items():
         (folder / place).mkdir(parents=True, exist_ok=True)

@@ -100,7 +100,7 @@ class ComparisonProbe(RidgeProbe):
         for name, network in self.others.items():
             if self._sizes[name] != self.image_size:
                 try:
-                    self.others[name] = network.resized(self.image_size)  # type: ignore[operator]
+                    self.others[name] = network.resized(self.image_size)
                 except ValueError as error:
                     raise ValueError(f"{self.names[name]}: {error}") from None
                 self._sizes[name] = self.image_size
