@@ -103,6 +103,7 @@ def test_weights_from_elsewhere_see_images_as_they_were_trained(checkpoint: str,
     figures = compare(checkpoint, images, tmp_path / "out", others=others)["comparison"]
     assert figures["other_0"] == figures["jepa"], "the same weights"
     probe = ComparisonProbe(checkpoint, others)
+    probe.others["other_1"] = probe.others["other_1"].resized((16, 16))  # type: ignore[operator]  # as `setup` does
     pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     theirs = probe._pixels["other_1"]
     assert theirs != PixelFormat()
