@@ -1,5 +1,6 @@
 """What the tests share: the smallest data and models that do everything."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -51,6 +52,13 @@ SMALL_IJEPA: dict[str, Any] = {
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE")
 """What Lightning puts into the environment of a process that is one of several."""
+
+
+@atexit.register
+def leave_processes() -> None:
+    """What the command line does at its end: threads of a process group that is still there now and then abort the exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
