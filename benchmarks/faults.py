@@ -11,7 +11,6 @@ uncut run's, with weights, optimizer and schedules that are equal bit for bit.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -231,18 +230,6 @@ def main() -> None:
     began, rng = time.monotonic(), random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
         folder = Path(name)
-        scenarios = [Scenario(*values) for values in itertools.product(options.families, (1, 3), ("1.0", "17"))]
-
-        def uncut(scenario: Scenario) -> dict[str, Any]:
-            root = folder / "_".join(map(str, scenario))
-            data = folder / f"data_{scenario.family}"
-            seconds = finish(command(scenario, root, data, random.Random(0)), root)
-            return {"seconds": seconds, "outcome": outcome(root)}
-
-        first = [scenario for scenario in scenarios if scenario[1:] == scenarios[0][1:]]
-        whole = dict(zip(first, pool.map(uncut, first), strict=True))  # which makes the data of each family, once
-        rest = [scenario for scenario in scenarios if scenario not in whole]
-        whole |= dict(zip(rest, pool.map(uncut, rest), strict=True))
         jobs = [
             (family, kind)
             for family in options.families
@@ -250,14 +237,28 @@ def main() -> None:
             for _ in range(count)
         ]
         rng.shuffle(jobs)
+        draws = [random.Random(f"{options.seed} {number}") for number in range(len(jobs))]
+        scenarios = [
+            Scenario(family, draw.choice((1, 3)), draw.choice(("1.0", "17")))
+            for (family, _), draw in zip(jobs, draws, strict=True)
+        ]
+
+        def uncut(scenario: Scenario) -> dict[str, Any]:
+            root = folder / "_".join(map(str, scenario))
+            data = folder / f"data_{scenario.family}"
+            seconds = finish(command(scenario, root, data, random.Random(0)), root)
+            return {"seconds": seconds, "outcome": outcome(root)}
+
+        first = list({scenario.family: scenario for scenario in scenarios}.values())
+        whole = dict(zip(first, pool.map(uncut, first), strict=True))  # which makes the data of each family, once
+        rest = sorted(set(scenarios) - set(first))
+        whole |= dict(zip(rest, pool.map(uncut, rest), strict=True))
 
         def one(number: int) -> Result | None:
             if time.monotonic() - began > 60 * options.minutes:
                 return None
-            family, kind = jobs[number]
-            mine = random.Random(f"{options.seed} {number}")
-            scenario = mine.choice([scenario for scenario in scenarios if scenario.family == family])
-            result = campaign_run(scenario, kind, whole[scenario], folder / str(number), mine)
+            scenario, kind = scenarios[number], jobs[number][1]
+            result = campaign_run(scenario, kind, whole[scenario], folder / str(number), draws[number])
             print(
                 f"{number + 1} of {len(jobs)}: {' '.join(map(str, scenario))}, {kind}: {result.problem or 'equal'}",
                 flush=True,
