@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from uuid import uuid4
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.first_look import Look, Normalization, look
 from datamodules.hugging_face_source import HuggingFaceSource
 from datamodules.image_data import ImageDataModule
+from datamodules.image_datasets import random_change, random_pair
 from datamodules.image_files import Samples, draw_per_class, part_of
-from datamodules.image_stream import HeldOutStream, StreamBatches, StreamChange, StreamedImages
+from datamodules.image_stream import HeldOutStream, StreamBatches, StreamedImages
 from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
@@ -55,6 +58,7 @@ class HuggingFaceImages(ImageDataModule):
         channels: As for `ImageFolder`.
         value_range: As for `ImageFolder`.
         normalization: As for `ImageFolder`.
+        rand_augment: As for `ImageFolder`.
         views: Settings of pairs of views, which IWM needs.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.
@@ -88,6 +92,7 @@ class HuggingFaceImages(ImageDataModule):
         channels: int = 3,
         value_range: tuple[float, float] | None = None,
         normalization: Normalization | None = None,
+        rand_augment: bool = False,
         views: Views | None = None,
         batch_size: int = 64,
         num_workers: int = 4,
@@ -103,6 +108,7 @@ class HuggingFaceImages(ImageDataModule):
             channels=channels,
             value_range=value_range,
             normalization=normalization,
+            rand_augment=rand_augment,
             views=views,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -201,7 +207,11 @@ class HuggingFaceImages(ImageDataModule):
             raise ValueError(
                 f"data.size={self.size} does not fill one batch of {self.batch_size} on {num_ranks} process(es)."
             )
-        change = StreamChange(self.image_size, self.crop_scale, self.flip, self.turns, self.views)
+        change: Callable[[Tensor], Any]
+        if self.views is None:
+            change = random_change(self.image_size, self.crop_scale, self.flip, self.rand_augment, self.turns)
+        else:
+            change = random_pair(self._view_maker(), self.turns)
         images = StreamedImages(self.image_size, self.seed, rank, change, self.pixels)
         stream = partial(self.source.records, self.split, self.rank, (self.seed, self.shuffle_buffer))
         repeat = self.trainer is not None and self.trainer.overfit_batches > 0

@@ -84,7 +84,8 @@ class ImageDataModule(SingleLoaderDataModule):
             raise ValueError("data.rand_augment=true with data.views: an action cannot say what RandAugment did; drop one.")
         if channels != 3 and (views is not None or rand_augment):
             raise ValueError(
-                f"data.channels={channels} with data.views or data.rand_augment: they change colors; leave them out."
+                f"data.channels={channels} with data.views or data.rand_augment, which change the colors of 3 channels: "
+                "give --data.views null and --data.rand_augment false."
             )
         check_normalization(channels, normalization)
         self.value_range, self.normalization = value_range, normalization

@@ -43,6 +43,27 @@ class Turns:
         return image
 
 
+def random_change(
+    size: tuple[int, int],
+    crop_scale: tuple[float, float],
+    flip: float,
+    rand_augment: bool = False,
+    turns: Turns | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """The random change of a training image, (C, any, any) -> (C, H, W), uint8: turns, a crop, a flip, and distortions.
+
+    Of tensors: torch resizes its uint8 images several times faster than Pillow does its own.
+    """
+    steps = [v2.RandomResizedCrop(size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
+    steps += [v2.RandAugment()] if rand_augment else []
+    return v2.Compose(steps if turns is None else [turns, *steps])
+
+
+def random_pair(maker: ViewMaker, turns: Turns | None = None) -> Callable[[Tensor], Pair]:
+    """The random pair of views of a training image, (C, any, any), and turns of the whole image before."""
+    return maker.pair if turns is None else v2.Compose([turns, maker.pair])
+
+
 class UnreadableImageWarning(UserWarning):
     """A file that should be an image cannot be decoded."""
 
@@ -151,10 +172,7 @@ class TrainingImages(ImageDataset):
         fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
         super().__init__(samples, image_size, seed, unreadable, pixels, fetch)
-        # Of tensors: torch resizes its uint8 images several times faster than Pillow does its own.
-        steps = [v2.RandomResizedCrop(image_size, scale=crop_scale), v2.RandomHorizontalFlip(flip)]
-        steps += [v2.RandAugment()] if rand_augment else []
-        self.augment = v2.Compose(steps if turns is None else [turns, *steps])
+        self.augment = random_change(image_size, crop_scale, flip, rand_augment, turns)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ImageBatch:
         """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
@@ -192,11 +210,7 @@ class TrainingViews(ImageDataset):
         fetch: Callable[[bytes], Any] | None = None,
     ) -> None:
         super().__init__(samples, image_size, seed, unreadable, pixels, fetch)
-        self.maker, self.turns = maker, turns
-
-    def make(self, image: Tensor) -> Pair:
-        """A random pair of views of an image (3, any, any)."""
-        return self.maker.pair(image if self.turns is None else self.turns(image))
+        self.maker, self.augment = maker, random_pair(maker, turns)
 
     def __getitems__(self, items: list[tuple[int, int]]) -> ViewBatch:
         """The batch named by (epoch, index) pairs. The next readable image stands in for an unreadable one.
@@ -204,7 +218,7 @@ class TrainingViews(ImageDataset):
         Raises:
             ValueError: Not one image can be read.
         """
-        pairs, indices = augmented(self, items, self.make)
+        pairs, indices = augmented(self, items, self.augment)
         return self.collate_views(pairs, None, indices, (self.seed, *items[0]))
 
 

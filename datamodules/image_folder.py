@@ -52,7 +52,8 @@ class ImageFolder(ImageDataModule):
             largest number of as many bits as are in use, of floats 1 or the largest value.
         normalization: "imagenet" for the mean and standard deviation of ImageNet, "found" for those of the images; by
             default ImageNet's for 3 channels. A model from a checkpoint keeps the range and normalization of its training.
-        rand_augment: Whether to apply two random distortions per training image (RandAugment), for fine-tuning.
+        rand_augment: Whether to apply two random distortions per training image (RandAugment, Cubuk et al. 2020; images of 3
+            channels).
         views: Settings of pairs of views and the action that leads from one to the other, which IWM needs; see
             `datamodules.views.Views`. Plain images if left out.
         batch_size: Images per batch and process.

@@ -14,18 +14,17 @@ import fsspec
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.decoding import read_image
-from datamodules.image_datasets import ImageDataset, Turns, UnreadableImageWarning
+from datamodules.image_datasets import ImageDataset, UnreadableImageWarning
 from datamodules.image_files import Samples, printable
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import center
 from datamodules.resumable import already_collated
 from datamodules.rng import CROP_STREAM, HELD_OUT_STREAM, VIEW_STREAM
 from datamodules.unreadable import UnreadableFiles
-from datamodules.views import Place, ViewMaker, Views
+from datamodules.views import Place, ViewMaker
 
 
 class Record(NamedTuple):
@@ -90,29 +89,6 @@ class StreamBatches:
                 f"The stream of this process ended after {place + 1} images, and data.size promised "
                 f"{self.length * self.batch_size} of its own: lower data.size, or make the shards alike."
             )
-
-
-class StreamChange:
-    """The random change of a training image: a crop, turned and flipped, or a pair of views.
-
-    Args:
-        size: Height H and width W in pixels.
-        crop_scale: Minimum and maximum area of a crop, as fractions of the image.
-        flip: Probability of a horizontal flip.
-        turns: Further turns of the whole image.
-        views: Settings of the views; a crop alone by default.
-    """
-
-    def __init__(
-        self, size: tuple[int, int], crop_scale: tuple[float, float], flip: float, turns: Turns | None, views: Views | None
-    ) -> None:
-        self.turns, crop = turns, v2.RandomResizedCrop(size, scale=crop_scale)
-        self.change: Callable[[Tensor], Any] = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
-        if views is not None:
-            self.change = ViewMaker(views, size, crop_scale, flip).pair
-
-    def __call__(self, image: Tensor) -> Any:
-        return self.change(image if self.turns is None else self.turns(image))
 
 
 class StreamedImages(ImageDataset):

@@ -77,7 +77,7 @@ class SyntheticImages(ImageFolder):
         fraction: Fraction of each class that is trained on, in (0, 1].
         crop_scale: Minimum and maximum area of a training crop, as fractions of the image.
         flip: Probability of a horizontal flip in training.
-        rand_augment: Two random distortions per training image (RandAugment), for fine-tuning.
+        rand_augment: Two random distortions per training image (RandAugment).
         views: Settings of pairs of views and actions, which IWM needs; plain images if left out.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.

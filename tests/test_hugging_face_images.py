@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import torch
 from conftest import ROOT, parameters_equal, run_script, small_ijepa, small_iwm, trainer
 from lightning.pytorch import Callback
 from PIL import Image
+from torch import Tensor
 
 from datamodules import HuggingFaceImages, Views
 from datamodules.hugging_face_source import library
-from datamodules.image_stream import Record, StreamBatches, StreamChange, StreamedImages
+from datamodules.image_datasets import random_change
+from datamodules.image_stream import Record, StreamBatches, StreamedImages
 from datamodules.pixel_format import PixelFormat
 from jepa_lightning.probes import KNNProbe
 
@@ -164,6 +166,19 @@ def test_embedding_and_probing_work_as_on_a_folder(shards: Path, tmp_path: Path)
     assert data.thumbnails([5], 8).mean() == pytest.approx(5 / 255, abs=1e-3)
 
 
+@pytest.mark.parametrize("make", [on_disk, streamed])
+def test_rand_augment_distorts_images(shards: Path, make: Callable[..., HuggingFaceImages]) -> None:
+    def first_epoch(**changes: Any) -> Tensor:
+        data = make(shards, **changes)
+        data.setup("fit")
+        return torch.cat([batch.images for batch in data.make_train_loader()])
+
+    plain, distorted = first_epoch(), first_epoch(rand_augment=True)
+    assert (plain.amax((1, 2, 3)) == plain.amin((1, 2, 3))).all(), "images of one value"
+    changed = (plain != distorted).flatten(1).any(dim=1).float().mean()
+    assert changed > 0.5 and torch.equal(distorted, first_epoch(rand_augment=True))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "webdataset"])
 def test_a_stream_has_each_image_once_in_an_epoch(shards: Path, kind: str) -> None:
     data = streamed(shards, kind)
@@ -255,7 +270,7 @@ def test_a_batch_that_cannot_be_read_is_named_and_another_stands_in() -> None:
             yield Record(b"no image" if number in (1, 7) else png(number), number, f"image {number}")
 
     sampler = StreamBatches(stream, 4, 2)
-    images = StreamedImages((16, 16), 0, 0, StreamChange((16, 16), (1.0, 1.0), 0.0, None, None), PixelFormat())
+    images = StreamedImages((16, 16), 0, 0, random_change((16, 16), (1.0, 1.0), 0.0), PixelFormat())
     with pytest.warns(UserWarning, match="image 1 cannot be decoded and is left out"):
         first, second = (images.__getitems__(next(iter(sampler))) for _ in range(2))
     assert first.labels.tolist() == [0, 2, 2, 3] == second.labels.tolist()
