@@ -11,6 +11,7 @@ uncut run's, with weights, optimizer and schedules that are equal bit for bit.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -153,12 +154,13 @@ def cut(process: Any, root: Path, kind: str, seconds: float) -> int | None:
     process.join(seconds)
     if process.exitcode is not None:
         return None
-    if kind == "full disk":  # no file can grow over this size, which a checkpoint is larger than
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
-    elif kind == "SIGINT":
-        os.killpg(process.pid, signal.SIGINT)
-    else:
-        os.kill(process.pid, getattr(signal, kind))
+    with contextlib.suppress(ProcessLookupError):  # it may end by itself just now
+        if kind == "full disk":  # no file can grow over this size, which a checkpoint is larger than
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2000, 2000))
+        elif kind == "SIGINT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            os.kill(process.pid, getattr(signal, kind))
     process.join()
     return None if "`Trainer.fit` stopped" in Path(f"{root}.log").read_text() else exit_code(process, root)
 
