@@ -25,11 +25,11 @@ from datamodules.image_datasets import (
     NumberedImages,
     TrainingImages,
     TrainingViews,
-    Turns,
 )
 from datamodules.image_files import Samples
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import normalize
+from datamodules.random_changes import Turns
 from datamodules.rank_zero import from_rank_zero
 from datamodules.resumable import ResumableLoader, SingleLoaderDataModule, already_collated
 from datamodules.unreadable import UnreadableFiles

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from datamodules import HuggingFaceImages, Views
 from datamodules.hugging_face_source import library
-from datamodules.image_datasets import random_change
 from datamodules.image_stream import Record, StreamBatches, StreamedImages
 from datamodules.pixel_format import PixelFormat
+from datamodules.random_changes import random_change
 from jepa_lightning.probes import KNNProbe
 
 datasets = pytest.importorskip("datasets")

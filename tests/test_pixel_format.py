@@ -13,9 +13,9 @@ from torch import Tensor
 from datamodules import ImageFolder, MultiTask
 from datamodules.decoding import read_image
 from datamodules.first_look import look
-from datamodules.image_datasets import Turns
 from datamodules.pixel_format import IMAGENET_MEAN, PixelFormat, agree
 from datamodules.preprocessing import denormalize, normalize
+from datamodules.random_changes import Turns
 from jepa_lightning import load
 from jepa_lightning.figures import to_colors
 from jepa_lightning.probes import CompletionProbe, KNNProbe, LinearProbe
