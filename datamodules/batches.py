@@ -74,6 +74,9 @@ class ViewBatch(NamedTuple):
     key: tuple[int, ...]
     """As in `ImageBatch`."""
 
+    recolored: Tensor | None = None
+    """(B, C, H, W), normalized: what the sources show, in the colors of the targets. In training alone, if asked for."""
+
 
 VOID = -1
 """Class index of pixels that do not count."""

@@ -82,10 +82,15 @@ class ImageDataModule(SingleLoaderDataModule):
             )
         if views is not None and rand_augment:
             raise ValueError("data.rand_augment=true with data.views: an action cannot say what RandAugment did; drop one.")
-        if channels != 3 and (views is not None or rand_augment):
+        if channels != 3 and rand_augment:
             raise ValueError(
-                f"data.channels={channels} with data.views or data.rand_augment, which change the colors of 3 channels: "
-                "give --data.views null and --data.rand_augment false."
+                f"data.channels={channels} with data.rand_augment, which changes the colors of 3 channels: set it to false."
+            )
+        if channels != 3 and views is not None and views.color_changes:
+            places = " ".join(f"--data.views.{name} 0" for name in views.color_changes)
+            raise ValueError(
+                f"data.channels={channels} with data.views that change the colors of 3 channels: give --data.views null, or "
+                f"for views that differ by place alone --data.views.geometric true {places}."
             )
         check_normalization(channels, normalization)
         self.value_range, self.normalization = value_range, normalization
@@ -194,9 +199,15 @@ class ImageDataModule(SingleLoaderDataModule):
             "crop_scale": self.crop_scale,
             "flip": self.flip,
             "rand_augment": self.rand_augment,
-            "views": None if self.views is None else asdict(self.views),
+            "views": None if self.views is None else self._views_settings(),
             "seed": self.seed,
         } | self._further()
+
+    def _views_settings(self) -> dict[str, Any]:
+        """Settings of the views; what came later only where it is in use, as in `_further`."""
+        assert self.views is not None
+        settings = asdict(self.views)
+        return settings if self.views.recolored else {name: value for name, value in settings.items() if name != "recolored"}
 
     def _further(self) -> dict[str, Any]:
         """What came later, where it is in use: a checkpoint from before is not one of other samples."""

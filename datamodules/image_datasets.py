@@ -86,20 +86,20 @@ class ImageDataset(Dataset[Any]):
         """A batch of images still in uint8."""
         return ImageBatch(torch.stack(images), self.samples.labels[indices], key)
 
-    def collate_views(
-        self, pairs: list[Pair], images: list[Tensor] | None, indices: list[int], key: tuple[int, ...]
-    ) -> ViewBatch:
-        """A batch of pairs of views still in uint8."""
-        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        whole = None if images is None else torch.stack(images)
-        return ViewBatch(sources, targets, actions, whole, self.samples.labels[indices], key)
-
     def seed_transforms(self, stream: int, *key: int) -> None:
         """Seed torch's global generator, which torchvision's transforms draw from, with (seed, stream, key).
 
         (`torch.manual_seed` would queue a call for CUDA, with a stack trace, for every image: four times a crop's cost.)
         """
         torch.default_generator.manual_seed(seeded_generator(self.seed, stream, *key).initial_seed())
+
+
+def batch_of_views(pairs: list[Pair], images: list[Tensor] | None, labels: Tensor, key: tuple[int, ...]) -> ViewBatch:
+    """A batch of pairs of views still in uint8, with the images as they are if they are held out."""
+    sources, targets, actions, _, recolored = zip(*pairs, strict=True)
+    third = torch.stack(recolored) if images is None and recolored[0] is not None else None
+    whole = None if images is None else torch.stack(images)
+    return ViewBatch(torch.stack(sources), torch.stack(targets), torch.stack(actions), whole, labels, key, third)
 
 
 class TrainingImages(ImageDataset):
@@ -179,7 +179,7 @@ class TrainingViews(ImageDataset):
             ValueError: Not one image can be read.
         """
         pairs, indices = augmented(self, items, self.augment)
-        return self.collate_views(pairs, None, indices, (self.seed, *items[0]))
+        return batch_of_views(pairs, None, self.samples.labels[indices], (self.seed, *items[0]))
 
 
 def augmented(
@@ -277,4 +277,5 @@ class HeldOutViews(HeldOutImages):
                 self.seed_transforms(VIEW_STREAM, index)
                 geometric = self.maker.views.geometric
                 pairs.append(self.maker.pair(image) if geometric else self.maker.pair(middle, Place(0, 0, *self.image_size)))
-        return self.collate_views(pairs, middles, kept, (self.seed, HELD_OUT_STREAM, indices[0]))
+        key = (self.seed, HELD_OUT_STREAM, indices[0])
+        return batch_of_views(pairs, middles, self.samples.labels[kept], key)

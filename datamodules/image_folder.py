@@ -47,7 +47,7 @@ class ImageFolder(ImageDataModule):
         vertical_flip: Probability of a vertical flip in training, for images that have no upper side.
         rotate: Whether training images are turned by a random multiple of 90 degrees.
         channels: Number of channels: 1 reads gray, 3 color, any other number images of as many bands, such as a TIFF with
-            a page for each. Views are of color.
+            a page for each. Colors of views change with 3 channels alone.
         value_range: Values that are black and white in images of more than 8 bits. By default they are found: white is the
             largest number of as many bits as are in use, of floats 1 or the largest value.
         normalization: "imagenet" for the mean and standard deviation of ImageNet, "found" for those of the images; by

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.decoding import read_image
-from datamodules.image_datasets import ImageDataset, UnreadableImageWarning
+from datamodules.image_datasets import ImageDataset, UnreadableImageWarning, batch_of_views
 from datamodules.image_files import Samples, printable
 from datamodules.pixel_format import PixelFormat
 from datamodules.preprocessing import center
@@ -142,8 +142,7 @@ class StreamedImages(ImageDataset):
         key = (self.seed, epoch, self.rank, first)
         if isinstance(made[0], Tensor):
             return ImageBatch(torch.stack(made), labels[taken], key)
-        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*made, strict=True))
-        return ViewBatch(sources, targets, actions, None, labels[taken], key)
+        return batch_of_views(made, None, labels[taken], key)
 
     def _held_out(self, decoded: list[Tensor | None], labels: Tensor, kept: list[int], first: int) -> ImageBatch | ViewBatch:
         """The middles of the images that could be read, and pairs of views of them if there is a maker."""
@@ -158,8 +157,7 @@ class StreamedImages(ImageDataset):
                 whole = self.maker.views.geometric
                 seen = (decoded[place],) if whole else (middle, Place(0, 0, *self.image_size))
                 pairs.append(self.maker.pair(*seen))
-        sources, targets, actions, _ = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return ViewBatch(sources, targets, actions, torch.stack(middles), labels[kept], key)
+        return batch_of_views(pairs, middles, labels[kept], key)
 
     def _decode(self, record: Record) -> Tensor | None:
         try:

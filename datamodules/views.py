@@ -77,6 +77,8 @@ class Views:
             disagree.)
         geometric: Whether each view has a crop and a flip of its own; the action then says how they differ, in five
             scalars more. This goes beyond the paper.
+        recolored: Whether training batches also have what geometric sources show in the colors of their targets: I-JEPA
+            then predicts its patches across a change of color.
 
     Raises:
         ValueError: A number out of its range, named together with what is allowed.
@@ -91,8 +93,13 @@ class Views:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     source_from: Literal["shared", "target"] = "shared"
     geometric: bool = False
+    recolored: bool = False
 
     def __post_init__(self) -> None:
+        if self.recolored and not self.geometric:
+            raise ValueError(
+                "data.views.recolored=true without data.views.geometric: targets then show what sources show; leave it out."
+            )
         if self.strength not in JITTER:
             raise ValueError(f"data.views.strength={self.strength!r}: choose one of {', '.join(JITTER)}.")
         if self.source_from not in ("shared", "target"):
@@ -113,6 +120,12 @@ class Views:
     def ranges(self) -> tuple[float, float, float, float]:
         """Maximum change of brightness, contrast, saturation and hue."""
         return JITTER[self.strength] if self.jitter is None else self.jitter
+
+    @property
+    def color_changes(self) -> list[str]:
+        """Names of the probabilities with which a view gets other colors: those of three channels, red, green and blue."""
+        jitter = ["jitter"] if any(self.ranges) else []
+        return [f"{name}_probability" for name in (*jitter, *DESTRUCTIVE) if getattr(self, f"{name}_probability")]
 
     @property
     def action_names(self) -> tuple[str, ...]:
@@ -156,6 +169,9 @@ class Pair(NamedTuple):
     start: Tensor
     """(7,), the colors of the source: `recolor(image, start + action)` is the target, bit for bit. With
     `source_from: target` they are relative to the target, and `recolor(target, -action)` is the source."""
+
+    recolored: Tensor | None = None
+    """uint8 (3, H, W): what the source shows in the colors of the target, if asked for."""
 
 
 def draw_jitter(sampler: v2.ColorJitter) -> list[float]:
@@ -291,7 +307,7 @@ class ViewMaker:
             source, action = recolor(base, degraded), -degraded
         if self.views.geometric:
             action = torch.cat([action, torch.tensor(relative_place(source_place, target_place))])
-        return Pair(source, target, action, degraded)
+        return Pair(source, target, action, degraded, recolor(plain, colors) if self.views.recolored else None)
 
 
 def _happens(probability: float) -> bool:

@@ -3,16 +3,24 @@
 Shapes: B batch, N patches, K kept patches, M target blocks, L patches of a block, D embedding dimension.
 """
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional
 
-from callbacks.schedules import MomentumSchedule
-from datamodules.batches import ImageBatch
+from callbacks.schedules import MomentumSchedule, total_optimizer_steps
+from datamodules.batches import ImageBatch, ViewBatch
 from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor, PredictorContext
+from jepa_lightning.networks.mlp import mlp
+from jepa_lightning.networks.vit import repeated
 from jepa_lightning.regularizers import RegularizerName
+from jepa_lightning.sharding import is_sharded, shard
 
 
 class IJEPA(ImageJEPA):
@@ -70,6 +78,10 @@ class IJEPA(ImageJEPA):
         regularizer_weights: Weight of each term of the regularizer; terms left out keep their default.
         channels: Number of channels of the images, as in the data: 1 for gray, 3 for color.
         margin: Width in patches of a frame around each target block that the context does not see; 0 as in the paper.
+        view_weight: Weight of a second prediction, of the pooled embedding of another view of the image from that of the
+            context; needs the pairs of `data.views`. 0 as in the paper.
+        view_start: Fraction of the training after which that weight rises from 0, over a tenth of the training: an encoder
+            that has learned nothing yet makes its views alike by forgetting what is in them.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -112,6 +124,8 @@ class IJEPA(ImageJEPA):
         regularizer_weights: dict[str, float] | None = None,
         channels: int = 3,
         margin: int = 0,
+        view_weight: float = 0.0,
+        view_start: float = 0.0,
     ) -> None:
         super().__init__(
             encoder=encoder,
@@ -139,7 +153,11 @@ class IJEPA(ImageJEPA):
         self.save_hyperparameters()
         if num_contexts < 1:
             raise ValueError(f"model.num_contexts={num_contexts}: an image needs at least 1 context.")
-        self.num_contexts = num_contexts
+        if not 0 <= view_weight < math.inf:
+            raise ValueError(f"model.view_weight={view_weight}: choose a weight from 0.")
+        if not 0 <= view_start <= 1:
+            raise ValueError(f"model.view_start={view_start}: choose a fraction of the training in [0, 1].")
+        self.num_contexts, self.view_weight, self.view_start = num_contexts, view_weight, view_start
         context_encoder = self.build_encoder()
         predictor = MaskedPredictor(
             context_encoder.grid,
@@ -151,7 +169,9 @@ class IJEPA(ImageJEPA):
             gradient_checkpointing,
             predictor_context,
         )
-        self.set_networks(context_encoder, predictor, context_encoder.dim)
+        dim = context_encoder.dim
+        self.view_predictor = mlp(dim, (2 * dim,), dim) if view_weight else None
+        self.set_networks(context_encoder, predictor, dim)
         self.masks = MultiBlock(
             context_encoder.grid,
             num_targets,
@@ -165,8 +185,70 @@ class IJEPA(ImageJEPA):
             margin,
         )
 
-    def views(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:
+    @property
+    def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:  # type: ignore[override]
+        return ViewBatch if self.view_weight else ImageBatch
+
+    def trained_networks(self) -> list[nn.Module]:
+        return [*super().trained_networks(), *([] if self.view_predictor is None else [self.view_predictor])]
+
+    def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
+        super().shard_networks(mesh, device)
+        if self.view_predictor is not None and not is_sharded(self.view_predictor):
+            shard(self.view_predictor, mesh, device)
+
+    def views(self, batch: ImageBatch | ViewBatch) -> tuple[Tensor, Tensor]:
+        """An image, seen in part and whole: in training the sources of pairs, elsewhere the images as they are.
+
+        What is seen whole has other colors than what is seen in part, if the batch has it recolored.
+        """
+        if isinstance(batch, ViewBatch) and batch.images is None:
+            return batch.sources, batch.sources if batch.recolored is None else batch.recolored
+        assert batch.images is not None
         return batch.images, batch.images
 
-    def predict_hidden(self, context: Tensor, masks: Masks, batch: ImageBatch | None) -> Tensor:
+    def predict_hidden(self, context: Tensor, masks: Masks, batch: ImageBatch | ViewBatch | None) -> Tensor:
         return self.predictor(context, masks.context, masks.targets)
+
+    def auxiliary_loss(self, batch: ImageBatch | ViewBatch, pairs: TargetPairs) -> Tensor:
+        loss = super().auxiliary_loss(batch, pairs)
+        if self.view_predictor is not None:
+            view_loss = self.view_loss(batch, pairs.features)
+            self.log("train/view_loss", view_loss)
+            progress = self.trainer.global_step / total_optimizer_steps(self.trainer)
+            # Also while its weight is 0: DDP waits for a gradient of each parameter.
+            loss = loss + self.view_weight * rise(progress, self.view_start) * view_loss
+        return loss
+
+    def view_loss(self, batch: Any, context: Tensor) -> Tensor:
+        """Distance of the pooled embedding of the other view from what is predicted of it from a context, a scalar.
+
+        Both views show one image at two places and in two colors: what can be predicted is what they share. Layer norm keeps
+        the scale of the embeddings out of it.
+
+        Args:
+            batch: Pairs of views, of which `context` shows the sources.
+            context: Patch embeddings of the context encoder, (R B, K, D), those of all images one after the other R times.
+
+        Raises:
+            ValueError: Images without a second view.
+        """
+        assert self.view_predictor is not None
+        if not isinstance(batch, ViewBatch):
+            raise ValueError(
+                f"model.view_weight={self.view_weight} needs pairs of views, and this is a {type(batch).__name__}: give "
+                "--data.views.geometric true, or --model.view_weight 0."
+            )
+        other = layer_norm(self.encode(batch.targets).float().mean(dim=1))  # (B, D)
+        predicted = self.view_predictor(layer_norm(context.mean(dim=1)))  # (R B, D)
+        return self.loss(predicted, repeated(other, len(predicted) // len(other)))
+
+
+def rise(progress: float, start: float, length: float = 0.1) -> float:
+    """A line from 0 at `start` to 1 at `start + length`, and flat on both sides."""
+    return min(1.0, max(0.0, (progress - start) / length))
+
+
+def layer_norm(features: Tensor) -> Tensor:
+    """Features (..., D) with mean 0 and variance 1 over D."""
+    return functional.layer_norm(features, features.shape[-1:])

@@ -61,6 +61,8 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
+        predict_visible: Whether visible patches of the target view are predicted, too, not the hidden ones alone as in the
+            paper: what becomes of them depends on the action alone, which is then learned from more.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -104,6 +106,7 @@ class IWM(ImageJEPA):
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         resampling_fraction: float = 0.1,
+        predict_visible: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -162,6 +165,7 @@ class IWM(ImageJEPA):
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
         )
+        self.predict_visible = predict_visible
         self.ranks = MeanReciprocalRanks()
         self.action_probe = ActionProbe(context_encoder.dim, action_dim)
 
@@ -196,8 +200,15 @@ class IWM(ImageJEPA):
         return batch.sources, batch.targets
 
     def draw_masks(self, batch: Any) -> Masks:
-        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K)."""
+        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
+
+        In training the target is all patches, (B, 1, N), if visible ones are predicted, too.
+        """
         masks = super().draw_masks(batch)
+        trainer = getattr(self, "_trainer", None)
+        if self.predict_visible and trainer is not None and trainer.training:
+            everywhere = torch.arange(self.num_patches, device=masks.context.device)
+            return Masks(masks.context, everywhere.expand(len(masks.context), 1, -1))
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
 
     def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:

@@ -142,13 +142,18 @@ def small_views(root: Path, **changes: Any) -> ImageFolder:
     return small_images(root, **({"views": Views()} | changes))
 
 
-def small_shared_ijepa(**changes: Any) -> IJEPA:
-    return small_ijepa(predictor_context="shared", num_contexts=2, **changes)
+def small_view_ijepa(**changes: Any) -> IJEPA:
+    """With all that the recipe for folders has: a shared predictor, two contexts of an image, and two views of it."""
+    return small_ijepa(**({"predictor_context": "shared", "num_contexts": 2, "view_weight": 1.0} | changes))
+
+
+def small_crops(root: Path, **changes: Any) -> ImageFolder:
+    return small_images(root, **({"views": Views(geometric=True)} | changes))
 
 
 FAMILIES = {
     "ijepa": (small_ijepa, small_images),
-    "shared": (small_shared_ijepa, small_images),
+    "views": (small_view_ijepa, small_crops),
     "iwm": (small_iwm, small_views),
 }
 """Models of images: how to make the smallest model and its data."""

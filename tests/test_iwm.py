@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,19 @@ def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
             changed[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 9.0
     other = observed._replace(sources=changed, targets=torch.zeros_like(observed.targets))
     torch.testing.assert_close(jepa.target_pairs(other).predictions, pairs.predictions)
+
+
+def test_visible_patches_are_predicted_too_in_training_if_asked_for() -> None:
+    jepa, observed = small_iwm(predict_visible=True), batch()
+    hidden = jepa.draw_masks(observed)
+    assert hidden.targets.shape == (3, 1, 16 - hidden.context.shape[1]), "held-out images: as without"
+    jepa._trainer = SimpleNamespace(training=True, global_step=0, estimated_stepping_batches=10)
+    masks = jepa.draw_masks(observed)
+    assert masks.targets.tolist() == [[list(range(16))]] * 3
+    pairs = jepa.target_pairs(observed)
+    whole = torch.nn.functional.layer_norm(jepa.encode(observed.targets), (192,))
+    torch.testing.assert_close(pairs.targets[:, 0], whole)
+    assert pairs.features.shape[1] == masks.context.shape[1] < 16, "the context encoder sees no more than before"
 
 
 @pytest.mark.parametrize("conditioning", ["feature", "sequence", "none"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_script, small_ijepa, small_iwm, small_model, trainer
+from conftest import run_script, small_ijepa, small_iwm, small_model, small_view_ijepa, trainer
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import distributed
@@ -35,11 +35,11 @@ from jepa_lightning.optim import gradient_norm
 
 out, images, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 MODELS = {
-    "ijepa": {"predictor_context": "shared", "num_contexts": 2},
+    "views": {},
     "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge", "conditioning": "sequence"},
 }
 TRAINERS = {
-    "ijepa": {"check_val_every_n_epoch": 3},
+    "views": {"check_val_every_n_epoch": 3},
     "iwm": {"check_val_every_n_epoch": 6, "accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
 }
 
@@ -76,14 +76,14 @@ for family in MODELS:
     fit(family, "sharded", sharded())
 cut = "step=8.ckpt"
 fit("iwm", "resumed", sharded(), resume=out / "iwm" / "sharded" / cut)
-fit("ijepa", "resumed", sharded(save_distributed_checkpoint=False), resume=out / "ijepa" / "sharded" / cut)
-fit("ijepa", "resumed again", sharded(), resume=out / "ijepa" / "resumed" / "step=16.ckpt")
+fit("views", "resumed", sharded(save_distributed_checkpoint=False), resume=out / "views" / "sharded" / cut)
+fit("views", "resumed again", sharded(), resume=out / "views" / "resumed" / "step=16.ckpt")
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
-    """What the runs left behind: folders "ijepa" and "iwm", with weights, steps, metrics and gradient norms of each run."""
+    """What the runs left behind: folders "views" and "iwm", with weights, steps, metrics and gradient norms of each run."""
     out = tmp_path_factory.mktemp("sharding") / "runs"
     run_script(SCRIPT, out, str(image_root), str(STEPS))
     return out
@@ -93,7 +93,7 @@ def read(file: Path) -> Any:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("family", ["ijepa", "iwm"])
+@pytest.mark.parametrize("family", ["views", "iwm"])
 def test_weights_and_average_equal_those_of_ddp(runs: Path, family: str) -> None:
     sharded, replicated = (read(runs / family / f"{name}.pt") for name in ("sharded", "ddp"))
     assert sharded[1] == replicated[1] == STEPS
@@ -108,7 +108,7 @@ def test_weights_and_average_equal_those_of_ddp(runs: Path, family: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "step"), [("ijepa", "resumed", 8), ("ijepa", "resumed again", 16), ("iwm", "resumed", 8)]
+    ("family", "name", "step"), [("views", "resumed", 8), ("views", "resumed again", 16), ("iwm", "resumed", 8)]
 )
 def test_resumed_from_a_checkpoint_equals_uncut(runs: Path, family: str, name: str, step: int) -> None:
     uncut, cut = (read(runs / family / f"{run}.pt") for run in ("sharded", name))
@@ -119,16 +119,16 @@ def test_resumed_from_a_checkpoint_equals_uncut(runs: Path, family: str, name: s
 
 
 def test_a_checkpoint_is_a_folder_or_a_file(runs: Path) -> None:
-    assert (runs / "ijepa" / "sharded" / "step=8.ckpt").is_dir()
-    assert (runs / "ijepa" / "resumed" / "step=16.ckpt").is_file()
+    assert (runs / "views" / "sharded" / "step=8.ckpt").is_dir()
+    assert (runs / "views" / "resumed" / "step=16.ckpt").is_file()
 
 
 def test_one_process_reads_a_sharded_checkpoint(runs: Path, tmp_path: Path) -> None:
-    folder = runs / "ijepa" / "sharded" / "step=8.ckpt"
+    folder = runs / "views" / "sharded" / "step=8.ckpt"
     dcp_to_torch_save(folder, tmp_path / "weights.pt")
     weights, rest = read(tmp_path / "weights.pt")["state_dict"], read(folder / "meta.pt")
     assert rest["global_step"] == 8 and rest["class"] == "jepa_lightning.ijepa.IJEPA"
-    small_ijepa(encoder_depth=2, momentum=0.9).load_state_dict(weights)
+    small_view_ijepa(encoder_depth=2, momentum=0.9).load_state_dict(weights)
 
 
 def attached(model: Any, **trainer: Any) -> Any:

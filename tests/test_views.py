@@ -1,6 +1,7 @@
 """Pairs of views: an action says exactly what happened."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,13 @@ def pairs(count: int = 200, **settings) -> list[Pair]:
 
 @pytest.mark.parametrize("strength", ["default", "strong"])
 def test_the_action_leads_to_the_target_bit_for_bit(strength: str) -> None:
-    for source, target, action, start in pairs(strength=strength):
+    for source, target, action, start, _ in pairs(strength=strength):
         assert torch.equal(recolor(image(*SIZE), start), source)
         assert torch.equal(recolor(image(*SIZE), start + action), target)
 
 
 def test_the_action_leads_back_bit_for_bit_where_the_source_is_made_of_the_target() -> None:
-    for source, target, action, _ in pairs(source_from="target"):
+    for source, target, action, *_ in pairs(source_from="target"):
         assert torch.equal(recolor(target, -action), source)
 
 
@@ -41,7 +42,7 @@ def test_no_action_is_no_change() -> None:
     plain = image()
     assert recolor(plain, torch.zeros(7)) is plain
     never = {f"{name}_probability": 0.0 for name in ("jitter", "grayscale", "blur", "solarize")}
-    for source, target, action, _ in pairs(5, **never):
+    for source, target, action, *_ in pairs(5, **never):
         assert torch.equal(source, target) and not action.any()
 
 
@@ -158,6 +159,7 @@ def test_unreadable_images_are_left_out_of_views_too(tmp_path: Path) -> None:
     [
         ({"strength": "weak"}, "data.views.strength='weak'"),
         ({"source_from": "both"}, "data.views.source_from='both'"),
+        ({"recolored": True}, "data.views.recolored=true without data.views.geometric"),
         ({"jitter": (1.5, 0.4, 0.2, 0.1)}, "data.views.jitter="),
         ({"jitter": (0.4, 0.4, 0.2, 0.6)}, "data.views.jitter="),
         ({"jitter": (0.4, math.nan, 0.2, 0.1)}, "data.views.jitter="),
@@ -174,3 +176,31 @@ def test_impossible_views_are_refused(settings: dict, message: str) -> None:
 def test_views_and_rand_augment_exclude_each_other(image_root: Path) -> None:
     with pytest.raises(ValueError, match="an action cannot say what RandAugment did"):
         small_images(image_root, views=Views(), rand_augment=True)
+
+
+@pytest.mark.parametrize("name", ["jitter", "grayscale", "blur", "solarize"])
+def test_views_say_what_changes_colors(name: str) -> None:
+    none = {f"{kind}_probability": 0.0 for kind in ("jitter", "grayscale", "blur", "solarize")}
+    assert not Views(**none).color_changes
+    assert Views(**(none | {f"{name}_probability": 0.1})).color_changes == [f"{name}_probability"]
+    assert not Views(**(none | {"jitter_probability": 0.1}), jitter=(0.0, 0.0, 0.0, 0.0)).color_changes
+
+
+def test_what_the_source_shows_in_the_colors_of_the_target(image_root: Path) -> None:
+    views = Views(geometric=True, recolored=True)
+    maker, image = ViewMaker(views, (16, 16), (0.3, 1.0), 0.5), torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        pair = maker.pair(image)
+        torch.manual_seed(seed)
+        same = ViewMaker(replace(views, recolored=False), (16, 16), (0.3, 1.0), 0.5).pair(image)
+        assert torch.equal(pair.source, same.source) and torch.equal(pair.target, same.target) and same.recolored is None
+        torch.manual_seed(seed)
+        _, place = maker.draw_place(image), maker.draw_place(image)  # the target's, the source's
+        colors = pair.start + pair.action[:7]
+        assert torch.equal(pair.recolored, recolor(look(image, place, (16, 16)), colors))
+    data = small_images(image_root, views=views)
+    data.setup("fit")
+    batch, held_out = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
+    assert batch.recolored.shape == batch.sources.shape and batch.recolored.dtype == torch.uint8
+    assert not torch.equal(batch.recolored, batch.sources) and held_out.recolored is None

@@ -1,0 +1,127 @@
+"""I-JEPA with a second prediction: of another view's pooled embedding, from the context's."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import small_crops, small_ijepa, small_images, trainer
+from PIL import Image
+from torch.nn import functional
+
+from datamodules import ImageBatch, ViewBatch, Views
+from jepa_lightning import IJEPA
+
+
+def pairs_of_views(count: int = 3, training: bool = True) -> ViewBatch:
+    sources, targets, images = torch.randn(3, count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(count, dtype=torch.int64)
+    return ViewBatch(sources, targets, torch.zeros(count, 7), None if training else images, labels, (0, 0, 0))
+
+
+def test_the_loss_is_that_of_the_other_views_normalized_average() -> None:
+    jepa, batch = small_ijepa(view_weight=1.0), pairs_of_views()
+    context = torch.randn(6, 5, 192)  # two contexts of each image, those of all images one after the other
+    loss = jepa.view_loss(batch, context)
+    other = jepa.target_encoder(batch.targets).mean(1)
+    other = (other - other.mean(1, keepdim=True)) / other.var(1, unbiased=False, keepdim=True).add(1e-5).sqrt()
+    mean = context.mean(1)
+    mean = (mean - mean.mean(1, keepdim=True)) / mean.var(1, unbiased=False, keepdim=True).add(1e-5).sqrt()
+    errors = [functional.smooth_l1_loss(jepa.view_predictor(mean[row]), other[row % 3]) for row in range(6)]
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+def test_gradients_reach_encoder_and_its_predictor_but_not_the_target() -> None:
+    jepa = small_ijepa(view_weight=1.0)
+    batch = pairs_of_views()
+    jepa.view_loss(batch, jepa.context_encoder(batch.sources)).backward()
+    for network in (jepa.context_encoder, jepa.view_predictor):
+        assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert all(p.grad is None for p in (*jepa.target_encoder.parameters(), *jepa.predictor.parameters()))
+
+
+def test_patches_are_predicted_of_one_view_in_training_and_of_the_image_elsewhere() -> None:
+    jepa = small_ijepa(view_weight=1.0)
+    training, held_out = pairs_of_views(), pairs_of_views(training=False)
+    recolored = training._replace(recolored=torch.zeros(3, 3, 16, 16))
+    for batch, seen, whole in (
+        (training, training.sources, training.sources),
+        (recolored, training.sources, recolored.recolored),
+        (held_out, held_out.images, held_out.images),
+    ):
+        views = jepa.views(batch)
+        assert views[0] is seen and views[1] is whole
+
+
+def test_the_weight_rises_and_scales_what_is_added_to_the_loss(tmp_path: Path, image_root: Path) -> None:
+    model, weights = small_ijepa(view_weight=3.0, view_start=0.25), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
+            metrics = trainer.callback_metrics
+            added = metrics["train/loss"] - metrics["train/prediction_loss"]
+            weights.append((added / metrics["train/view_loss"]).item())
+
+    trainer(tmp_path, max_epochs=4, log_every_n_steps=1, callbacks=[Watch()]).fit(
+        model, small_crops(image_root, batch_size=2)
+    )
+    assert len(weights) == 48
+    rising = [3 * (step / 48 - 0.25) / 0.1 for step in range(12, 17)]
+    assert weights == pytest.approx([0.0] * 12 + rising + [3.0] * 31, abs=2e-4)
+
+
+def test_its_predictor_is_trained_and_kept(tmp_path: Path, image_root: Path) -> None:
+    model = small_ijepa(view_weight=1.0)
+    before = [p.clone() for p in model.view_predictor.parameters()]
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1)
+    run.fit(model, small_crops(image_root))
+    assert all((p != old).any() for p, old in zip(model.view_predictor.parameters(), before, strict=True))
+    assert "val/normalized_error" in run.callback_metrics
+    run.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = IJEPA.load_from_checkpoint(tmp_path / "model.ckpt")
+    for mine, theirs in zip(model.view_predictor.parameters(), loaded.view_predictor.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_without_a_weight_nothing_is_there() -> None:
+    plain = small_ijepa()
+    assert plain.view_predictor is None and not [name for name in plain.state_dict() if name.startswith("view_predictor")]
+    torch.testing.assert_close(
+        plain.context_encoder(torch.ones(1, 3, 16, 16)),
+        small_ijepa(view_weight=1.0).context_encoder(torch.ones(1, 3, 16, 16)),
+    )
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path, image_root: Path) -> None:
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"model\.view_weight=.*: choose a weight from 0"):
+            small_ijepa(view_weight=weight)
+    with pytest.raises(ValueError, match=r"model\.view_start=1\.5: choose a fraction of the training in \[0, 1\]"):
+        small_ijepa(view_weight=1.0, view_start=1.5)
+    with pytest.raises(ValueError, match="IJEPA cannot read what ImageFolder hands out"):
+        trainer(tmp_path, max_steps=1).fit(small_ijepa(view_weight=1.0), small_images(image_root))
+    with pytest.raises(ValueError, match=r"this is a ImageBatch: give --data\.views\.geometric true"):
+        labels = torch.zeros(3, dtype=torch.int64)
+        small_ijepa(view_weight=1.0).view_loss(ImageBatch(torch.zeros(3, 3, 16, 16), labels, (0,)), torch.zeros(3, 5, 192))
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_views_of_other_channels_keep_their_colors(tmp_path: Path, channels: int) -> None:
+    """Places alone make views of any number of channels; changes of color are refused, with flags that leave them out."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        pages = [Image.fromarray(torch.randint(0, 255, (20, 20), dtype=torch.uint8).numpy()) for _ in range(channels)]
+        pages[0].save(folder / f"{number}.tif", save_all=True, append_images=pages[1:])
+    given = {"geometric": True, "blur_probability": 0.0, "solarize_probability": 0.0}
+    with pytest.raises(ValueError) as error:
+        small_images(folder, channels=channels, views=Views(**given))
+    flags = "--data.views.geometric true --data.views.jitter_probability 0 --data.views.grayscale_probability 0."
+    assert str(error.value).endswith(flags), "those that are not 0 yet, to copy"
+    places = Views(**given, jitter_probability=0.0, grayscale_probability=0.0)
+    data = small_images(folder, channels=channels, views=places, batch_size=4)
+    run = trainer(tmp_path, max_epochs=1, limit_val_batches=1)
+    run.fit(small_ijepa(view_weight=1.0, channels=channels), data)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.sources.shape == batch.targets.shape == (4, channels, 16, 16)
+    assert not torch.equal(batch.sources, batch.targets)
