@@ -27,26 +27,27 @@ class ProgressLines(Callback):
             raise ValueError(f"ProgressLines: every_seconds={every_seconds} must be >= 0.")
         self.every_seconds = every_seconds
         self._first_step = 0
-        self._began = self._last_line = 0.0
+        self._last_line = 0.0
+        self._paced_from: float | None = None  # the end of the first step, in which networks are compiled
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._first_step = trainer.global_step
-        self._began = self._last_line = time.monotonic()
+        self._first_step, self._paced_from = trainer.global_step, None
+        self._last_line = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
         done = trainer.global_step - self._first_step
+        if done and self._paced_from is None:
+            self._paced_from = now
         if now - self._last_line < self.every_seconds or not done:
             return
         self._last_line = now
         total = total_optimizer_steps(trainer)
-        seconds = (now - self._began) / done
-        left = timedelta(seconds=round(seconds * (total - trainer.global_step)))
-        self._print(
-            trainer,
-            f"epoch {trainer.current_epoch}, optimizer step {trainer.global_step} of {total}, {seconds:.3g} s a step, "
-            f"{left} left",
-        )
+        text = f"epoch {trainer.current_epoch}, optimizer step {trainer.global_step} of {total}"
+        if done > 1 and self._paced_from is not None:
+            seconds = (now - self._paced_from) / (done - 1)
+            text += f", {seconds:.3g} s a step, {timedelta(seconds=round(seconds * (total - trainer.global_step)))} left"
+        self._print(trainer, text)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -68,9 +68,24 @@ def test_a_line_a_minute_tells_the_pace_of_this_run(monkeypatch: pytest.MonkeyPa
         clock.step(lines)
     assert printed(capsys) == []
     clock.trainer.progress_bar_metrics = {}
-    clock.now += 48  # a break of 19.2 steps in 48
+    clock.now += 47  # a break, of a second for each of 47 steps after the first
     clock.step(lines)
     assert printed(capsys) == ["epoch 3, optimizer step 148 of 1000, 3.5 s a step, 0:49:42 left"]
+
+
+def test_the_first_step_in_which_networks_are_compiled_says_nothing_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    clock, lines = Clock(monkeypatch), ProgressLines()
+    for start in (100, 500):  # a second fit, too
+        clock.trainer.global_step = start
+        lines.on_train_start(clock.trainer, None)
+        clock.now += 90
+        clock.step(lines)
+        assert printed(capsys) == [f"epoch 3, optimizer step {start + 1} of 1000: train/loss 0.1235, v_num 7"]
+        for _ in range(24):
+            clock.step(lines)
+        assert re.match(rf"epoch 3, optimizer step {start + 25} of 1000, 2.5 s a step, ", printed(capsys)[0])
 
 
 def test_the_first_line_waits_for_its_time_and_for_a_step(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
