@@ -59,6 +59,11 @@ def warmup_cosine(step: int, total: int, warmup: int, start: float = 0.0, end: f
     return cosine(step - warmup, total - warmup, 1.0, end)
 
 
+def late_rise(step: int, total: int, start_fraction: float, length: float = 0.1) -> float:
+    """Multiplier of a weight: 0 until a fraction of all steps, then a line to 1, which it reaches `length` later."""
+    return min(1.0, max(0.0, (_progress(step, total) - start_fraction) / length))
+
+
 def total_optimizer_steps(trainer: Trainer) -> int:
     """How many optimizer steps `trainer.fit` will take, from whichever of max_steps and max_epochs is set.
 

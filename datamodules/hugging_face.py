@@ -211,7 +211,7 @@ class HuggingFaceImages(ImageDataModule):
         if self.views is None:
             change = random_change(self.image_size, self.crop_scale, self.flip, self.rand_augment, self.turns)
         else:
-            change = random_pair(self._view_maker(), self.turns)
+            change = random_pair(self._view_maker(training=True), self.turns)
         images = StreamedImages(self.image_size, self.seed, rank, change, self.pixels)
         stream = partial(self.source.records, self.split, self.rank, (self.seed, self.shuffle_buffer))
         repeat = self.trainer is not None and self.trainer.overfit_batches > 0
@@ -222,7 +222,7 @@ class HuggingFaceImages(ImageDataModule):
         if not self.streaming:
             return super().val_dataloader()
         assert self.val_split is not None
-        maker = None if self.views is None else self._view_maker()
+        maker = None if self.views is None else self._view_maker(training=False)
         images = StreamedImages(self.image_size, self.seed, self.rank[0], None, self.pixels, maker)
         sampler = StreamBatches(partial(self.source.records, self.val_split, self.rank, None), self.batch_size, None)
         return HeldOutStream(images, sampler, **self.loader_settings())

@@ -7,7 +7,7 @@ Shapes: B batch, C channels, H W pixels.
 import hashlib
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -87,10 +87,10 @@ class ImageDataModule(SingleLoaderDataModule):
                 f"data.channels={channels} with data.rand_augment, which changes the colors of 3 channels: set it to false."
             )
         if channels != 3 and views is not None and views.color_changes:
-            places = " ".join(f"--data.views.{name} 0" for name in views.color_changes)
+            flags = " ".join(f"--data.views.{name} 0" for name in views.color_changes)
             raise ValueError(
-                f"data.channels={channels} with data.views that change the colors of 3 channels: give --data.views null, or "
-                f"for views that differ by place alone --data.views.geometric true {places}."
+                f"data.channels={channels} with data.views that change the colors of 3 channels: let views differ by place "
+                f"alone, --data.views.geometric true {flags}."
             )
         check_normalization(channels, normalization)
         self.value_range, self.normalization = value_range, normalization
@@ -184,7 +184,7 @@ class ImageDataModule(SingleLoaderDataModule):
             )
         else:
             images = TrainingViews(
-                *(train, self.image_size, self.seed, self._view_maker()),
+                *(train, self.image_size, self.seed, self._view_maker(training=True)),
                 *(self.turns, self._unreadable["train"], self.pixels, self.fetch),
             )
         return ResumableLoader(images, self.train_sampler(len(images)), **self.loader_settings())
@@ -222,9 +222,10 @@ class ImageDataModule(SingleLoaderDataModule):
         names = hashlib.sha256(b"\0".join(path.rsplit(b"/", 1)[-1] for path in train.paths.tolist()))
         return f"{len(train.labels)} ({names.hexdigest()[:12]})"
 
-    def _view_maker(self) -> ViewMaker:
+    def _view_maker(self, training: bool) -> ViewMaker:
         assert self.views is not None
-        return ViewMaker(self.views, self.image_size, self.crop_scale, self.flip)
+        views = self.views if training else replace(self.views, recolored=False)  # which is of use in training alone
+        return ViewMaker(views, self.image_size, self.crop_scale, self.flip)
 
     def plain_train_dataloader(self) -> DataLoader[Any]:
         """The training images as validation would see them, uncropped, in order, all of them in every process."""
@@ -238,7 +239,7 @@ class ImageDataModule(SingleLoaderDataModule):
         if self.views is None:
             images = HeldOutImages(*held_out, unreadable, self.pixels, self.fetch)
         else:
-            images = HeldOutViews(*held_out, self._view_maker(), unreadable, self.pixels, self.fetch)
+            images = HeldOutViews(*held_out, self._view_maker(training=False), unreadable, self.pixels, self.fetch)
         return held_out_loader(self, "validation", images)
 
     def test_dataloader(self) -> DataLoader[Any]:

@@ -97,7 +97,7 @@ class ImageDataset(Dataset[Any]):
 def batch_of_views(pairs: list[Pair], images: list[Tensor] | None, labels: Tensor, key: tuple[int, ...]) -> ViewBatch:
     """A batch of pairs of views still in uint8, with the images as they are if they are held out."""
     sources, targets, actions, _, recolored = zip(*pairs, strict=True)
-    third = torch.stack(recolored) if images is None and recolored[0] is not None else None
+    third = None if recolored[0] is None else torch.stack(recolored)
     whole = None if images is None else torch.stack(images)
     return ViewBatch(torch.stack(sources), torch.stack(targets), torch.stack(actions), whole, labels, key, third)
 

@@ -41,6 +41,7 @@ from jepa_lightning.finite import NonFiniteError
 from jepa_lightning.messages import DESCRIPTION, USAGE, readable, with_file_name
 from jepa_lightning.run_defaults import (
     accelerator,
+    arguments_of_checkpoint,
     as_list,
     check_writable,
     default_run_directory,
@@ -153,8 +154,7 @@ class JEPACommandLine(LightningCLI):
                 f"{section.ckpt_path} holds a {theirs}, and the configuration says {ours or 'nothing'}: give the --config "
                 "of its run."
             )
-        arguments = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
-        model = {"class_path": ours, "dict_kwargs": arguments}
+        model = {"class_path": ours, "dict_kwargs": arguments_of_checkpoint(hparams, section.get("model", Namespace()))}
         self.config = self.parser.parse_object({self.config.subcommand: {"model": model}}, self.config)
 
     def _parse_ckpt_path(self) -> None: ...  # `_check_checkpoint` has taken over the model's arguments

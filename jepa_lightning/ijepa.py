@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
 
-from callbacks.schedules import MomentumSchedule, total_optimizer_steps
+from callbacks.schedules import MomentumSchedule, late_rise
 from datamodules.batches import ImageBatch, ViewBatch
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import TargetPairs
@@ -23,11 +23,17 @@ from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.sharding import is_sharded, shard
 
 
+def layer_norm(features: Tensor) -> Tensor:
+    """Features (..., D) with mean 0 and variance 1 over D."""
+    return functional.layer_norm(features, features.shape[-1:])
+
+
 class IJEPA(ImageJEPA):
-    """Self-supervised pretraining of a vision transformer by prediction in representation space, without augmentation.
+    """Self-supervised pretraining of a vision transformer by prediction in representation space.
 
     The context encoder sees the visible patches alone; the target encoder, its exponential moving average (EMA), sees the
-    whole image, and its layer-normalized patch features are the targets at the hidden blocks (stop-gradient).
+    whole image, and its layer-normalized patch features are the targets at the hidden blocks (stop-gradient). As published
+    that is all, and images are not augmented but by crops; `view_weight` adds a prediction across views.
 
     >>> import torch
     >>> model = IJEPA("vit_tiny_patch16_224", image_size=32, patch_size=8, encoder_depth=2, predictor_width=48)
@@ -80,8 +86,8 @@ class IJEPA(ImageJEPA):
         margin: Width in patches of a frame around each target block that the context does not see; 0 as in the paper.
         view_weight: Weight of a second prediction, of the pooled embedding of another view of the image from that of the
             context; needs the pairs of `data.views`. 0 as in the paper.
-        view_start: Fraction of the training after which that weight rises from 0, over a tenth of the training: an encoder
-            that has learned nothing yet makes its views alike by forgetting what is in them.
+        view_start_fraction: Fraction of the training, in [0, 0.9], after which that weight rises from 0, over a tenth of the
+            training.
 
     Raises:
         ValueError: A value out of its range, named together with what is allowed.
@@ -125,7 +131,7 @@ class IJEPA(ImageJEPA):
         channels: int = 3,
         margin: int = 0,
         view_weight: float = 0.0,
-        view_start: float = 0.0,
+        view_start_fraction: float = 0.0,
     ) -> None:
         super().__init__(
             encoder=encoder,
@@ -155,9 +161,13 @@ class IJEPA(ImageJEPA):
             raise ValueError(f"model.num_contexts={num_contexts}: an image needs at least 1 context.")
         if not 0 <= view_weight < math.inf:
             raise ValueError(f"model.view_weight={view_weight}: choose a weight from 0.")
-        if not 0 <= view_start <= 1:
-            raise ValueError(f"model.view_start={view_start}: choose a fraction of the training in [0, 1].")
-        self.num_contexts, self.view_weight, self.view_start = num_contexts, view_weight, view_start
+        if not 0 <= view_start_fraction <= 0.9:
+            raise ValueError(
+                f"model.view_start_fraction={view_start_fraction}: choose one in [0, 0.9]; the weight rises over a tenth of "
+                "the training."
+            )
+        self.num_contexts = num_contexts
+        self.view_weight, self.view_start_fraction = view_weight, view_start_fraction
         context_encoder = self.build_encoder()
         predictor = MaskedPredictor(
             context_encoder.grid,
@@ -185,9 +195,33 @@ class IJEPA(ImageJEPA):
             margin,
         )
 
-    @property
-    def batch_type(self) -> type[ImageBatch] | type[ViewBatch]:  # type: ignore[override]
-        return ViewBatch if self.view_weight else ImageBatch
+    def setup(self, stage: str) -> None:
+        """Compare with the data module before anything runs, and compile.
+
+        Raises:
+            ValueError: Data with one view of an image where two are learned from, two where one is, or two that are alike.
+        """
+        views = getattr(self.data, "views", None)
+        if stage == "fit" and self.view_weight and getattr(self.data, "batch_type", None) is ImageBatch:
+            raise ValueError(
+                f"model.view_weight={self.view_weight} learns from pairs of views, and this data has none: give "
+                "--data.views.geometric true, or --model.view_weight 0."
+            )
+        if stage == "fit" and self.view_weight and views is not None and not (views.geometric or views.color_changes):
+            raise ValueError(
+                f"model.view_weight={self.view_weight} with data.views that change neither place nor colors: both views are "
+                "the same. Give --data.views.geometric true."
+            )
+        if stage == "fit" and not self.view_weight and views is not None:
+            raise ValueError(
+                "model.view_weight=0 learns from one view of an image, and data.views makes two: give --data.views null, or "
+                "--model.view_weight 1."
+            )
+        super().setup(stage)
+
+    def readable(self, stage: str) -> tuple[type, ...]:
+        """Pairs of views where they are learned from; validation sees images as they are, which pairs bring along."""
+        return (ImageBatch, ViewBatch) if stage != "fit" or self.view_weight else (ImageBatch,)
 
     def trained_networks(self) -> list[nn.Module]:
         return [*super().trained_networks(), *([] if self.view_predictor is None else [self.view_predictor])]
@@ -211,14 +245,28 @@ class IJEPA(ImageJEPA):
         return self.predictor(context, masks.context, masks.targets)
 
     def auxiliary_loss(self, batch: ImageBatch | ViewBatch, pairs: TargetPairs) -> Tensor:
-        loss = super().auxiliary_loss(batch, pairs)
-        if self.view_predictor is not None:
+        loss, weight = super().auxiliary_loss(batch, pairs), self.view_weight_now
+        if weight:
             view_loss = self.view_loss(batch, pairs.features)
             self.log("train/view_loss", view_loss)
-            progress = self.trainer.global_step / total_optimizer_steps(self.trainer)
-            # Also while its weight is 0: DDP waits for a gradient of each parameter.
-            loss = loss + self.view_weight * rise(progress, self.view_start) * view_loss
+            return loss + weight * view_loss
+        if self.view_predictor is not None:  # DDP waits for a gradient of each parameter
+            loss = loss + 0 * self.view_predictor(pairs.features.new_zeros(1, self.embedding_dim)).sum()
         return loss
+
+    @property
+    def view_weight_now(self) -> float:
+        """`view_weight` times how far it has risen at this step."""
+        if not self.view_weight or self.training_steps is None:
+            return 0.0
+        return self.view_weight * late_rise(*self.training_steps, self.view_start_fraction)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if self.view_predictor is not None and not self.view_weight_now:
+            # AdamW leaves out what has no gradient. Zeros would be taken for gradients that vary little, and weights decay.
+            for parameter in self.view_predictor.parameters():
+                parameter.grad = None
 
     def view_loss(self, batch: Any, context: Tensor) -> Tensor:
         """Distance of the pooled embedding of the other view from what is predicted of it from a context, a scalar.
@@ -236,19 +284,9 @@ class IJEPA(ImageJEPA):
         assert self.view_predictor is not None
         if not isinstance(batch, ViewBatch):
             raise ValueError(
-                f"model.view_weight={self.view_weight} needs pairs of views, and this is a {type(batch).__name__}: give "
-                "--data.views.geometric true, or --model.view_weight 0."
+                f"model.view_weight={self.view_weight} learns from pairs of views, a ViewBatch, and this is a "
+                f"{type(batch).__name__}: set view_weight=0."
             )
         other = layer_norm(self.encode(batch.targets).float().mean(dim=1))  # (B, D)
         predicted = self.view_predictor(layer_norm(context.mean(dim=1)))  # (R B, D)
         return self.loss(predicted, repeated(other, len(predicted) // len(other)))
-
-
-def rise(progress: float, start: float, length: float = 0.1) -> float:
-    """A line from 0 at `start` to 1 at `start + length`, and flat on both sides."""
-    return min(1.0, max(0.0, (progress - start) / length))
-
-
-def layer_norm(features: Tensor) -> Tensor:
-    """Features (..., D) with mean 0 and variance 1 over D."""
-    return functional.layer_norm(features, features.shape[-1:])

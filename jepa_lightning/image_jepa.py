@@ -121,7 +121,7 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         """
         data = self.data
         if stage != "predict":
-            check_batches(self, data, self.batch_type)
+            check_batches(self, data, *self.readable(stage))
         theirs = tuple(getattr(data, "image_size", self.image_size))
         if theirs != self.image_size:
             raise ValueError(
@@ -139,6 +139,18 @@ class ImageJEPA(SeesImages, JEPA, ABC):
             # In place: names in checkpoints stay. Gathering of shards is not compiled, so there the blocks are, one by one.
             for module in (block for network in networks for block in blocks(network)) if sharded else networks:
                 module.compile(dynamic=True)
+
+    def readable(self, stage: str) -> tuple[type, ...]:
+        """Types of batches that it can be trained or validated on."""
+        return (self.batch_type,)
+
+    @property
+    def training_steps(self) -> tuple[int, int] | None:
+        """Optimizer steps that are done, and how many there will be; None if it is not trained just now."""
+        trainer = getattr(self, "_trainer", None)
+        if trainer is None or not trainer.training:
+            return None
+        return trainer.global_step, total_optimizer_steps(trainer)
 
     def shard_networks(self, mesh: DeviceMesh, device: torch.device) -> None:
         """Shard the networks over the processes of a mesh, context and target encoder alike."""
@@ -250,12 +262,11 @@ class ImageJEPA(SeesImages, JEPA, ABC):
         are drawn by step, so that all processes have masks of one shape, and follow the curriculum; elsewhere they are those
         of its end.
         """
-        trainer = getattr(self, "_trainer", None)
         progress, sizes, contexts = 1.0, None, 1
-        if trainer is not None and trainer.training:
-            contexts = self.num_contexts
-            progress = trainer.global_step / total_optimizer_steps(trainer)
-            sizes = seeded_generator(batch.key[0], BLOCK_SIZE_STREAM, trainer.global_step)
+        if self.training_steps is not None:
+            step, total = self.training_steps
+            progress, contexts = step / total, self.num_contexts
+            sizes = seeded_generator(batch.key[0], BLOCK_SIZE_STREAM, step)
         count = contexts * len(batch.labels)
         return self.masks.draw(count, batch_generator(batch), progress, sizes).to(batch.labels.device)
 

@@ -61,8 +61,8 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
-        predict_visible: Whether visible patches of the target view are predicted, too, not the hidden ones alone as in the
-            paper: what becomes of them depends on the action alone, which is then learned from more.
+        predict_visible: Whether visible patches of the target view are predicted in training, too, not the hidden ones
+            alone as in the paper. Where views differ in color alone, what becomes of them is known from the action.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -173,8 +173,11 @@ class IWM(ImageJEPA):
         """Compare with the data module before anything runs.
 
         Raises:
-            ValueError: Data without views, or with actions of another length.
+            ValueError: Data without views, of other channels, or with actions of another length.
         """
+        pixels = getattr(self.data, "pixels", None)
+        if stage != "predict" and pixels is not None and pixels.channels != 3:
+            raise ValueError(f"An IWM is of color images, and data.channels={pixels.channels}: train an IJEPA on them.")
         super().setup(stage)
         if stage != "predict":
             self.check_views(self.data)
@@ -205,8 +208,7 @@ class IWM(ImageJEPA):
         In training the target is all patches, (B, 1, N), if visible ones are predicted, too.
         """
         masks = super().draw_masks(batch)
-        trainer = getattr(self, "_trainer", None)
-        if self.predict_visible and trainer is not None and trainer.training:
+        if self.predict_visible and self.training_steps is not None:
             everywhere = torch.arange(self.num_patches, device=masks.context.device)
             return Masks(masks.context, everywhere.expand(len(masks.context), 1, -1))
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])

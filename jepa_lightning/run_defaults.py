@@ -158,9 +158,29 @@ def model_built_for_data(section: Any) -> type[JEPA] | None:
     """The class of a configuration's model, if that takes its sizes from its data, and there is some."""
     if section.get("model") is None or section.get("data") is None:
         return None
-    module, _, name = section.model.class_path.rpartition(".")
-    found = getattr(importlib.import_module(module), name)
+    found = class_named(section.model.class_path)
     return found if issubclass(found, DynamicsJEPA | ImageJEPA) else None
+
+
+def class_named(path: str) -> Any:
+    """A class by the path of its module and its name."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def arguments_of_checkpoint(hparams: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Arguments of a checkpoint's model; those that came after it have their defaults, whatever a configuration says.
+
+    Args:
+        hparams: What the checkpoint has of them.
+        model: The configuration's section of the model.
+    """
+    stored = {name: value for name, value in hparams.items() if name not in ("_class_path", "_instantiator")}
+    if not model.get("class_path"):
+        return stored
+    known = inspect.signature(class_named(model.class_path)).parameters
+    later = [name for name in vars(model.get("init_args", Namespace())) if name in known and name not in stored]
+    return {name: known[name].default for name in later if known[name].default is not inspect.Parameter.empty} | stored
 
 
 def sizes_for(model: type[JEPA], data: Any) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def small_view_ijepa(**changes: Any) -> IJEPA:
 
 
 def small_crops(root: Path, **changes: Any) -> ImageFolder:
-    return small_images(root, **({"views": Views(geometric=True)} | changes))
+    return small_images(root, **({"views": Views(geometric=True, recolored=True)} | changes))
 
 
 FAMILIES = {

@@ -127,6 +127,24 @@ def test_last_takes_over_the_arguments_of_the_last_checkpoint(tmp_path: Path) ->
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 8
 
 
+def test_an_argument_that_came_after_a_checkpoint_has_its_default(tmp_path: Path, image_root: Path) -> None:
+    """And not the value that a configuration gives it: the checkpoint has no weights for that."""
+    common = [f"--trainer.default_root_dir={tmp_path}", f"--data.root={image_root}", "--data.num_workers=0"]
+    common += ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--data.batch_size=4"]
+    small = ["--model.encoder_depth=1", "--model.predictor_depth=1", "--model.compile_networks=false"]
+    once = ["--trainer.max_steps=1", "--trainer.val_check_interval=1", "--model.view_weight=0", "--data.views=null"]
+    main(["fit", "--config", "ijepa/folder", *common, *small, *once])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    for name in ("view_weight", "view_start_fraction"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, last)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        main(["validate", "--config", "ijepa/folder", *common, "--ckpt_path=last"])
+    assert [w for w in said if "model.view_weight=1.0 is overruled by 0.0 from the checkpoint" in str(w.message)]
+
+
 def test_a_run_without_a_directory_goes_to_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     small = [*SMALL, "--trainer.default_root_dir", "null"]

@@ -185,6 +185,10 @@ def test_clear_errors(tmp_path: Path, image_root: Path, checkpoint: Path) -> Non
         ValueError, match=r"model.action_dim=7 but the data's actions have 12 scalars .*mirrored.*set it to 12"
     ):
         trainer(tmp_path, max_steps=1).fit(small_iwm(), small_views(image_root, views=Views(geometric=True)))
+    places = {f"{kind}_probability": 0.0 for kind in ("jitter", "grayscale", "blur", "solarize")}
+    with pytest.raises(ValueError, match=r"An IWM is of color images, and data.channels=1: train an IJEPA"):
+        gray = small_views(image_root, channels=1, views=Views(geometric=True, **places))
+        trainer(tmp_path, max_steps=1).fit(small_iwm(), gray)
     with pytest.raises(ValueError, match=r"model.action_dim=3"):
         small_iwm(action_dim=3)
     with pytest.raises(ValueError, match=r"conditioning='film'"):
@@ -201,11 +205,8 @@ def test_clear_errors(tmp_path: Path, image_root: Path, checkpoint: Path) -> Non
             probe(str(tmp_path / "ijepa.ckpt"))
 
 
-def test_views_belong_to_an_iwm_alone(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"IJEPA cannot read what ImageFolder hands out .ViewBatch.: set data to ImageFolder or SyntheticImages",
-    ):
+def test_views_are_for_those_that_learn_from_pairs(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.view_weight=0 learns from one view .* give --data.views null"):
         trainer(tmp_path, max_steps=1).fit(small_ijepa(), small_views(image_root))
     for probe in (FineTuning(str(checkpoint), 2), PredictorFineTuning(str(checkpoint), 2), CompletionProbe(str(checkpoint))):
         with pytest.raises(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from callbacks.schedules import SCHEDULES, constant, cosine, linear, total_optimizer_steps, warmup_cosine
+from callbacks.schedules import SCHEDULES, constant, cosine, late_rise, linear, total_optimizer_steps, warmup_cosine
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=200)
 TOTALS = st.integers(1, 10**6)
@@ -53,6 +53,15 @@ def test_warmup_goes_from_zero_to_zero_unless_set_otherwise() -> None:
     assert [warmup_cosine(step, 4, 2) for step in range(5)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-12)
     assert warmup_cosine(0, 4, 0) == 1.0, "without a warm-up the first step takes the peak"
     assert warmup_cosine(4, 4, 2, end=0.3) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.0), (30, 0.0), (32, 0.2), (35, 0.5), (40, 1.0), (41, 1.0), (100, 1.0), (120, 1.0)]
+)
+def test_a_weight_that_rises_late(step: int, expected: float) -> None:
+    assert late_rise(step, 100, 0.3) == pytest.approx(expected, abs=1e-12)
+    assert late_rise(step, 100, 0.3, length=0.2) == pytest.approx(min(expected, max(0.0, (step - 30) / 20)), abs=1e-12)
+    assert late_rise(100, 100, 0.9) == pytest.approx(1.0)
 
 
 def test_names_of_schedules() -> None:

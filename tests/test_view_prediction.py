@@ -1,5 +1,6 @@
 """I-JEPA with a second prediction: of another view's pooled embedding, from the context's."""
 
+import re
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from datamodules import ImageBatch, ViewBatch, Views
 from jepa_lightning import IJEPA
+from jepa_lightning.weights.loading import start_from
 
 
 def pairs_of_views(count: int = 3, training: bool = True) -> ViewBatch:
@@ -54,13 +56,13 @@ def test_patches_are_predicted_of_one_view_in_training_and_of_the_image_elsewher
 
 
 def test_the_weight_rises_and_scales_what_is_added_to_the_loss(tmp_path: Path, image_root: Path) -> None:
-    model, weights = small_ijepa(view_weight=3.0, view_start=0.25), []
+    model, weights = small_ijepa(view_weight=3.0, view_start_fraction=0.25), []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: object) -> None:
             metrics = trainer.callback_metrics
             added = metrics["train/loss"] - metrics["train/prediction_loss"]
-            weights.append((added / metrics["train/view_loss"]).item())
+            weights.append((added / metrics["train/view_loss"]).item() if "train/view_loss" in metrics else added.item())
 
     trainer(tmp_path, max_epochs=4, log_every_n_steps=1, callbacks=[Watch()]).fit(
         model, small_crops(image_root, batch_size=2)
@@ -83,6 +85,43 @@ def test_its_predictor_is_trained_and_kept(tmp_path: Path, image_root: Path) -> 
         assert torch.equal(mine, theirs)
 
 
+def test_before_its_start_nothing_is_done_for_it(tmp_path: Path, image_root: Path) -> None:
+    """Neither the pass of the other view, nor steps of its predictor: of zero gradients, or of weight decay."""
+    model = small_ijepa(view_weight=1.0, view_start_fraction=0.5, weight_decay=0.5, final_weight_decay=None)
+    before, passes, changed = [p.clone() for p in model.view_predictor.parameters()], [], []
+    model.target_encoder.register_forward_hook(lambda *_: passes.append(1))
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            parameters = model.view_predictor.parameters()
+            changed.append(any((p != old).any().item() for p, old in zip(parameters, before, strict=True)))
+
+        def on_train_end(self, trainer: pl.Trainer, *_: object) -> None:
+            self.steps = {trainer.optimizers[0].state[p]["step"].item() for p in model.view_predictor.parameters()}
+
+    watch = Watch()
+    trainer(tmp_path, max_epochs=1, callbacks=[watch]).fit(model, small_crops(image_root, batch_size=4))
+    assert changed == [False] * 4 + [True] * 2 and len(passes) == 6 + 2, "at step 3 of 6 its weight is 0 still"
+    assert watch.steps == {2}
+
+
+def test_images_as_they_are_are_enough_to_validate(tmp_path: Path, image_root: Path) -> None:
+    for data in (small_images(image_root), small_crops(image_root)):
+        run = trainer(tmp_path, limit_val_batches=1)
+        figures = run.validate(small_ijepa(view_weight=1.0), data, verbose=False)
+        assert figures[0]["val/loss"] > 0
+
+
+def test_weights_to_start_from_have_its_predictor(tmp_path: Path, image_root: Path) -> None:
+    first, second = small_ijepa(view_weight=1.0), small_ijepa(view_weight=1.0)
+    torch.nn.init.normal_(first.view_predictor[0].weight)
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(first, small_crops(image_root))
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    start_from(second, tmp_path / "first.ckpt")
+    assert torch.equal(second.view_predictor[0].weight, first.view_predictor[0].weight)
+
+
 def test_without_a_weight_nothing_is_there() -> None:
     plain = small_ijepa()
     assert plain.view_predictor is None and not [name for name in plain.state_dict() if name.startswith("view_predictor")]
@@ -96,11 +135,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, image_root: Path) -> None:
     for weight in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"model\.view_weight=.*: choose a weight from 0"):
             small_ijepa(view_weight=weight)
-    with pytest.raises(ValueError, match=r"model\.view_start=1\.5: choose a fraction of the training in \[0, 1\]"):
-        small_ijepa(view_weight=1.0, view_start=1.5)
-    with pytest.raises(ValueError, match="IJEPA cannot read what ImageFolder hands out"):
-        trainer(tmp_path, max_steps=1).fit(small_ijepa(view_weight=1.0), small_images(image_root))
-    with pytest.raises(ValueError, match=r"this is a ImageBatch: give --data\.views\.geometric true"):
+    with pytest.raises(ValueError, match=r"model\.view_start_fraction=0\.95: choose one in \[0, 0\.9\]"):
+        small_ijepa(view_weight=1.0, view_start_fraction=0.95)
+    still = {f"{kind}_probability": 0.0 for kind in ("jitter", "grayscale", "blur", "solarize")}
+    for weight, views, message in (
+        (1.0, None, "this data has none: give --data.views.geometric true, or --model.view_weight 0."),
+        (1.0, Views(**still), "both views are the same. Give --data.views.geometric true."),
+        (0.0, Views(), "give --data.views null, or --model.view_weight 1."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            trainer(tmp_path, max_steps=1).fit(small_ijepa(view_weight=weight), small_images(image_root, views=views))
+    with pytest.raises(ValueError, match="a ViewBatch, and this is a ImageBatch: set view_weight=0"):
         labels = torch.zeros(3, dtype=torch.int64)
         small_ijepa(view_weight=1.0).view_loss(ImageBatch(torch.zeros(3, 3, 16, 16), labels, (0,)), torch.zeros(3, 5, 192))
 
@@ -111,7 +156,8 @@ def test_views_of_other_channels_keep_their_colors(tmp_path: Path, channels: int
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(12):
-        pages = [Image.fromarray(torch.randint(0, 255, (20, 20), dtype=torch.uint8).numpy()) for _ in range(channels)]
+        values = [20 * page + number for page in range(channels)]
+        pages = [Image.fromarray(torch.full((20, 20), value, dtype=torch.uint8).numpy()) for value in values]
         pages[0].save(folder / f"{number}.tif", save_all=True, append_images=pages[1:])
     given = {"geometric": True, "blur_probability": 0.0, "solarize_probability": 0.0}
     with pytest.raises(ValueError) as error:
@@ -124,4 +170,6 @@ def test_views_of_other_channels_keep_their_colors(tmp_path: Path, channels: int
     run.fit(small_ijepa(view_weight=1.0, channels=channels), data)
     batch = next(iter(data.train_dataloader()))
     assert batch.sources.shape == batch.targets.shape == (4, channels, 16, 16)
-    assert not torch.equal(batch.sources, batch.targets)
+    for views in (batch.sources, batch.targets):
+        colors = views.flatten(2).unique(dim=2).squeeze(2)  # of each image one in each channel, as in its file
+        assert (colors.diff(dim=1) == 20).all() and set(colors[:, 0].tolist()) <= set(range(12))

@@ -204,3 +204,9 @@ def test_what_the_source_shows_in_the_colors_of_the_target(image_root: Path) -> 
     batch, held_out = next(iter(data.train_dataloader())), next(iter(data.val_dataloader()))
     assert batch.recolored.shape == batch.sources.shape and batch.recolored.dtype == torch.uint8
     assert not torch.equal(batch.recolored, batch.sources) and held_out.recolored is None
+
+
+def test_a_run_of_before_does_not_go_on_with_other_samples(image_root: Path) -> None:
+    for recolored in (False, True):
+        data = small_images(image_root, views=Views(geometric=True, recolored=recolored))
+        assert ("recolored" in data.augmentations()["views"]) == recolored

@@ -74,7 +74,9 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
     if isinstance(source, ImageJEPA) and isinstance(model, ImageJEPA):
         model.known_pixels = source.known_pixels  # the encoder knows images that were normalized like this
     parts = ["context_encoder", "target_encoder", *(["predictor"] if is_whole(path) else [])]
-    parts += ["decoder"] if all(hasattr(of, "decoder") for of in (source, model)) else []  # of encoder-decoders
+    # Of encoder-decoders, and of an I-JEPA that predicts views.
+    more = ("decoder", "view_predictor")
+    parts += [part for part in more if all(getattr(of, part, None) is not None for of in (source, model))]
     for part in parts:
         theirs, ours = source.get_submodule(part).state_dict(), model.get_submodule(part).state_dict()
         odd = [name for name in ours.keys() | theirs.keys() if name not in ours or name not in theirs]
