@@ -54,13 +54,13 @@ class ImageBatch(NamedTuple):
 
 
 class ViewBatch(NamedTuple):
-    """A batch of pairs of views: what IWM learns from."""
+    """A batch of pairs of views: what IWM learns from, and I-JEPA if it predicts another view, too."""
 
     sources: Tensor
     """(B, C, H, W), normalized: the images of which the context encoder sees the visible patches."""
 
     targets: Tensor
-    """(B, C, H, W), normalized: the images that the target encoder sees."""
+    """(B, C, H, W), normalized: the images that the target encoder sees; the other view for I-JEPA."""
 
     actions: Tensor
     """(B, A): the actions that lead from source to target, scalar by scalar as in `datamodules.views`; 0 is no change."""

@@ -59,7 +59,7 @@ class HuggingFaceImages(ImageDataModule):
         value_range: As for `ImageFolder`.
         normalization: As for `ImageFolder`.
         rand_augment: As for `ImageFolder`.
-        views: Settings of pairs of views, which IWM needs.
+        views: As for `ImageFolder`.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.
         timeout: Seconds to wait for a batch before the run ends with an error; 0 waits for ever.

@@ -54,8 +54,8 @@ class ImageFolder(ImageDataModule):
             default ImageNet's for 3 channels. A model from a checkpoint keeps the range and normalization of its training.
         rand_augment: Whether to apply two random distortions per training image (RandAugment, Cubuk et al. 2020; images of 3
             channels).
-        views: Settings of pairs of views and the action that leads from one to the other, which IWM needs; see
-            `datamodules.views.Views`. Plain images if left out.
+        views: Settings of pairs of views and the action that leads from one to the other, which IWM needs, and IJEPA with
+            `view_weight`; see `datamodules.views.Views`. Plain images if left out.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode, as long as the run lasts; 0 decodes in the training process.
         prefetch_factor: Number of batches that each worker has ready, at least 1; torch's 2 if left out.

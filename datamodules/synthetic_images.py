@@ -78,7 +78,7 @@ class SyntheticImages(ImageFolder):
         crop_scale: Minimum and maximum area of a training crop, as fractions of the image.
         flip: Probability of a horizontal flip in training.
         rand_augment: Two random distortions per training image (RandAugment).
-        views: Settings of pairs of views and actions, which IWM needs; plain images if left out.
+        views: As for `ImageFolder`.
         batch_size: Images per batch and process.
         num_workers: Number of processes that decode.
         seed: Seed of images, splits, orders, crops and masks.

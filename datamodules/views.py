@@ -159,7 +159,7 @@ class Place(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two views of an image, uint8 (3, H, W), and what leads from the one to the other."""
+    """Two views of an image, uint8 (C, H, W), and what leads from the one to the other."""
 
     source: Tensor
     target: Tensor
@@ -171,7 +171,7 @@ class Pair(NamedTuple):
     `source_from: target` they are relative to the target, and `recolor(target, -action)` is the source."""
 
     recolored: Tensor | None = None
-    """uint8 (3, H, W): what the source shows in the colors of the target, if asked for."""
+    """uint8 (C, H, W): what the source shows in the colors of the target, if asked for."""
 
 
 def draw_jitter(sampler: v2.ColorJitter) -> list[float]:
@@ -223,7 +223,7 @@ def blur_kernel(image: Tensor) -> int:
 
 
 def look(image: Tensor, place: Place, size: tuple[int, int]) -> Tensor:
-    """Cut a place out of an image: uint8 (3, any, any) -> (3, H, W)."""
+    """Cut a place out of an image: uint8 (C, any, any) -> (C, H, W)."""
     top, left, height, width, mirrored = place
     view = vision.resized_crop(image, top, left, height, width, list(size))
     return vision.horizontal_flip(view) if mirrored else view
@@ -271,7 +271,7 @@ class ViewMaker:
         self.crop = v2.RandomResizedCrop(size, scale=crop_scale)
 
     def draw_place(self, image: Tensor) -> Place:
-        """A random place of an image (3, any, any)."""
+        """A random place of an image (C, any, any)."""
         drawn: dict[str, Any] = self.crop.make_params([image])
         return Place(drawn["top"], drawn["left"], drawn["height"], drawn["width"], _happens(self.flip))
 
@@ -290,7 +290,7 @@ class ViewMaker:
         """Two views of an image.
 
         Args:
-            image: Image, uint8 (3, any, any).
+            image: Image, uint8 (C, any, any); with changes of color of 3 channels.
             place: Place at which both look, unless the views are geometric; drawn if left out.
         """
         target_place = self.draw_place(image) if place is None or self.views.geometric else place

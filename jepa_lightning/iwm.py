@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.preprocessing import denormalize
+from datamodules.rng import WHOLE_STREAM, seeded_generator
 from datamodules.views import COLORS
 from jepa_lightning.figures import show, wants_figures
 from jepa_lightning.image_jepa import ImageJEPA
@@ -61,8 +62,8 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
-        predict_visible: Whether visible patches of the target view are predicted in training, too, not the hidden ones
-            alone as in the paper. Where views differ in color alone, what becomes of them is known from the action.
+        whole_fraction: Fraction of the training batches in which nothing is hidden: of the source view all patches are seen,
+            and of the target view all are predicted, as `apply_actions` does it afterwards. 0 as in the paper.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -106,7 +107,7 @@ class IWM(ImageJEPA):
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         resampling_fraction: float = 0.1,
-        predict_visible: bool = False,
+        whole_fraction: float = 0.0,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -146,6 +147,8 @@ class IWM(ImageJEPA):
         self.save_hyperparameters()
         if action_dim < len(COLORS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
+        if not 0 <= whole_fraction <= 1:
+            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the batches in [0, 1].")
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -165,7 +168,7 @@ class IWM(ImageJEPA):
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
         )
-        self.predict_visible = predict_visible
+        self.whole_fraction = whole_fraction
         self.ranks = MeanReciprocalRanks()
         self.action_probe = ActionProbe(context_encoder.dim, action_dim)
 
@@ -205,12 +208,14 @@ class IWM(ImageJEPA):
     def draw_masks(self, batch: Any) -> Masks:
         """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
 
-        In training the target is all patches, (B, 1, N), if visible ones are predicted, too.
+        Or, at a `whole_fraction` of the training steps, which are the same in all processes, (B, N) and (B, 1, N).
         """
+        if self.whole_fraction and self.training_steps is not None:
+            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, self.training_steps[0]))
+            if drawn < self.whole_fraction:
+                everywhere = torch.arange(self.num_patches, device=batch.labels.device).expand(len(batch.labels), -1)
+                return Masks(everywhere, everywhere[:, None])
         masks = super().draw_masks(batch)
-        if self.predict_visible and self.training_steps is not None:
-            everywhere = torch.arange(self.num_patches, device=masks.context.device)
-            return Masks(masks.context, everywhere.expand(len(masks.context), 1, -1))
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
 
     def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:

@@ -281,8 +281,9 @@ class JEPA(LightningModule, ABC):
         before, now = self._planned_steps, total_optimizer_steps(self.trainer)
         if before is not None and before != now and self.trainer.global_step > 0:
             rank_zero_warn(
-                f"This run was to take {before} optimizer steps, and now {now}: learning rate, weight decay and momentum "
-                f"leave their old curves at step {self.trainer.global_step} and go on where the new ones are."
+                f"This run was to take {before} optimizer steps, and now {now}: learning rate, weight decay, momentum and "
+                f"all else that is scheduled leave their old curves at step {self.trainer.global_step} and go on where the "
+                "new ones are."
             )
         self._planned_steps = now
 
