@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.preprocessing import denormalize
-from datamodules.rng import WHOLE_STREAM, seeded_generator
 from datamodules.views import COLORS
 from jepa_lightning.figures import show, wants_figures
 from jepa_lightning.image_jepa import ImageJEPA
@@ -62,8 +61,6 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
-        whole_fraction: Fraction of the training batches in which nothing is hidden: of the source view all patches are seen,
-            and of the target view all are predicted, as `apply_actions` does it afterwards. 0 as in the paper.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -107,7 +104,6 @@ class IWM(ImageJEPA):
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         resampling_fraction: float = 0.1,
-        whole_fraction: float = 0.0,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -147,8 +143,6 @@ class IWM(ImageJEPA):
         self.save_hyperparameters()
         if action_dim < len(COLORS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
-        if not 0 <= whole_fraction <= 1:
-            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the batches in [0, 1].")
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -168,7 +162,6 @@ class IWM(ImageJEPA):
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
         )
-        self.whole_fraction = whole_fraction
         self.ranks = MeanReciprocalRanks()
         self.action_probe = ActionProbe(context_encoder.dim, action_dim)
 
@@ -206,15 +199,7 @@ class IWM(ImageJEPA):
         return batch.sources, batch.targets
 
     def draw_masks(self, batch: Any) -> Masks:
-        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
-
-        Or, at a `whole_fraction` of the training steps, which are the same in all processes, (B, N) and (B, 1, N).
-        """
-        if self.whole_fraction and self.training_steps is not None:
-            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, self.training_steps[0]))
-            if drawn < self.whole_fraction:
-                everywhere = torch.arange(self.num_patches, device=batch.labels.device).expand(len(batch.labels), -1)
-                return Masks(everywhere, everywhere[:, None])
+        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K)."""
         masks = super().draw_masks(batch)
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
 

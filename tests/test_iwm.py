@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,29 +50,6 @@ def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
             changed[image, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] = 9.0
     other = observed._replace(sources=changed, targets=torch.zeros_like(observed.targets))
     torch.testing.assert_close(jepa.target_pairs(other).predictions, pairs.predictions)
-
-
-def test_nothing_is_hidden_in_a_fraction_of_the_training_steps() -> None:
-    jepa, observed = small_iwm(whole_fraction=0.25), batch()
-    assert jepa.draw_masks(observed).context.shape[1] < 16, "held-out images: as without"
-    whole = []
-    for step in range(400):
-        jepa._trainer = SimpleNamespace(training=True, global_step=step, estimated_stepping_batches=400)
-        masks = jepa.draw_masks(observed)
-        whole.append(masks.context.shape[1] == 16)
-        assert masks.context.shape[1] + masks.targets.shape[2] == (32 if whole[-1] else 16)
-        elsewhere = jepa.draw_masks(observed._replace(key=(0, 1, 7)))  # another process
-        assert (elsewhere.context.shape[1] == 16) == whole[-1]
-    assert 0.18 < sum(whole) / 400 < 0.32
-    jepa._trainer.global_step = whole.index(True)
-    pairs, masks = jepa.target_pairs(observed), jepa.draw_masks(observed)
-    assert masks.context.tolist() == [list(range(16))] * 3 and masks.targets.tolist() == [[list(range(16))]] * 3
-    torch.testing.assert_close(
-        pairs.predictions[:, 0], jepa.apply_actions(jepa.context_encoder(observed.sources), observed.actions)
-    )
-    torch.testing.assert_close(pairs.targets[:, 0], jepa.encode_targets(observed.targets))
-    with pytest.raises(ValueError, match=r"model\.whole_fraction=1\.5: choose a fraction"):
-        small_iwm(whole_fraction=1.5)
 
 
 @pytest.mark.parametrize("conditioning", ["feature", "sequence", "none"])
