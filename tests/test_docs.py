@@ -103,7 +103,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     more = {"runs/change": ROOT / "configs" / "iwm" / "cifar10_cpu.yaml"}
     more |= dict.fromkeys(("runs/first", "runs/hour"), ROOT / "configs" / "ijepa" / "cifar10_cpu.yaml")
-    more["runs/half_hour"] = ROOT / "configs" / "ijepa" / "folder.yaml"
+    more |= dict.fromkeys(("runs/half_hour", "runs/views"), ROOT / "configs" / "ijepa" / "folder.yaml")
     more["runs/my_recording"] = ROOT / "configs" / "worlds" / "tworoom.yaml"
     for place, config in (runs | more).items():
         (folder / place).mkdir(parents=True, exist_ok=True)
