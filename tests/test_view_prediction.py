@@ -122,6 +122,12 @@ def test_weights_to_start_from_have_its_predictor(tmp_path: Path, image_root: Pa
     assert torch.equal(second.view_predictor[0].weight, first.view_predictor[0].weight)
 
 
+def test_views_may_differ_by_color_alone(tmp_path: Path, image_root: Path) -> None:
+    model, run = small_ijepa(view_weight=1.0), trainer(tmp_path, max_steps=1)
+    run.fit(model, small_images(image_root, views=Views()))
+    assert run.global_step == 1
+
+
 def test_without_a_weight_nothing_is_there() -> None:
     plain = small_ijepa()
     assert plain.view_predictor is None and not [name for name in plain.state_dict() if name.startswith("view_predictor")]
