@@ -179,3 +179,26 @@ def test_views_of_other_channels_keep_their_colors(tmp_path: Path, channels: int
     for views in (batch.sources, batch.targets):
         colors = views.flatten(2).unique(dim=2).squeeze(2)  # of each image one in each channel, as in its file
         assert (colors.diff(dim=1) == 20).all() and set(colors[:, 0].tolist()) <= set(range(12))
+
+
+class SaveAt(pl.Callback):
+    """Saves a checkpoint after so many steps."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_run_cut_before_its_start_goes_on_bit_for_bit(tmp_path: Path, image_root: Path) -> None:
+    """AdamW has no state of its predictor yet."""
+    path, ends = tmp_path / "cut.ckpt", []
+    for callbacks, resume in (([SaveAt(2, path)], None), ([], path)):
+        model = small_ijepa(view_weight=1.0, view_start_fraction=0.5)
+        run = trainer(tmp_path, max_epochs=1, callbacks=callbacks)
+        run.fit(model, small_crops(image_root, batch_size=4), ckpt_path=resume, weights_only=True)
+        ends.append((run.global_step, model.state_dict()))
+    assert ends[0][0] == ends[1][0] == 6
+    assert all(torch.equal(value, ends[1][1][name]) for name, value in ends[0][1].items())
