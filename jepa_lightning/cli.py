@@ -238,11 +238,13 @@ def newest_checkpoint(root: str) -> str | None:
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Keep config.yaml of the training: a later test into the same directory leaves it alone."""
+    """Keep config.yaml of the training: a later test into the same directory leaves it alone, and so does a failed start."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        pass
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 USER_ERRORS = (ValueError, OSError, MisconfigurationException, NonFiniteError)

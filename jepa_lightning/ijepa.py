@@ -19,6 +19,7 @@ from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor, PredictorContext
 from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.vit import repeated
+from jepa_lightning.optim import leave_alone
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.sharding import is_sharded, shard
 
@@ -264,9 +265,7 @@ class IJEPA(ImageJEPA):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         if self.view_predictor is not None and not self.view_weight_now:
-            # AdamW leaves out what has no gradient. Zeros would be taken for gradients that vary little, and weights decay.
-            for parameter in self.view_predictor.parameters():
-                parameter.grad = None
+            leave_alone(optimizer, self.view_predictor.parameters())
 
     def view_loss(self, batch: Any, context: Tensor) -> Tensor:
         """Distance of the pooled embedding of the other view from what is predicted of it from a context, a scalar.

@@ -42,6 +42,23 @@ def fused_is_safe(trainer: Trainer) -> bool:
     return trainer.strategy.root_device.type == "cuda" and not scaled and not (mixed and trainer.gradient_clip_val)
 
 
+def leave_alone(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Have AdamW leave parameters out of its next step, which they come into later with nothing remembered.
+
+    It leaves out what has no gradient. Zeros would be taken for gradients that vary little, and weights would decay. The
+    state that it makes at a parameter's first step is made here: a sharded checkpoint is only read where all have one.
+    """
+    fused = bool(optimizer.defaults["fused"])
+    for parameter in parameters:
+        parameter.grad = None
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device if fused else "cpu"),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Euclidean norm of all gradients together: a scalar on their device, that of the whole network if it is sharded.
 

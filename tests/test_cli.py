@@ -168,6 +168,17 @@ def test_a_later_stage_leaves_the_training_config_alone(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == before
 
 
+def test_a_run_that_cannot_go_on_leaves_the_training_config_alone(tmp_path: Path) -> None:
+    fit(tmp_path)
+    before, last = (tmp_path / "config.yaml").read_text(), tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["state_dict"].popitem()
+    torch.save(checkpoint, last)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\)"):
+        fit(tmp_path, "--data.seed", "3", "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
 def test_checkpoints_can_be_turned_off_and_plugins_and_one_callback_given(tmp_path: Path) -> None:
     fit(tmp_path, "--trainer.enable_checkpointing", "false", "--trainer.callbacks", "CollapseAlarm",
         "--trainer.plugins", "lightning.pytorch.plugins.environments.LightningEnvironment")  # fmt: skip
