@@ -32,7 +32,8 @@ class IWM(ImageJEPA):
     """An image world model: predict in representation space what a transformation does to an image.
 
     The context encoder sees the visible patches of a source view; the predictor, conditioned on the action that leads to
-    the target view, predicts the target encoder's layer-normalized features of that view at all patches that were hidden.
+    the target view, predicts the target encoder's layer-normalized features of that view at all patches that were hidden,
+    with `predict_visible` at the others, too.
     The data module makes the views: `data.views`. The predictor can be fine-tuned afterwards, see `PredictorFineTuning`.
 
     >>> model = IWM("vit_tiny_patch16_224", 32, 8, encoder_depth=2, predictor_width=48, predictor_depth=2)
@@ -47,7 +48,8 @@ class IWM(ImageJEPA):
         patch_size: Height and width of a patch in pixels; null for an eighth of the image's shorter side.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
         conditioning: How the predictor is conditioned on the action: "feature" joins it to each mask token, "sequence"
-            makes a token of each scalar, "none" leaves it out.
+            makes a token of each scalar, "adaptive_norm" scales and shifts the predictor's norms by it, "none" leaves it
+            out.
         action_dim: Number of scalars of an action: 7, or 12 with `data.views.geometric`.
         predictor_width: Token dimension of the predictor. The paper's sizes for ViT-B are 12 blocks of 384 ("invariant")
             and 18 of 384 ("equivariant").
@@ -61,6 +63,8 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
+        predict_visible: In training, predict visible patches, too, where the paper predicts the hidden ones alone: what
+            becomes of them depends on the action alone.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -104,6 +108,7 @@ class IWM(ImageJEPA):
         target_scale: tuple[float, float] = (0.15, 0.2),
         target_aspect: tuple[float, float] = (0.75, 1.5),
         resampling_fraction: float = 0.1,
+        predict_visible: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -157,7 +162,7 @@ class IWM(ImageJEPA):
             gradient_checkpointing,
         )
         self.set_networks(context_encoder, self.build_predictor(), context_encoder.dim)
-        self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
+        self.num_patches, self.predict_visible = context_encoder.grid[0] * context_encoder.grid[1], predict_visible
         # No context block: everything outside of the rectangles may be seen.
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
@@ -199,9 +204,18 @@ class IWM(ImageJEPA):
         return batch.sources, batch.targets
 
     def draw_masks(self, batch: Any) -> Masks:
-        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K)."""
+        """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
+
+        With `predict_visible` the target is all patches in training, (B, 1, N).
+        """
         masks = super().draw_masks(batch)
+        if self.predict_visible and self.training:
+            return Masks(masks.context, self.everywhere(masks.context)[:, None])
         return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
+
+    def everywhere(self, images: Tensor) -> Tensor:
+        """Raster indices of all patches, (B, N), for as many images as a tensor (B, ...) has, on its device."""
+        return torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
 
     def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:
         actions = None if batch is None else batch.actions  # None is the zero action, no change
@@ -237,7 +251,7 @@ class IWM(ImageJEPA):
         if actions is not None:
             actions = actions.to(self.predictor.positions.dtype)
             actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
-        everywhere = torch.arange(self.num_patches, device=features.device).expand(len(features), -1)
+        everywhere = self.everywhere(features)
         return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
 
     def image_features(self, batch: ViewBatch, pairs: TargetPairs) -> Tensor:

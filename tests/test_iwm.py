@@ -52,9 +52,30 @@ def test_all_that_is_hidden_is_predicted_at_once_in_the_target_view() -> None:
     torch.testing.assert_close(jepa.target_pairs(other).predictions, pairs.predictions)
 
 
-@pytest.mark.parametrize("conditioning", ["feature", "sequence", "none"])
+def test_visible_patches_are_predicted_too_in_training_if_asked_for() -> None:
+    jepa, observed = small_iwm(predict_visible=True).eval(), batch()
+    hidden = jepa.draw_masks(observed)
+    assert hidden.targets.shape == (3, 1, 16 - hidden.context.shape[1]), "held-out images: as without"
+    jepa.train()
+    masks = jepa.draw_masks(observed)
+    assert masks.targets.tolist() == [[list(range(16))]] * 3
+    assert masks.context.shape == hidden.context.shape, "the context encoder sees no more than before"
+    whole = torch.nn.functional.layer_norm(jepa.encode(observed.targets), (192,))
+    torch.testing.assert_close(jepa.target_pairs(observed).targets[:, 0], whole)
+
+
+def listening(jepa: IWM) -> IWM:
+    """A model whose adaptive norms have learned something: they start by changing nothing."""
+    torch.manual_seed(0)
+    for name, parameter in jepa.predictor.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return jepa
+
+
+@pytest.mark.parametrize("conditioning", ["feature", "sequence", "adaptive_norm", "none"])
 def test_the_predictor_is_action_conditioned(conditioning: str) -> None:
-    jepa, observed = small_iwm(conditioning=conditioning).train(), batch()
+    jepa, observed = listening(small_iwm(conditioning=conditioning)).train(), batch()
     predictions = jepa.target_pairs(observed).predictions
     for scalar in range(7):
         actions = observed.actions.clone()
@@ -76,6 +97,28 @@ def test_the_scalars_of_a_sequence_are_not_mistaken_for_each_other() -> None:
     features = jepa.context_encoder(batch().images)
     one, other = (jepa.apply_actions(features, torch.eye(7)[number].expand(3, -1)) for number in (0, 1))
     assert not torch.allclose(one, other, atol=1e-7)
+
+
+def test_adaptive_norms_start_as_those_of_a_transformer_without_actions() -> None:
+    jepa, plain, observed = small_iwm(conditioning="adaptive_norm"), small_iwm(conditioning="none"), batch()
+    found = plain.load_state_dict(jepa.state_dict(), strict=False)
+    assert not found.missing_keys and all("modulation" in name or "condition" in name for name in found.unexpected_keys)
+    for change in (False, True):
+        same = torch.allclose(*(model.eval().target_pairs(observed).predictions for model in (jepa, plain)), atol=1e-6)
+        assert same != change
+        listening(jepa)
+
+
+def test_each_block_of_patches_hears_the_action_of_its_image() -> None:
+    predictor = listening(small_iwm(conditioning="adaptive_norm")).predictor
+    features, actions = torch.randn(2, 5, 192), torch.randn(2, 7)
+    context, targets = torch.arange(5).expand(2, -1), torch.tensor([[5, 6], [9, 8]]).expand(2, -1, -1)
+    together = predictor(features, context, targets, actions)
+    for image in range(2):
+        for number in range(2):
+            one = slice(image, image + 1)
+            alone = predictor(features[one], context[one], targets[one, number, None], actions[one])
+            torch.testing.assert_close(together[image, number], alone[0, 0])
 
 
 def tiles(figure: Figure) -> tuple[int, int]:

@@ -17,7 +17,35 @@ from jepa_lightning.networks.mlp import mlp
 from jepa_lightning.networks.vit import attend_by_device, sincos_positions
 
 PredictorContext = Literal["repeated", "shared"]
-Conditioning = Literal["feature", "sequence", "none"]
+Conditioning = Literal["feature", "sequence", "adaptive_norm", "none"]
+
+
+def modulate(tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Tokens (B, T, width) with their dimensions scaled by 1 + (B, 1, width) and shifted by (B, 1, width)."""
+    return tokens * (1 + scale) + shift
+
+
+class AdaptiveBlock(Block):
+    """A transformer block whose norms and branches are scaled by a condition, norms shifted, too (Peebles and Xie 2023).
+
+    At initialization the condition changes nothing, and the block is the transformer's own: DiT's starts as the identity.
+
+    Args:
+        width: Dimension of tokens and of the condition.
+        num_heads: Number of attention heads.
+        settings: Further arguments of timm's `Block`.
+    """
+
+    def __init__(self, width: int, num_heads: int, **settings: Any) -> None:
+        super().__init__(width, num_heads, **settings)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None, condition: Tensor) -> Tensor:  # type: ignore[override]
+        """Tokens (B, T, width) after attention and multilayer perceptron, under a condition (B, 1, width)."""
+        scale, shift, gain, mlp_scale, mlp_shift, mlp_gain = self.modulation(condition).chunk(6, dim=-1)
+        seen = self.attn(modulate(self.norm1(tokens), scale, shift), attn_mask=mask)
+        tokens = tokens + (1 + gain) * seen
+        return tokens + (1 + mlp_gain) * self.mlp(modulate(self.norm2(tokens), mlp_scale, mlp_shift))
 
 
 class MaskedPredictor(nn.Module):
@@ -51,6 +79,7 @@ class MaskedPredictor(nn.Module):
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
         context: PredictorContext = "repeated",
+        block: type[Block] = Block,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -61,7 +90,7 @@ class MaskedPredictor(nn.Module):
         self.embed = nn.Linear(dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.Sequential(
-            *(Block(width, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(depth))
+            *(block(width, num_heads, qkv_bias=True, proj_drop=dropout, norm_layer=norm) for _ in range(depth))
         )
         self.norm = norm(width)
         self.project = nn.Linear(width, dim)
@@ -83,6 +112,8 @@ class MaskedPredictor(nn.Module):
             for number, block in enumerate(self.blocks, start=1):
                 block.attn.proj.weight /= math.sqrt(2 * number)
                 block.mlp.fc2.weight /= math.sqrt(2 * number)
+                if isinstance(block, AdaptiveBlock):
+                    nn.init.zeros_(block.modulation.weight)
 
     def forward(self, features: Tensor, context: Tensor, targets: Tensor) -> Tensor:
         """Predicted features of the target blocks.
@@ -99,13 +130,14 @@ class MaskedPredictor(nn.Module):
         hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
         return self._predict(visible, hidden, targets.shape[1])
 
-    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int) -> Tensor:
+    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int, *condition: Tensor) -> Tensor:
         """Features predicted at the mask tokens of M blocks.
 
         Args:
             visible: What all mask tokens of an image attend to, (B, K, width).
             hidden: Mask tokens, one block after the other, (B, M * L, width).
             num_blocks: Number of blocks M.
+            condition: What the blocks are given besides, if they are conditioned: (B, 1, width).
 
         Returns:
             (B, M, L, D).
@@ -118,14 +150,19 @@ class MaskedPredictor(nn.Module):
             mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~allowed, -torch.inf)
         else:  # an image of its own for each block
             visible, hidden = visible.repeat_interleave(num_blocks, dim=0), hidden.reshape(-1, length, hidden.shape[2])
+            condition = tuple(part.repeat_interleave(num_blocks, dim=0) for part in condition)
         tokens = torch.cat([visible, hidden], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, mask, use_reentrant=False)
+                tokens = checkpoint(block, tokens, mask, *condition, use_reentrant=False)
             else:
-                tokens = block(tokens, mask)
-        predicted = self.project(self.norm(tokens[:, visible.shape[1] :]))
+                tokens = block(tokens, mask, *condition)
+        predicted = self.read_out(tokens[:, visible.shape[1] :], *condition)
         return predicted.reshape(-1, num_blocks, length, predicted.shape[-1])
+
+    def read_out(self, tokens: Tensor, *condition: Tensor) -> Tensor:
+        """Features of mask tokens after the last block: (B, L, width) -> (B, L, D)."""
+        return self.project(self.norm(tokens))
 
 
 def shared_context_mask(visible: int, num_blocks: int, length: int, device: torch.device) -> Tensor:
@@ -151,7 +188,8 @@ class WorldModel(MaskedPredictor):
         dim: Dimension D of the encoder's features.
         action_dim: Number of scalars of an action, A.
         conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;
-            "sequence" makes a token of each scalar, with a projection of its own; "none" leaves the action out.
+            "sequence" makes a token of each scalar, with a projection of its own; "adaptive_norm" scales and shifts the
+            norms of all blocks by it (`AdaptiveBlock`; beyond the paper); "none" leaves the action out.
         width: Token dimension of the predictor.
         depth: Number of blocks.
         num_heads: Number of attention heads of each block; divides `width`.
@@ -174,7 +212,8 @@ class WorldModel(MaskedPredictor):
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__(grid, dim, width, depth, num_heads, dropout, gradient_checkpointing)
+        block = AdaptiveBlock if conditioning == "adaptive_norm" else Block
+        super().__init__(grid, dim, width, depth, num_heads, dropout, gradient_checkpointing, block=block)
         if conditioning not in get_args(Conditioning):
             raise ValueError(f"conditioning={conditioning!r}: choose one of {', '.join(get_args(Conditioning))}.")
         self.conditioning, self.action_dim = conditioning, action_dim
@@ -184,6 +223,11 @@ class WorldModel(MaskedPredictor):
             self.action_weight = nn.Parameter(0.02 * torch.randn(action_dim, width))
             # Attention does not know the order of its tokens: the bias says which scalar this is.
             self.action_token = nn.Parameter(0.02 * torch.randn(action_dim, width))
+        elif conditioning == "adaptive_norm":
+            self.condition = nn.Sequential(mlp(action_dim, (width,), width), nn.SiLU())
+            self.modulation = nn.Linear(width, 2 * width)
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
 
     def forward(
         self,
@@ -207,11 +251,20 @@ class WorldModel(MaskedPredictor):
         """
         visible = self.embed(features) + self.positions[context]  # (B, K, width)
         hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
+        condition: list[Tensor] = []
         actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
         if self.conditioning == "feature":
             hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
         elif self.conditioning == "sequence":
             visible = torch.cat([actions[..., None] * self.action_weight + self.action_token, visible], dim=1)
+        elif self.conditioning == "adaptive_norm":
+            condition = [self.condition(actions)[:, None]]
         if further is not None:
             visible = torch.cat([further.expand(len(visible), -1, -1), visible], dim=1)
-        return self._predict(visible, hidden, targets.shape[1])
+        return self._predict(visible, hidden, targets.shape[1], *condition)
+
+    def read_out(self, tokens: Tensor, *condition: Tensor) -> Tensor:
+        tokens = self.norm(tokens)
+        for part in condition:
+            tokens = modulate(tokens, *self.modulation(part).chunk(2, dim=-1))
+        return self.project(tokens)
