@@ -20,6 +20,7 @@ import jepa_lightning.iwm
 from datamodules import ViewBatch, Views
 from jepa_lightning import IWM
 from jepa_lightning.mean_reciprocal_rank import chance, nearest_figure
+from jepa_lightning.networks.masked_predictor import AdaptiveBlock
 from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorFineTuning
 
 VIEWS = Views()
@@ -119,6 +120,25 @@ def test_each_block_of_patches_hears_the_action_of_its_image() -> None:
             one = slice(image, image + 1)
             alone = predictor(features[one], context[one], targets[one, number, None], actions[one])
             torch.testing.assert_close(together[image, number], alone[0, 0])
+
+
+def test_a_condition_scales_and_shifts_norms_and_scales_branches() -> None:
+    torch.manual_seed(0)
+    block, tokens = AdaptiveBlock(8, 2).eval(), torch.randn(2, 3, 8)
+
+    def output(**changes: float) -> torch.Tensor:
+        names = ("scale", "shift", "gain", "mlp_scale", "mlp_shift", "mlp_gain")
+        torch.nn.init.zeros_(block.modulation.weight)
+        block.modulation.bias.data = torch.tensor([changes.get(name, 0.0) for name in names]).repeat_interleave(8)
+        return block(tokens, None, torch.zeros(2, 1, 8)).detach()
+
+    normed, later = block.norm1(tokens), block.norm2(tokens)
+    seen = tokens + block.attn(normed)
+    torch.testing.assert_close(output(), seen + block.mlp(block.norm2(seen)))
+    torch.testing.assert_close(output(gain=-1, mlp_gain=-1), tokens)
+    torch.testing.assert_close(output(gain=1, mlp_gain=-1), tokens + 2 * block.attn(normed))
+    torch.testing.assert_close(output(scale=2, shift=0.5, mlp_gain=-1), tokens + block.attn(3 * normed + 0.5))
+    torch.testing.assert_close(output(gain=-1, mlp_scale=2, mlp_shift=0.5), tokens + block.mlp(3 * later + 0.5))
 
 
 def tiles(figure: Figure) -> tuple[int, int]:
