@@ -59,6 +59,7 @@ def rows_figure(rows: dict[str, Tensor]) -> Figure:
     axis.set(xticks=[], yticks=[row * (height + gap) + (height - 1) / 2 for row in range(len(rows))], yticklabels=list(rows))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
+    axis.set_anchor("E")  # what the aspect leaves free is for the titles, which would be cut off
     return figure
 
 

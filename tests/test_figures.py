@@ -61,6 +61,14 @@ def test_rows_of_images_lie_next_to_each_other_and_under_their_titles() -> None:
     assert (image[32:34] == 255).all() and (image[:, 16:18] == 255).all()
 
 
+@pytest.mark.parametrize(("count", "rows"), [(9, 6), (9, 2), (4, 8), (2, 2)])
+def test_titles_of_rows_are_not_cut_off(count: int, rows: int, tmp_path: Path) -> None:
+    figure = rows_figure({f"nearest {number}": torch.rand(count, 3, 32, 32) for number in range(rows)})
+    figure.savefig(tmp_path / "rows.png")
+    titles = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+    assert len(titles) == rows and min(title.x0 for title in titles) >= 0
+
+
 def test_figures_have_a_row_per_decoder_and_a_line_per_forecaster() -> None:
     figure = reconstruction_figure(torch.rand(3, 1, 8, 8), {"jepa": torch.rand(3, 1, 8, 8)})
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["truth", "JEPA"]
