@@ -13,19 +13,14 @@ from torch.nn import functional as F
 
 from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch, ViewBatch
-from datamodules.preprocessing import denormalize
+from datamodules.rng import WHOLE_STREAM, seeded_generator
 from datamodules.views import COLORS
-from jepa_lightning.figures import show, wants_figures
+from jepa_lightning.action_monitor import ActionMonitor
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
-from jepa_lightning.mean_reciprocal_rank import ActionProbe, MeanReciprocalRanks, bank_generator, nearest_figure
 from jepa_lightning.networks.masked_predictor import Conditioning, WorldModel
 from jepa_lightning.regularizers import RegularizerName
-from jepa_lightning.sharding import is_sharded
-
-WATCHED = 8
-"""Images whose versions are ranked at each validation, with 256 versions each."""
 
 
 class IWM(ImageJEPA):
@@ -63,8 +58,10 @@ class IWM(ImageJEPA):
         target_aspect: Height over width of a rectangle, minimum and maximum; I-JEPA's, the paper does not say.
         resampling_fraction: Fraction of images whose rectangles leave too few patches visible, and are then resampled to
             overlap.
-        predict_visible: In training, predict visible patches, too, where the paper predicts the hidden ones alone: what
-            becomes of them depends on the action alone.
+        predict_visible: In training, predict visible patches, too, each at its own token, where the paper predicts hidden
+            ones alone: what becomes of visible ones depends on the action alone.
+        whole_fraction: Fraction of the training batches in which nothing is hidden: all patches of the source view are seen
+            and all of the target view predicted, which is what `apply_actions` does afterwards. 0 as in the paper.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -109,6 +106,7 @@ class IWM(ImageJEPA):
         target_aspect: tuple[float, float] = (0.75, 1.5),
         resampling_fraction: float = 0.1,
         predict_visible: bool = False,
+        whole_fraction: float = 0.0,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -148,6 +146,8 @@ class IWM(ImageJEPA):
         self.save_hyperparameters()
         if action_dim < len(COLORS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
+        if not 0 <= whole_fraction <= 1:
+            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the batches in [0, 1].")
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -160,15 +160,16 @@ class IWM(ImageJEPA):
             predictor_heads or context_encoder.num_heads,
             predictor_dropout,
             gradient_checkpointing,
+            predict_visible,
         )
         self.set_networks(context_encoder, self.build_predictor(), context_encoder.dim)
-        self.num_patches, self.predict_visible = context_encoder.grid[0] * context_encoder.grid[1], predict_visible
+        self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
+        self.predict_visible, self.whole_fraction = predict_visible, whole_fraction
         # No context block: everything outside of the rectangles may be seen.
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
         )
-        self.ranks = MeanReciprocalRanks()
-        self.action_probe = ActionProbe(context_encoder.dim, action_dim)
+        self.action_monitor = ActionMonitor(context_encoder.dim, action_dim)
 
     def setup(self, stage: str) -> None:
         """Compare with the data module before anything runs.
@@ -206,12 +207,18 @@ class IWM(ImageJEPA):
     def draw_masks(self, batch: Any) -> Masks:
         """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
 
-        With `predict_visible` the target is all patches in training, (B, 1, N).
+        With `predict_visible` the target is all patches in training, visible ones first, (B, 1, N). In `whole_fraction` of
+        the training steps, which are the same in all processes, context and target are all patches, (B, N) and (B, 1, N).
         """
+        if self.whole_fraction and self.training_steps is not None:
+            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, self.training_steps[0]))
+            if drawn < self.whole_fraction:
+                everywhere = self.everywhere(batch.labels)
+                return Masks(everywhere, everywhere[:, None])
         masks = super().draw_masks(batch)
-        if self.predict_visible and self.training:
-            return Masks(masks.context, self.everywhere(masks.context)[:, None])
-        return Masks(masks.context, masks.hidden(self.num_patches)[:, None])
+        hidden = masks.hidden(self.num_patches)
+        predicted = torch.cat([masks.context, hidden], dim=1) if self.predict_visible and self.training else hidden
+        return Masks(masks.context, predicted[:, None])
 
     def everywhere(self, images: Tensor) -> Tensor:
         """Raster indices of all patches, (B, N), for as many images as a tensor (B, ...) has, on its device."""
@@ -262,35 +269,19 @@ class IWM(ImageJEPA):
         batch = self.as_batch(batch, batch_idx)
         pairs = super().validation_step(batch, batch_idx)
         source, target = self.encode(batch.sources).float().mean(dim=1), pairs.target_features[:, 0]
-        self.action_probe.update(source, target, batch.actions)
+        self.action_monitor.update(source, target, batch.actions)
         if batch_idx == 0 and not self.trainer.sanity_checking:
-            data: Any = self.trainer.datamodule
-            for number, image in enumerate(denormalize(batch.images[: self._watched(len(batch.images))], self.pixels)):
-                generator = bank_generator(batch, number, self.trainer.world_size)
-                self.ranks.update(self, image, data.views, generator, each=False)
-            # Sharded networks compute in all processes or in none, see ImageJEPA.validation_step.
-            if wants_figures(self.trainer) or is_sharded(self.target_encoder):
-                figure = nearest_figure(self, batch.images[:2], data.views, batch.key)
-                show(self.trainer, "nearest versions", figure, self.global_step)
+            self.action_monitor.rank(self, batch)
         return pairs
-
-    def _watched(self, count: int) -> int:
-        """How many images of a batch are ranked: as many in all processes, if the networks are sharded."""
-        if is_sharded(self.predictor):
-            count = int(self.trainer.strategy.reduce(torch.tensor(count, device=self.device), reduce_op="min"))
-        return min(count, WATCHED)
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        if not self.trainer.sanity_checking:
-            ranks, r2 = self.ranks.compute().mean, self.action_probe.compute()
-            self.log("val/mrr", ranks["patch"]["overall"], prog_bar=True)
-            self.log("val/mrr_pooled", ranks["pooled"]["overall"])
-            self.log("val/mrr_shuffled_actions", ranks["patch"]["shuffled_actions"])
-            names = self.trainer.datamodule.views.action_names
-            self.log_dict({f"val/action_r2_{name}": value for name, value in zip(names, r2, strict=True)})
-        self.ranks.reset()
-        self.action_probe.reset()
+        if self.trainer.sanity_checking:
+            self.action_monitor.reset()
+            return
+        names = self.trainer.datamodule.views.action_names
+        for name, value in self.action_monitor.compute(names).items():
+            self.log(f"val/{name}", value, prog_bar=name == "mrr")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -151,10 +151,15 @@ def small_crops(root: Path, **changes: Any) -> ImageFolder:
     return small_images(root, **({"views": Views(geometric=True, recolored=True)} | changes))
 
 
+def small_recipe_iwm(**changes: Any) -> IWM:
+    """With all that the recipe for a CPU has: adaptive norms, visible patches predicted, in half of the steps all seen."""
+    return small_iwm(**({"conditioning": "adaptive_norm", "predict_visible": True, "whole_fraction": 0.5} | changes))
+
+
 FAMILIES = {
     "ijepa": (small_ijepa, small_images),
     "views": (small_view_ijepa, small_crops),
-    "iwm": (small_iwm, small_views),
+    "iwm": (small_recipe_iwm, small_views),
 }
 """Models of images: how to make the smallest model and its data."""
 

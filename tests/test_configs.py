@@ -11,7 +11,7 @@ import yaml
 from conftest import ROOT
 from jsonargparse import ArgumentError
 
-import jepa_lightning.iwm
+import jepa_lightning.action_monitor
 import jepa_lightning.mean_reciprocal_rank
 from jepa_lightning import DynamicsJEPA
 from jepa_lightning.cli import main
@@ -179,7 +179,7 @@ PROBES_OF_IMAGES: list[tuple[str, ...]] = [
 @pytest.fixture
 def few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """An IWM is ranked on few versions of few images."""
-    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 1)
     monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
 
 

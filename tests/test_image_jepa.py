@@ -3,17 +3,20 @@
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import FAMILIES, parameters_equal, run_script, small_ijepa, small_images, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_ema import Shadow
 
+import jepa_lightning.action_monitor
 import jepa_lightning.image_jepa
-import jepa_lightning.iwm
 import jepa_lightning.mean_reciprocal_rank
 from callbacks import CollapseAlarm, CollapseWarning
 from jepa_lightning.compiling import compiles
+from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.masks import Masks
 from jepa_lightning.weights.checkpoints import load_jepa
 
 
@@ -42,7 +45,7 @@ def test_compiled_networks_train_to_the_same_weights(
     monkeypatch.setattr(jepa_lightning.image_jepa, "compiles", lambda device: True)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(self, backend="eager", **options))
-    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 1)
     monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
     results, losses = [], []
     for compiled in (False, True):
@@ -110,41 +113,51 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from conftest import FAMILIES, trainer
-from jepa_lightning.masks import Masks
+from conftest import FAMILIES
+from test_image_jepa import fit_on
 
-out, devices, root = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-model, data = FAMILIES[sys.argv[4]]
+out, root = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
-jepa = model(momentum=0.9, regularizer="vicreg")
-# One process draws masks for four images and each of two for two: give all of them the same.
-jepa.masks.draw = lambda count, *_: Masks(torch.tensor([[0, 1, 2, 5]]).expand(count, -1),
-                                          torch.tensor([[[8, 9], [10, 11]]]).expand(count, -1, -1))
-run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2, limit_val_batches=1.0)
-run.fit(jepa, data(root, batch_size=4 // devices, crop_scale=(1, 1)))
-# And with masks of their own, whose sizes the processes must agree on.
-other = model(regularizer="vicreg", image_size=32)
-trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2).fit(
-    other, data(root, batch_size=4 // devices, image_size=32))
-torch.save([jepa.state_dict(), {k: v for k, v in run.callback_metrics.items()}], out / f"rank{run.global_rank}.pt")
+for family in FAMILIES:
+    jepa, run = fit_on(2, family, out, root)
+    # And with masks of their own, whose sizes the processes must agree on.
+    fit_on(2, family, out, root, own_masks=True)
+    torch.save([jepa.state_dict(), dict(run.callback_metrics)], out / f"{family}{run.global_rank}.pt")
 """
 
 
-def processes(out: Path, devices: int, image_root: Path, family: str) -> list[list[dict]]:
-    run_script(SCRIPT, out, str(devices), str(image_root), family)
-    return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(devices)]
+def fit_on(devices: int, family: str, out: Path, root: Path, own_masks: bool = False) -> tuple[ImageJEPA, pl.Trainer]:
+    """Two epochs of batches of 4 images, over so many processes."""
+    model, data = FAMILIES[family]
+    jepa = model(momentum=0.9, regularizer="vicreg", image_size=32 if own_masks else 16)
+    if not own_masks:
+        # One process draws masks for four images and each of two for two: give all of them the same.
+        jepa.masks.draw = lambda count, *_: Masks(
+            torch.tensor([[0, 1, 2, 5]]).expand(count, -1), torch.tensor([[[8, 9], [10, 11]]]).expand(count, -1, -1)
+        )
+    strategy = "ddp" if devices > 1 else "auto"
+    run = trainer(out, devices=devices, strategy=strategy, max_epochs=2, limit_val_batches=0 if own_masks else 1.0)
+    run.fit(jepa, data(root, batch_size=4 // devices, image_size=jepa.image_size[0], crop_scale=(1, 1)))
+    return jepa, run
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(family: str, tmp_path: Path, image_root: Path) -> None:
-    ((weights, figures),) = processes(tmp_path / "one", 1, image_root, family)
-    (first, figures0), (second, figures1) = processes(tmp_path / "two", 2, image_root, family)
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), f"ranks disagree on {name}"
-        # Adam makes steps of 1e-3 out of gradients that are rounding errors: few weights differ, by a fraction of a step.
-        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}")
-    for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_variance"):
-        assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), name
-        assert figures1[name].item() == pytest.approx(figures0[name].item(), rel=1e-6), name
+def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, image_root: Path) -> None:
+    run_script(SCRIPT, tmp_path / "two", str(image_root))
+    for family in FAMILIES:
+        jepa, run = fit_on(1, family, tmp_path, image_root)
+        weights, figures = jepa.state_dict(), run.callback_metrics
+        (first, figures0), (second, figures1) = (
+            torch.load(tmp_path / "two" / f"{family}{rank}.pt", weights_only=True) for rank in range(2)
+        )
+        for name, value in first.items():
+            assert torch.equal(value, second[name]), f"{family}: ranks disagree on {name}"
+            # Adam makes steps of 1e-3 out of gradients that are rounding errors: few weights differ, by a fraction of one.
+            torch.testing.assert_close(
+                value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=f"{family}, {name}": f"{n}: {m}"
+            )
+        for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_variance"):
+            assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), f"{family}, {name}"
+            assert figures1[name].item() == pytest.approx(figures0[name].item(), rel=1e-6), f"{family}, {name}"
 
 
 def test_alarm_fires_on_a_constant_encoder_and_is_silent_otherwise(model, data, tmp_path: Path, image_root: Path) -> None:

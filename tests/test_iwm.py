@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from conftest import (
 )
 from matplotlib.figure import Figure
 
-import jepa_lightning.iwm
+import jepa_lightning.action_monitor
 from datamodules import ViewBatch, Views
 from jepa_lightning import IWM
 from jepa_lightning.mean_reciprocal_rank import chance, nearest_figure
 from jepa_lightning.networks.masked_predictor import AdaptiveBlock
+from jepa_lightning.networks.vit import take
 from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorFineTuning
 
 VIEWS = Views()
@@ -59,10 +61,70 @@ def test_visible_patches_are_predicted_too_in_training_if_asked_for() -> None:
     assert hidden.targets.shape == (3, 1, 16 - hidden.context.shape[1]), "held-out images: as without"
     jepa.train()
     masks = jepa.draw_masks(observed)
-    assert masks.targets.tolist() == [[list(range(16))]] * 3
-    assert masks.context.shape == hidden.context.shape, "the context encoder sees no more than before"
+    visible = masks.context.shape[1]
+    assert masks.context.tolist() == hidden.context.tolist(), "the context encoder sees what it saw before"
+    assert masks.targets[:, 0, :visible].tolist() == masks.context.tolist()
+    assert masks.targets[:, 0, visible:].tolist() == hidden.targets[:, 0].tolist()
+    pairs = jepa.target_pairs(observed)
     whole = torch.nn.functional.layer_norm(jepa.encode(observed.targets), (192,))
-    torch.testing.assert_close(jepa.target_pairs(observed).targets[:, 0], whole)
+    torch.testing.assert_close(pairs.targets[:, 0], take(whole, masks.targets[:, 0]))
+    # The hidden ones are predicted from all that is visible, as they are where they alone are asked for.
+    torch.testing.assert_close(pairs.predictions[:, :, visible:], jepa.eval().target_pairs(observed).predictions)
+
+
+@pytest.mark.parametrize("conditioning", ["feature", "sequence", "adaptive_norm", "none"])
+def test_a_visible_patch_is_predicted_at_its_own_token(conditioning: str) -> None:
+    predictor = small_iwm(predict_visible=True, conditioning=conditioning).predictor
+    features, action = torch.randn(1, 3, 192), torch.randn(1, 7)
+    context, everything = torch.tensor([[5, 2, 9]]), torch.tensor([[[5, 2, 9, *sorted({*range(16)} - {5, 2, 9})]]])
+    read = []
+
+    def keep(module: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        read.append(given[0])
+
+    predictor.blocks[0].register_forward_pre_hook(keep)
+    predicted = predictor(features, context, everything, action)
+    assert predicted.shape == (1, 1, 16, 192)
+    scalars = 7 if conditioning == "sequence" else 0
+    assert read[0].shape[1] == scalars + 16, "there are no mask tokens where something is seen"
+    # Without attention each token is on its own, and what is predicted at one depends on its own features alone.
+    for block in predictor.blocks:
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    changed = features.clone()
+    changed[:, 1] += torch.randn(192)
+    moved = (predictor(changed, context, everything, action) - predictor(features, context, everything, action))[0, 0]
+    assert moved[1].abs().max() > 1e-3 and moved[[0, *range(2, 16)]].abs().max() < 1e-6
+    alone = predictor(features, context, everything[:, :, 3:], action)
+    assert alone.shape == (1, 1, 13, 192), "hidden ones alone: at mask tokens, as without"
+
+
+@pytest.mark.parametrize("predict_visible", [False, True])
+def test_nothing_is_hidden_in_a_fraction_of_the_training_steps(predict_visible: bool) -> None:
+    jepa, observed = small_iwm(whole_fraction=0.25, predict_visible=predict_visible), batch()
+    assert jepa.eval().draw_masks(observed).context.shape[1] < 16, "held-out images: as without"
+    jepa.train()
+    whole = []
+    for step in range(400):
+        jepa._trainer = SimpleNamespace(training=True, global_step=step, estimated_stepping_batches=400)
+        masks = jepa.draw_masks(observed)
+        whole.append(masks.context.shape[1] == 16)
+        assert masks.targets.shape[2] == (16 if whole[-1] or predict_visible else 16 - masks.context.shape[1])
+        elsewhere = jepa.draw_masks(observed._replace(key=(0, 1, 7)))  # another process
+        assert (elsewhere.context.shape[1] == 16) == whole[-1]
+    assert 0.18 < sum(whole) / 400 < 0.32
+    jepa._trainer.global_step = whole.index(True)
+    pairs, masks = jepa.target_pairs(observed), jepa.draw_masks(observed)
+    assert masks.context.tolist() == [list(range(16))] * 3 and masks.targets.tolist() == [[list(range(16))]] * 3
+    torch.testing.assert_close(
+        pairs.predictions[:, 0], jepa.apply_actions(jepa.context_encoder(observed.sources), observed.actions)
+    )
+    torch.testing.assert_close(pairs.targets[:, 0], jepa.encode_targets(observed.targets))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.5])
+def test_a_fraction_of_whole_batches_that_is_none_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=rf"model\.whole_fraction={fraction}: choose a fraction of the batches in \[0, 1\]"):
+        small_iwm(whole_fraction=fraction)
 
 
 def listening(jepa: IWM) -> IWM:
@@ -74,16 +136,19 @@ def listening(jepa: IWM) -> IWM:
     return jepa
 
 
+@pytest.mark.parametrize("predict_visible", [False, True])
 @pytest.mark.parametrize("conditioning", ["feature", "sequence", "adaptive_norm", "none"])
-def test_the_predictor_is_action_conditioned(conditioning: str) -> None:
-    jepa, observed = listening(small_iwm(conditioning=conditioning)).train(), batch()
-    predictions = jepa.target_pairs(observed).predictions
+def test_the_predictor_is_action_conditioned(conditioning: str, predict_visible: bool) -> None:
+    jepa, observed = listening(small_iwm(conditioning=conditioning, predict_visible=predict_visible)).train(), batch()
+    predictions, seen = jepa.target_pairs(observed).predictions, jepa.context_encoder(observed.images)
     for scalar in range(7):
         actions = observed.actions.clone()
         actions[:, scalar] += 1.0
         others = jepa.target_pairs(observed._replace(actions=actions)).predictions
         changed = not torch.allclose(others, predictions, atol=1e-7)
         assert changed == (conditioning != "none"), f"scalar {scalar}"
+        applied = [jepa.apply_actions(seen, given) for given in (actions, observed.actions)]
+        assert torch.allclose(*applied, atol=1e-7) == (conditioning == "none"), f"scalar {scalar}, all seen"
     jepa.prediction_loss(jepa.target_pairs(observed)).backward()
     for network in (jepa.context_encoder, jepa.predictor):
         without = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -91,6 +156,18 @@ def test_the_predictor_is_action_conditioned(conditioning: str) -> None:
     zero = jepa.apply_actions(jepa.context_encoder(observed.images), torch.zeros(3, 7))
     assert torch.equal(jepa.apply_actions(jepa.context_encoder(observed.images)), zero), "no action is the zero action"
     assert zero.shape == (3, 16, 192)
+
+
+@pytest.mark.parametrize("predict_visible", [False, True])
+def test_an_action_is_joined_to_the_tokens_that_are_predicted_at(predict_visible: bool) -> None:
+    predictor = small_iwm(predict_visible=predict_visible).predictor
+    given = []
+    predictor.blocks[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    features, context, hidden = torch.randn(1, 3, 192), torch.tensor([[5, 2, 9]]), torch.tensor([[[0, 1]]])
+    for action in (torch.zeros(1, 7), torch.ones(1, 7)):
+        predictor(features, context, hidden, action)
+    joined = (given[0] != given[1]).any(dim=2)[0].tolist()
+    assert joined == [predict_visible] * 3 + [True] * 2
 
 
 def test_the_scalars_of_a_sequence_are_not_mistaken_for_each_other() -> None:
@@ -148,7 +225,7 @@ def tiles(figure: Figure) -> tuple[int, int]:
 
 
 def test_validation_draws_what_a_person_watches(tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jepa_lightning.iwm, "WATCHED", 1)
+    monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 1)
     run = trainer(tmp_path, max_epochs=1, limit_val_batches=1.0)
     run.fit(small_iwm(), small_views(image_root))
     figures = run.callback_metrics
@@ -267,20 +344,22 @@ def test_views_are_for_those_that_learn_from_pairs(tmp_path: Path, image_root: P
 
 RANKS = """
 import sys
-from conftest import small_views, trainer
-from jepa_lightning.probes import EquivarianceProbe
+from pathlib import Path
+from test_iwm import rank_on
 
-out, devices, root, checkpoint = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
-run.test(EquivarianceProbe(checkpoint, num_images=3), small_views(root, batch_size=4 // devices), verbose=False)
+rank_on(2, Path(sys.argv[1]), *sys.argv[2:])
 """
 
 
+def rank_on(devices: int, out: Path, root: str, checkpoint: str) -> None:
+    run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto")
+    run.test(EquivarianceProbe(checkpoint, num_images=3), small_views(root, batch_size=4 // devices), verbose=False)
+
+
 def test_two_processes_rank_what_one_ranks(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:
-    reports = []
-    for devices in (1, 2):
-        run_script(RANKS, tmp_path / str(devices), str(devices), str(image_root), str(checkpoint))
-        reports.append(json.loads((tmp_path / str(devices) / "report.json").read_text()))
+    run_script(RANKS, tmp_path / "2", str(image_root), str(checkpoint))
+    rank_on(1, tmp_path / "1", str(image_root), str(checkpoint))
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("1", "2")]
     one, two = reports
     assert one["mrr"]["num_images"] == two["mrr"]["num_images"] == 3
     for kind in ("mrr", "mrr_pooled"):

@@ -36,7 +36,7 @@ from jepa_lightning.optim import gradient_norm
 out, images, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 MODELS = {
     "views": {"view_start_fraction": 0.4},  # at the first cut its network has not been optimized yet
-    "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge", "conditioning": "adaptive_norm"},
+    "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge"},
 }
 TRAINERS = {
     "views": {"check_val_every_n_epoch": 3},

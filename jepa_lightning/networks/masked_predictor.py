@@ -130,7 +130,7 @@ class MaskedPredictor(nn.Module):
         hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
         return self._predict(visible, hidden, targets.shape[1])
 
-    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int, *condition: Tensor) -> Tensor:
+    def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int, *condition: Tensor, num_read: int = 0) -> Tensor:
         """Features predicted at the mask tokens of M blocks.
 
         Args:
@@ -138,9 +138,10 @@ class MaskedPredictor(nn.Module):
             hidden: Mask tokens, one block after the other, (B, M * L, width).
             num_blocks: Number of blocks M.
             condition: What the blocks are given besides, if they are conditioned: (B, 1, width).
+            num_read: How many of the visible tokens, the last ones, are read as well, R; 0 but for M = 1.
 
         Returns:
-            (B, M, L, D).
+            (B, M, L, D), or (B, 1, R + L, D).
         """
         length = hidden.shape[1] // num_blocks
         mask = None
@@ -149,7 +150,8 @@ class MaskedPredictor(nn.Module):
             # To be added to the scores: not all versions of timm know masks of truth values.
             mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(~allowed, -torch.inf)
         else:  # an image of its own for each block
-            visible, hidden = visible.repeat_interleave(num_blocks, dim=0), hidden.reshape(-1, length, hidden.shape[2])
+            visible = visible.repeat_interleave(num_blocks, dim=0)
+            hidden = hidden.reshape(len(visible), length, hidden.shape[2])
             condition = tuple(part.repeat_interleave(num_blocks, dim=0) for part in condition)
         tokens = torch.cat([visible, hidden], dim=1)
         for block in self.blocks:
@@ -157,8 +159,8 @@ class MaskedPredictor(nn.Module):
                 tokens = checkpoint(block, tokens, mask, *condition, use_reentrant=False)
             else:
                 tokens = block(tokens, mask, *condition)
-        predicted = self.read_out(tokens[:, visible.shape[1] :], *condition)
-        return predicted.reshape(-1, num_blocks, length, predicted.shape[-1])
+        predicted = self.read_out(tokens[:, visible.shape[1] - num_read :], *condition)
+        return predicted.reshape(-1, num_blocks, num_read + length, predicted.shape[-1])
 
     def read_out(self, tokens: Tensor, *condition: Tensor) -> Tensor:
         """Features of mask tokens after the last block: (B, L, width) -> (B, L, D)."""
@@ -187,14 +189,16 @@ class WorldModel(MaskedPredictor):
         grid: Number of patches per column and per row of the image, (H, W).
         dim: Dimension D of the encoder's features.
         action_dim: Number of scalars of an action, A.
-        conditioning: "feature" joins the action to each mask token, and a network of three layers mixes the two;
-            "sequence" makes a token of each scalar, with a projection of its own; "adaptive_norm" scales and shifts the
-            norms of all blocks by it (`AdaptiveBlock`; beyond the paper); "none" leaves the action out.
+        conditioning: "feature" joins the action to each token that is predicted at, and a network of three layers mixes
+            the two; "sequence" makes a token of each scalar, with a projection of its own; "adaptive_norm" scales and shifts
+            the norms of all blocks by it (`AdaptiveBlock`; beyond the paper); "none" leaves the action out.
         width: Token dimension of the predictor.
         depth: Number of blocks.
         num_heads: Number of attention heads of each block; divides `width`.
         dropout: Dropout probability after the linear layers and in the attention's output.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        predict_visible: Where all patches are targets, predict the visible ones at their own tokens, not at mask tokens:
+            what is to be changed is there already (as the context loss of V-JEPA 2.1 does it; beyond the paper).
 
     Raises:
         ValueError: A width that the heads do not divide, or an unknown conditioning.
@@ -211,12 +215,13 @@ class WorldModel(MaskedPredictor):
         num_heads: int = 12,
         dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        predict_visible: bool = False,
     ) -> None:
         block = AdaptiveBlock if conditioning == "adaptive_norm" else Block
         super().__init__(grid, dim, width, depth, num_heads, dropout, gradient_checkpointing, block=block)
         if conditioning not in get_args(Conditioning):
             raise ValueError(f"conditioning={conditioning!r}: choose one of {', '.join(get_args(Conditioning))}.")
-        self.conditioning, self.action_dim = conditioning, action_dim
+        self.conditioning, self.action_dim, self.predict_visible = conditioning, action_dim, predict_visible
         if conditioning == "feature":
             self.mix = mlp(width + action_dim, (width, width), width)
         elif conditioning == "sequence":
@@ -242,26 +247,33 @@ class WorldModel(MaskedPredictor):
         Args:
             features: Features of the visible patches, (B, K, D).
             context: Raster indices of the visible patches, (B, K).
-            targets: Raster indices of the patches to predict, (B, M, L).
+            targets: Raster indices of the patches to predict, (B, M, L). With `predict_visible`, if they are all patches,
+                (B, 1, N), those of `context` come first, in the same order.
             actions: Actions, (B, A); no change by default.
             further: Further tokens that all others attend to, such as one that names a task, (E, width).
 
         Returns:
             (B, M, L, D).
         """
+        num_read = context.shape[1] if self.predict_visible and targets.shape[1:] == (1, len(self.positions)) else 0
         visible = self.embed(features) + self.positions[context]  # (B, K, width)
-        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
+        hidden = self.mask_token + self.positions[targets[:, :, num_read:].flatten(1)]  # (B, M * L, width)
         condition: list[Tensor] = []
         actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
         if self.conditioning == "feature":
-            hidden = self.mix(torch.cat([hidden, actions[:, None].expand(-1, hidden.shape[1], -1)], dim=-1))
+            hidden = self._mixed(hidden, actions)
+            visible = self._mixed(visible, actions) if self.predict_visible else visible
         elif self.conditioning == "sequence":
             visible = torch.cat([actions[..., None] * self.action_weight + self.action_token, visible], dim=1)
         elif self.conditioning == "adaptive_norm":
             condition = [self.condition(actions)[:, None]]
         if further is not None:
             visible = torch.cat([further.expand(len(visible), -1, -1), visible], dim=1)
-        return self._predict(visible, hidden, targets.shape[1], *condition)
+        return self._predict(visible, hidden, targets.shape[1], *condition, num_read=num_read)
+
+    def _mixed(self, tokens: Tensor, actions: Tensor) -> Tensor:
+        """Tokens (B, T, width), each mixed with the action of its image, (B, A)."""
+        return self.mix(torch.cat([tokens, actions[:, None].expand(-1, tokens.shape[1], -1)], dim=-1))
 
     def read_out(self, tokens: Tensor, *condition: Tensor) -> Tensor:
         tokens = self.norm(tokens)
