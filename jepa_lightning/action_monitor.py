@@ -50,11 +50,11 @@ class ActionMonitor(nn.Module):
         count = len(images)
         if sharded:
             count = int(trainer.strategy.reduce(torch.tensor(count, device=jepa.device), reduce_op="min"))
-        for number, image in enumerate(denormalize(images[: min(count, WATCHED)], jepa.pixels)):
+        for number, image in enumerate(denormalize(images[:count][:WATCHED], jepa.pixels)):
             generator = bank_generator(batch, number, trainer.world_size)
             self.ranks.update(jepa, image, views, generator, each=False)
         if wants_figures(trainer) or sharded:
-            figure = nearest_figure(jepa, images[:2], views, batch.key)
+            figure = nearest_figure(jepa, images[:count][:2], views, batch.key)
             show(trainer, "nearest versions", figure, jepa.global_step)
 
     def compute(self, names: Sequence[str]) -> dict[str, float | Tensor]:

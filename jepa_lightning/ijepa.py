@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional
 
 from callbacks.schedules import MomentumSchedule, late_rise
 from datamodules.batches import ImageBatch, ViewBatch
@@ -18,15 +17,10 @@ from jepa_lightning.jepa import TargetPairs
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor, PredictorContext
 from jepa_lightning.networks.mlp import mlp
-from jepa_lightning.networks.vit import repeated
+from jepa_lightning.networks.vit import layer_norm, repeated
 from jepa_lightning.optim import leave_alone
 from jepa_lightning.regularizers import RegularizerName
 from jepa_lightning.sharding import is_sharded, shard
-
-
-def layer_norm(features: Tensor) -> Tensor:
-    """Features (..., D) with mean 0 and variance 1 over D."""
-    return functional.layer_norm(features, features.shape[-1:])
 
 
 class IJEPA(ImageJEPA):

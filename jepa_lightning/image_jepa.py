@@ -14,7 +14,6 @@ from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as F
 
 from callbacks.schedules import total_optimizer_steps
 from datamodules.batches import ImageBatch, ViewBatch, as_image_batch, batch_generator, check_batches
@@ -29,7 +28,7 @@ from jepa_lightning.jepa import JEPA, TargetPairs
 from jepa_lightning.losses import smooth_l1, squared_error
 from jepa_lightning.masks import Masks, MultiBlock
 from jepa_lightning.networks.masked_predictor import MaskedPredictor
-from jepa_lightning.networks.vit import ViTEncoder, blocks, repeated, take
+from jepa_lightning.networks.vit import ViTEncoder, blocks, layer_norm, repeated, take
 from jepa_lightning.sees_images import SeesImages
 from jepa_lightning.sharding import check_even_batches, is_sharded, shard
 
@@ -240,7 +239,7 @@ class ImageJEPA(SeesImages, JEPA, ABC):
 
     def to_target_space(self, features: Tensor) -> Tensor:
         """Features of the target encoder as prediction targets: layer-normalized if `normalize_targets`, (..., D)."""
-        return F.layer_norm(features, features.shape[-1:]) if self.normalize_targets else features
+        return layer_norm(features) if self.normalize_targets else features
 
     def target_pairs(self, batch: Any) -> TargetPairs:
         seen, whole = self.views(batch)

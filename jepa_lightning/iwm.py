@@ -42,9 +42,9 @@ class IWM(ImageJEPA):
         image_size: Height and width of the images in pixels, one number or two; as in the data.
         patch_size: Height and width of a patch in pixels; null for an eighth of the image's shorter side.
         encoder_depth: Number of blocks of the encoder; that of the named model by default.
-        conditioning: How the predictor is conditioned on the action: "feature" joins it to each mask token, "sequence"
-            makes a token of each scalar, "adaptive_norm" scales and shifts the predictor's norms by it, "none" leaves it
-            out.
+        conditioning: How the predictor is conditioned on the action: "feature" joins it to each token at which it predicts,
+            "sequence" makes a token of each scalar, "adaptive_norm" scales and shifts the predictor's norms by it, "none"
+            leaves it out.
         action_dim: Number of scalars of an action: 7, or 12 with `data.views.geometric`.
         predictor_width: Token dimension of the predictor. The paper's sizes for ViT-B are 12 blocks of 384 ("invariant")
             and 18 of 384 ("equivariant").
@@ -60,8 +60,8 @@ class IWM(ImageJEPA):
             overlap.
         predict_visible: In training, predict visible patches, too, each at its own token, where the paper predicts hidden
             ones alone: what becomes of visible ones depends on the action alone.
-        whole_fraction: Fraction of the training batches in which nothing is hidden: all patches of the source view are seen
-            and all of the target view predicted, which is what `apply_actions` does afterwards. 0 as in the paper.
+        whole_fraction: Fraction of the training steps, in [0, 1), in which nothing is hidden: all patches of the source view
+            are seen and all of the target view predicted, which is what `apply_actions` does afterwards. 0 as in the paper.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -146,8 +146,8 @@ class IWM(ImageJEPA):
         self.save_hyperparameters()
         if action_dim < len(COLORS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
-        if not 0 <= whole_fraction <= 1:
-            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the batches in [0, 1].")
+        if not 0 <= whole_fraction < 1:
+            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the steps in [0, 1).")
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -207,26 +207,27 @@ class IWM(ImageJEPA):
     def draw_masks(self, batch: Any) -> Masks:
         """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
 
-        With `predict_visible` the target is all patches in training, visible ones first, (B, 1, N). In `whole_fraction` of
-        the training steps, which are the same in all processes, context and target are all patches, (B, N) and (B, 1, N).
+        In training the visible patches come first among the targets with `predict_visible`, (B, 1, N). In `whole_fraction`
+        of the steps, which are the same in all processes, context and target are all patches, (B, N) and (B, 1, N).
         """
-        if self.whole_fraction and self.training_steps is not None:
-            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, self.training_steps[0]))
+        training = self.training_steps
+        if training is not None and self.whole_fraction:
+            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, training[0]))
             if drawn < self.whole_fraction:
-                everywhere = self.everywhere(batch.labels)
+                everywhere = torch.arange(self.num_patches, device=batch.labels.device).expand(len(batch.labels), -1)
                 return Masks(everywhere, everywhere[:, None])
         masks = super().draw_masks(batch)
-        hidden = masks.hidden(self.num_patches)
-        predicted = torch.cat([masks.context, hidden], dim=1) if self.predict_visible and self.training else hidden
-        return Masks(masks.context, predicted[:, None])
-
-    def everywhere(self, images: Tensor) -> Tensor:
-        """Raster indices of all patches, (B, N), for as many images as a tensor (B, ...) has, on its device."""
-        return torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        targets = masks.hidden(self.num_patches)
+        if training is not None and self.predict_visible:
+            targets = torch.cat([masks.context, targets], dim=1)
+        return Masks(masks.context, targets[:, None])
 
     def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:
         actions = None if batch is None else batch.actions  # None is the zero action, no change
-        return self.predictor(context, masks.context, masks.targets, actions)
+        targets, with_context = masks.targets, self.predict_visible and masks.targets.shape[2] == self.num_patches
+        if with_context:  # it comes first, see `draw_masks`
+            targets = targets[:, :, context.shape[1] :]
+        return self.predictor(context, masks.context, targets, actions, with_context=with_context)
 
     def as_batch(self, batch: Any, batch_idx: int) -> Any:
         if not isinstance(batch, ImageBatch | ViewBatch):
@@ -258,8 +259,7 @@ class IWM(ImageJEPA):
         if actions is not None:
             actions = actions.to(self.predictor.positions.dtype)
             actions = F.pad(actions, (0, self.predictor.action_dim - actions.shape[1]))
-        everywhere = self.everywhere(features)
-        return self.predictor(features, everywhere, everywhere[:, None], actions)[:, 0]
+        return self.predictor.predict_all(features, actions)
 
     def image_features(self, batch: ViewBatch, pairs: TargetPairs) -> Tensor:
         assert batch.images is not None

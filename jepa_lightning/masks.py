@@ -21,7 +21,7 @@ CALIBRATION_DRAWS = 1000
 
 
 class Masks(NamedTuple):
-    """Raster indices of patches, int64, ascending within a row."""
+    """Raster indices of patches, int64, ascending within a row (but for an `IWM` that predicts visible patches, too)."""
 
     context: Tensor
     """(B, K), what the context encoder sees."""

@@ -113,16 +113,18 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import torch
+import jepa_lightning.action_monitor
 from conftest import FAMILIES
 from test_image_jepa import fit_on
 
 out, root = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
+jepa_lightning.action_monitor.WATCHED = 1
 for family in FAMILIES:
     jepa, run = fit_on(2, family, out, root)
     # And with masks of their own, whose sizes the processes must agree on.
-    fit_on(2, family, out, root, own_masks=True)
-    torch.save([jepa.state_dict(), dict(run.callback_metrics)], out / f"{family}{run.global_rank}.pt")
+    other, _ = fit_on(2, family, out, root, own_masks=True)
+    torch.save([jepa.state_dict(), dict(run.callback_metrics), other.state_dict()], out / f"{family}{run.global_rank}.pt")
 """
 
 
@@ -141,12 +143,15 @@ def fit_on(devices: int, family: str, out: Path, root: Path, own_masks: bool = F
     return jepa, run
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, image_root: Path) -> None:
+def test_two_processes_equal_one_on_the_same_global_batch(
+    tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 1)
     run_script(SCRIPT, tmp_path / "two", str(image_root))
     for family in FAMILIES:
         jepa, run = fit_on(1, family, tmp_path, image_root)
         weights, figures = jepa.state_dict(), run.callback_metrics
-        (first, figures0), (second, figures1) = (
+        (first, figures0, own0), (second, figures1, own1) = (
             torch.load(tmp_path / "two" / f"{family}{rank}.pt", weights_only=True) for rank in range(2)
         )
         for name, value in first.items():
@@ -155,6 +160,8 @@ def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, image_
             torch.testing.assert_close(
                 value, weights[name], rtol=1e-3, atol=4e-4, msg=lambda m, n=f"{family}, {name}": f"{n}: {m}"
             )
+        for name, value in own0.items():
+            assert torch.equal(value, own1[name]), f"{family}, masks of their own: ranks disagree on {name}"
         for name in ("val/loss", "val/feature_std", "val/rankme", "train/regularizer_variance"):
             assert figures0[name].item() == pytest.approx(figures[name].item(), rel=1e-3), f"{family}, {name}"
             assert figures1[name].item() == pytest.approx(figures0[name].item(), rel=1e-6), f"{family}, {name}"

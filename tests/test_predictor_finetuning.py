@@ -5,18 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
-    parameters_equal,
-    small_images,
-    small_views,
-    trainer,
-    write_images,
-)
+from conftest import parameters_equal, small_images, small_recipe_iwm, small_views, trainer, write_images
 from test_iwm import batch, checkpoint  # noqa: F401
 
 from datamodules import MultiTask
 from datamodules.loop_progress import Progress
-from jepa_lightning.probes import PredictorFineTuning
+from jepa_lightning.probes import EquivarianceProbe, PredictorFineTuning
 
 
 @pytest.mark.parametrize("end_to_end", [False, True])
@@ -41,6 +35,25 @@ def test_predictor_tuning_trains_three_arms(tmp_path: Path, image_root: Path, ch
     trainer(tmp_path).test(probe, small_images(image_root), verbose=False)
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["accuracy"]) == {"pretrained", "random", "attentive"}
+
+
+def test_a_predictor_of_visible_patches_is_tuned_at_their_tokens(tmp_path: Path, image_root: Path) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(small_recipe_iwm(), small_views(image_root))
+    run.save_checkpoint(tmp_path / "iwm.ckpt")
+    probe, given = PredictorFineTuning(str(tmp_path / "iwm.ckpt"), {"letters": 3, "insects": 2}), []
+    features = probe.encoder(batch().images)
+    for arm in ("pretrained", "random"):
+        predictor = probe.arms[arm].predictor
+        predictor.blocks[0].register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        before, task = probe.arms[arm](features, "letters"), probe.arms[arm].tokens["letters_token"]
+        assert before.shape == (3, 3) and given.pop().shape[1] == 1 + 16, "a token of the task, and one of each patch"
+        with torch.no_grad():
+            task += torch.arange(24.0)
+        assert not torch.equal(probe.arms[arm](features, "letters"), before)
+    trainer(tmp_path).test(
+        EquivarianceProbe(str(tmp_path / "iwm.ckpt"), num_images=2), small_views(image_root), verbose=False
+    )
 
 
 def test_one_predictor_learns_several_tasks(tmp_path: Path, image_root: Path, checkpoint: Path) -> None:

@@ -131,7 +131,7 @@ class MaskedPredictor(nn.Module):
         return self._predict(visible, hidden, targets.shape[1])
 
     def _predict(self, visible: Tensor, hidden: Tensor, num_blocks: int, *condition: Tensor, num_read: int = 0) -> Tensor:
-        """Features predicted at the mask tokens of M blocks.
+        """Features predicted at the mask tokens of M blocks, and at visible tokens that are read as well.
 
         Args:
             visible: What all mask tokens of an image attend to, (B, K, width).
@@ -163,7 +163,7 @@ class MaskedPredictor(nn.Module):
         return predicted.reshape(-1, num_blocks, num_read + length, predicted.shape[-1])
 
     def read_out(self, tokens: Tensor, *condition: Tensor) -> Tensor:
-        """Features of mask tokens after the last block: (B, L, width) -> (B, L, D)."""
+        """Features of tokens after the last block: (B, T, width) -> (B, T, D)."""
         return self.project(self.norm(tokens))
 
 
@@ -189,16 +189,17 @@ class WorldModel(MaskedPredictor):
         grid: Number of patches per column and per row of the image, (H, W).
         dim: Dimension D of the encoder's features.
         action_dim: Number of scalars of an action, A.
-        conditioning: "feature" joins the action to each token that is predicted at, and a network of three layers mixes
-            the two; "sequence" makes a token of each scalar, with a projection of its own; "adaptive_norm" scales and shifts
-            the norms of all blocks by it (`AdaptiveBlock`; beyond the paper); "none" leaves the action out.
+        conditioning: "feature" joins the action to each mask token, with `predict_visible` to visible ones, too, and a
+            network of three layers mixes the two; "sequence" makes a token of each scalar, with a projection of its own;
+            "adaptive_norm" scales and shifts the norms of all blocks by it (`AdaptiveBlock`; beyond the paper); "none"
+            leaves the action out.
         width: Token dimension of the predictor.
         depth: Number of blocks.
         num_heads: Number of attention heads of each block; divides `width`.
         dropout: Dropout probability after the linear layers and in the attention's output.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        predict_visible: Where all patches are targets, predict the visible ones at their own tokens, not at mask tokens:
-            what is to be changed is there already (as the context loss of V-JEPA 2.1 does it; beyond the paper).
+        predict_visible: It is trained to predict visible patches, too, at their own tokens: what is to be changed is there
+            already, and need not be found by a mask token (as V-JEPA 2.1 predicts its context; beyond the paper).
 
     Raises:
         ValueError: A width that the heads do not divide, or an unknown conditioning.
@@ -241,23 +242,23 @@ class WorldModel(MaskedPredictor):
         targets: Tensor,
         actions: Tensor | None = None,
         further: Tensor | None = None,
+        with_context: bool = False,
     ) -> Tensor:
         """Predicted features of the target blocks after an action.
 
         Args:
             features: Features of the visible patches, (B, K, D).
             context: Raster indices of the visible patches, (B, K).
-            targets: Raster indices of the patches to predict, (B, M, L). With `predict_visible`, if they are all patches,
-                (B, 1, N), those of `context` come first, in the same order.
+            targets: Raster indices of the patches to predict, (B, M, L).
             actions: Actions, (B, A); no change by default.
             further: Further tokens that all others attend to, such as one that names a task, (E, width).
+            with_context: Predict the visible patches as well, at their own tokens: they come first. With M = 1 alone.
 
         Returns:
-            (B, M, L, D).
+            (B, M, L, D), or (B, 1, K + L, D) with the context.
         """
-        num_read = context.shape[1] if self.predict_visible and targets.shape[1:] == (1, len(self.positions)) else 0
         visible = self.embed(features) + self.positions[context]  # (B, K, width)
-        hidden = self.mask_token + self.positions[targets[:, :, num_read:].flatten(1)]  # (B, M * L, width)
+        hidden = self.mask_token + self.positions[targets.flatten(1)]  # (B, M * L, width)
         condition: list[Tensor] = []
         actions = features.new_zeros(len(features), self.action_dim) if actions is None else actions
         if self.conditioning == "feature":
@@ -269,7 +270,22 @@ class WorldModel(MaskedPredictor):
             condition = [self.condition(actions)[:, None]]
         if further is not None:
             visible = torch.cat([further.expand(len(visible), -1, -1), visible], dim=1)
+        num_read = context.shape[1] if with_context else 0
         return self._predict(visible, hidden, targets.shape[1], *condition, num_read=num_read)
+
+    def predict_all(self, features: Tensor, actions: Tensor | None = None, further: Tensor | None = None) -> Tensor:
+        """Predicted features of all patches after an action, where all patches are seen: (B, N, D) -> (B, N, D).
+
+        With `predict_visible` at their own tokens, and otherwise at mask tokens, as it is trained.
+
+        Args:
+            features: Features of all patches, in raster order.
+            actions: As in `forward`.
+            further: As in `forward`.
+        """
+        everywhere = torch.arange(len(self.positions), device=features.device).expand(len(features), -1)
+        targets = everywhere[:, None, :0] if self.predict_visible else everywhere[:, None]
+        return self(features, everywhere, targets, actions, further, with_context=self.predict_visible)[:, 0]
 
     def _mixed(self, tokens: Tensor, actions: Tensor) -> Tensor:
         """Tokens (B, T, width), each mixed with the action of its image, (B, A)."""

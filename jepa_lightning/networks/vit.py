@@ -13,11 +13,17 @@ from timm.layers import Attention, build_sincos2d_pos_embed, resample_abs_pos_em
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def take(tokens: Tensor, indices: Tensor) -> Tensor:
     """Tokens at some places: (B, N, D) and (B, K) -> (B, K, D)."""
     return tokens.gather(1, indices[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def layer_norm(features: Tensor) -> Tensor:
+    """Features (..., D) with mean 0 and variance 1 over D."""
+    return F.layer_norm(features, features.shape[-1:])
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:

@@ -22,7 +22,7 @@ from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.iwm import IWM
 from jepa_lightning.mean_reciprocal_rank import JITTERED, make_versions
 from jepa_lightning.networks.decoders import PatchDecoder
-from jepa_lightning.networks.vit import take
+from jepa_lightning.networks.vit import layer_norm, take
 from jepa_lightning.optim import parameter_groups, warmup_cosine_schedule
 from jepa_lightning.probes.images.base import ImageProbe
 from jepa_lightning.probes.report import save_report
@@ -125,19 +125,19 @@ class CompletionProbe(ImageProbe):
     def features(self, images: Tensor, which: Literal["jepa", "untrained"] = "jepa") -> Tensor:
         """Layer-normalized patch features: (B, 3, H, W) -> (B, N, D)."""
         features = (self.encoder if which == "jepa" else self.untrained)(images)
-        return F.layer_norm(features, features.shape[-1:])
+        return layer_norm(features)
 
     def _predict(self, context: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
         """Layer-normalized predictions: (B, K, D), (B, K) and (B, M, L) -> (B, M, L, D)."""
         predicted = self.predictor(context, visible, hidden)
-        return predicted if self.predicts_normalized else F.layer_norm(predicted, predicted.shape[-1:])
+        return predicted if self.predicts_normalized else layer_norm(predicted)
 
-    @torch.no_grad()
     @torch.no_grad()
     def decode(self, embeddings: Tensor) -> Tensor:
         """Normalized pixels (B, 3, H, W) of patch embeddings (B, N, D), true or predicted ones."""
-        return self.decoders["jepa"](F.layer_norm(embeddings, embeddings.shape[-1:]))
+        return self.decoders["jepa"](layer_norm(embeddings))
 
+    @torch.no_grad()
     def complete(self, images: Tensor, generator: torch.Generator) -> Completion:
         """Hide blocks of images, predict their features, and decode.
 
@@ -158,7 +158,7 @@ class CompletionProbe(ImageProbe):
         if blocks.shape[1]:
             predicted += self._predict(context, masks.context, blocks).unbind(1)  # M of (B, L, D)
         places = [rest, *blocks.unbind(1)]
-        normalized = F.layer_norm(context, context.shape[-1:])
+        normalized = layer_norm(context)
         # One after the other, since blocks may overlap: the last one counts.
         for indices, values in zip([masks.context, *places], [normalized, *predicted], strict=True):
             features.scatter_(1, indices[..., None].expand(-1, -1, self.encoder.dim), values.to(features.dtype))
@@ -248,7 +248,7 @@ class CompletionProbe(ImageProbe):
             colors[:, number] = torch.linspace(-1, 1, STEPS)
             predicted = self.apply_actions(context.expand(STEPS, -1, -1), action_to(colors, self.views).to(image.device))
             if not self.predicts_normalized:
-                predicted = F.layer_norm(predicted, predicted.shape[-1:])
+                predicted = layer_norm(predicted)
             rows[f"{name},\ntrue"] = to_colors(
                 make_versions(denormalize(image, self.pixels)[0], colors, self.pixels), self.pixels
             )

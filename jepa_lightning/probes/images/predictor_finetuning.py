@@ -57,9 +57,8 @@ class PredictorClassifier(AttentiveClassifier):
 
     def forward(self, tokens: Tensor, task: str) -> Tensor:
         """(B, N, D) -> (B, classes)."""
-        everywhere = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         named = self.tokens[f"{task}_token"] if len(self.tokens) else None
-        return super().forward(self.predictor(tokens, everywhere, everywhere[:, None], further=named)[:, 0], task)
+        return super().forward(self.predictor.predict_all(tokens, further=named), task)
 
 
 class PredictorFineTuning(ImageProbe):
