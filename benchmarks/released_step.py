@@ -4,7 +4,9 @@
 
 CHECKOUT is a clone of github.com/facebookresearch/ijepa, whose networks and mask collator are imported from there. Both
 sides draw their masks, encode, predict, go back, take a step of AdamW, and update the average; images are the same noise.
-Printed are the median of the ratios, released over ours, and how many tokens each side's networks look at.
+Printed are the median of the ratios, released over ours, and how many tokens each side's networks look at. With
+`--num_contexts 2 --compile`, as configs/ijepa/folder.yaml has it, our side takes half as many images with two contexts each:
+as many contexts and target blocks a step as the released code.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -37,7 +40,9 @@ parser.add_argument("--predictor_width", type=int, default=384)
 parser.add_argument("--predictor_depth", type=int, default=6)
 parser.add_argument("--predictor_context", default="repeated")
 parser.add_argument("--masks", default="ours", choices=("ours", "released"), help="Which masks our side draws.")
-parser.add_argument("--batch_size", type=int, default=16)
+parser.add_argument("--num_contexts", type=int, default=1, help="Contexts of an image on our side; divides the batch size.")
+parser.add_argument("--compile", action="store_true", help="Compile the networks of our side.")
+parser.add_argument("--batch_size", type=int, default=16, help="Contexts of a step.")
 parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
 parser.add_argument("--turns", type=int, default=15)
 parser.add_argument("--threads", type=int, default=1)
@@ -71,17 +76,25 @@ def ours(given: argparse.Namespace, images: Tensor) -> Step:
         predictor_width=given.predictor_width,
         predictor_depth=given.predictor_depth,
         predictor_context=given.predictor_context,
+        num_contexts=given.num_contexts,
         official_compat=given.masks == "released",
     ).to(device)
     networks = (jepa.context_encoder, jepa.predictor)
     optimizer = torch.optim.AdamW(parameter_groups(networks, 0.05), lr=1e-3)
     tokens = counted(jepa.context_encoder.vit.blocks, jepa.target_encoder.vit.blocks, jepa.predictor.blocks)
+    if given.compile:
+        for network in (jepa.context_encoder, jepa.target_encoder, jepa.predictor):
+            network.compile(dynamic=True)
+    # Several contexts are for training alone: what the masks ask of a trainer.
+    jepa._trainer = SimpleNamespace(training=True, global_step=0, estimated_stepping_batches=10**9)  # type: ignore[assignment]
     number = iter(range(10**9))
+    images = images[: len(images) // given.num_contexts]
     labels = torch.zeros(len(images), dtype=torch.int64, device=device)
 
     def step() -> dict[str, float]:
         with autocast(given, device):
-            loss = jepa.prediction_loss(jepa.target_pairs(ImageBatch(images, labels, (0, 0, next(number)))))
+            jepa._trainer.global_step = next(number)
+            loss = jepa.prediction_loss(jepa.target_pairs(ImageBatch(images, labels, (0, 0, jepa._trainer.global_step))))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -157,7 +170,8 @@ def main() -> None:
     steps = {"ours": ours(given, images), "released": released(given, images)}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     tokens: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for turn in range(1 + given.turns):
+    warm_up = 5 if given.compile else 1
+    for turn in range(warm_up + given.turns):
         for name, step in steps.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -165,13 +179,13 @@ def main() -> None:
             seen = step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if turn:  # the first warms up
+            if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
                 tokens[name].append({network: count / given.batch_size for network, count in seen.items()})
     ratio = statistics.median(theirs / mine for mine, theirs in zip(seconds["ours"], seconds["released"], strict=True))
     for name, found in tokens.items():
         counts = ", ".join(f"{key} {statistics.mean(turn[key] for turn in found):.1f}" for key in found[0])
-        print(f"{name}: {statistics.median(seconds[name]):.3f} s a step; tokens an image: {counts}")
+        print(f"{name}: {statistics.median(seconds[name]):.3f} s a step; tokens a context: {counts}")
     print(f"released / ours: {ratio:.2f}")
 
 
