@@ -84,7 +84,7 @@ iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar
 	$(RUN) test --config configs/probes/completion.yaml --model.checkpoint runs/iwm_cifar10_cpu --ckpt_path last
 
 test: $(READY) ## run every test
-	$(BIN)/python -m pytest -q -n auto --dist loadgroup
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 campaign: $(READY) ## cut 212 runs in every way, resume them, and compare them bit for bit: 25 minutes on 2 CPU cores
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py

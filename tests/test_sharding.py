@@ -18,7 +18,6 @@ from callbacks.ema import local
 from jepa_lightning.sharding import check_even_batches, check_strategy, is_sharded
 from jepa_lightning.weights.checkpoints import load_jepa, read_checkpoint
 
-pytestmark = pytest.mark.xdist_group("sharding")  # one process of tests, so that `runs` are run once
 STEPS = 20
 
 SCRIPT = """
