@@ -3,9 +3,8 @@
 import torch
 from numpy.random import SeedSequence
 
-SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM, BLOCK_SIZE_STREAM, VIEW_STREAM, BANK_STREAM, WHOLE_STREAM = range(
-    8
-)
+SPLIT_STREAM, SUBSET_STREAM, CROP_STREAM, HELD_OUT_STREAM = range(4)
+BLOCK_SIZE_STREAM, VIEW_STREAM, BANK_STREAM, WHOLE_STREAM = range(4, 8)
 """What the seed of a data set of images is used for: the second element of the key."""
 
 
