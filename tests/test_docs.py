@@ -104,7 +104,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     more = dict.fromkeys(("runs/change", "runs/joined"), ROOT / "configs" / "iwm" / "cifar10_cpu.yaml")
     more |= dict.fromkeys(("runs/first", "runs/hour"), ROOT / "configs" / "ijepa" / "cifar10_cpu.yaml")
     more |= dict.fromkeys(
-        ("runs/half_hour", "runs/views", "runs/long_views", "runs/short_views", "runs/released", "runs/unlabeled"),
+        (
+            "runs/half_hour",
+            "runs/views",
+            "runs/long_views",
+            "runs/short_views",
+            "runs/released",
+            "runs/unlabeled",
+            "runs/few",
+        ),
         ROOT / "configs" / "ijepa" / "folder.yaml",
     )
     more["runs/my_recording"] = ROOT / "configs" / "worlds" / "tworoom.yaml"

@@ -137,23 +137,31 @@ from pathlib import Path
 import torch
 from conftest import small_driven_data, small_driven_model, trainer
 
-out, devices, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+out, devices, modes = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 torch.set_num_threads(1)
-results = []
-for regularizer in ("vicreg", "sigreg", "subspace_sigreg", "barlow_twins", "dino_centering"):
-    model = small_driven_model(target_mode=mode, momentum=0.9, regularizer=regularizer, inverse_dynamics=0.5)
-    run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, limit_val_batches=1.0)
-    run.fit(model, small_driven_data(batch_size=4 // devices, val_size=8))
-    results.append([model.state_dict(), {k: v for k, v in run.callback_metrics.items()}])
+results = {mode: [] for mode in modes}
+for mode in modes:
+    for regularizer in ("vicreg", "sigreg", "subspace_sigreg", "barlow_twins", "dino_centering"):
+        model = small_driven_model(target_mode=mode, momentum=0.9, regularizer=regularizer, inverse_dynamics=0.5)
+        run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=1, limit_val_batches=1.0)
+        run.fit(model, small_driven_data(batch_size=4 // devices, val_size=8))
+        results[mode].append([model.state_dict(), {k: v for k, v in run.callback_metrics.items()}])
 torch.save(results, out / f"rank{run.global_rank}.pt")
 """
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(mode: str, tmp_path: Path) -> None:
-    run_script(SCRIPT, tmp_path / "one", "1", mode)
-    run_script(SCRIPT, tmp_path / "two", "2", mode)
-    alone = torch.load(tmp_path / "one" / "rank0.pt", weights_only=True)
-    first, second = (torch.load(tmp_path / "two" / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ...]:
+    """By mode, what one process alone has learned, and both of two."""
+    folder = tmp_path_factory.mktemp("fitted")
+    run_script(SCRIPT, folder / "one", "1", *MODES)
+    run_script(SCRIPT, folder / "two", "2", *MODES)
+    files = (folder / "one" / "rank0.pt", folder / "two" / "rank0.pt", folder / "two" / "rank1.pt")
+    return tuple(torch.load(file, weights_only=True) for file in files)
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(mode: str, fitted: tuple[dict[str, Any], ...]) -> None:
+    alone, first, second = (results[mode] for results in fitted)
     for (weights, figures), (weights0, figures0), (weights1, _) in zip(alone, first, second, strict=True):
         for name, value in weights.items():
             assert torch.equal(weights0[name], weights1[name]), f"ranks disagree on {name}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_script, small_ijepa, small_iwm, small_model, small_view_ijepa, trainer
+from conftest import run_script, small_ijepa, small_iwm, small_model, small_view_ijepa, trainer, write_images
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import distributed
@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from conftest import FAMILIES, trainer
 from jepa_lightning.optim import gradient_norm
 
-out, images, steps = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+out, images, few, steps = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 MODELS = {
     "views": {"view_start_fraction": 0.4},  # at the first cut its network has not been optimized yet
     "iwm": {"gradient_checkpointing": True, "regularizer": "variance_hinge"},
@@ -78,6 +78,12 @@ cut = "step=8.ckpt"
 fit("iwm", "resumed", sharded(), resume=out / "iwm" / "sharded" / cut)
 fit("views", "resumed", sharded(save_distributed_checkpoint=False), resume=out / "views" / "sharded" / cut)
 fit("views", "resumed again", sharded(), resume=out / "views" / "resumed" / "step=16.ckpt")
+make_model, make_data = FAMILIES["iwm"]
+run = trainer(out, devices=2, strategy=sharded(), limit_val_batches=1.0)
+model, data = make_model(), make_data(few, batch_size=2)
+run.validate(model, data, verbose=False)  # of three images: two for the first process and one for the second
+counted = torch.tensor([len(batch.labels) for batch in data.val_dataloader()])
+torch.save((counted, run.callback_metrics), out / f"few{run.global_rank}.pt")
 """
 
 
@@ -85,12 +91,22 @@ fit("views", "resumed again", sharded(), resume=out / "views" / "resumed" / "ste
 def runs(tmp_path_factory: pytest.TempPathFactory, image_root: Path) -> Path:
     """What the runs left behind: folders "views" and "iwm", with weights, steps, metrics and gradient norms of each run."""
     out = tmp_path_factory.mktemp("sharding") / "runs"
-    run_script(SCRIPT, out, str(image_root), str(STEPS))
+    few = tmp_path_factory.mktemp("few")
+    write_images(few / "train" / "one", 4)
+    write_images(few / "val" / "one", 3)
+    run_script(SCRIPT, out, str(image_root), str(few), str(STEPS))
     return out
 
 
 def read(file: Path) -> Any:
     return torch.load(file, weights_only=True)
+
+
+def test_processes_with_unequal_first_batches_rank_equally_many_images(runs: Path) -> None:
+    """Sharded networks compute in all processes or in none: with one image more, the first would wait for the second."""
+    (first, figures0), (second, figures1) = (read(runs / f"few{rank}.pt") for rank in (0, 1))
+    assert (first.tolist(), second.tolist()) == ([2], [1])
+    assert figures0["val/mrr"] == figures1["val/mrr"] > 0
 
 
 @pytest.mark.parametrize("family", ["views", "iwm"])
