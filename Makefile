@@ -75,9 +75,10 @@ ijepa: $(READY) ## I-JEPA on CIFAR-10 (downloaded) without a GPU: an hour and a 
 	$(RUN) fit --config configs/probes/completion.yaml --model.checkpoint runs/ijepa_cifar10_cpu
 	$(RUN) test --config configs/probes/completion.yaml --model.checkpoint runs/ijepa_cifar10_cpu --ckpt_path last
 
-iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar10_cpu
+iwm: $(READY) ## IWM on CIFAR-10 (downloaded) without a GPU, into runs/iwm_cifar10_cpu and runs/iwm_frozen
 	$(RUN) fit --config configs/iwm/cifar10_cpu.yaml $(DATA)
-	$(RUN) test --config configs/probes/equivariance.yaml --model.checkpoint runs/iwm_cifar10_cpu
+	$(RUN) fit --config configs/iwm/cifar10_cpu.yaml --config configs/overlays/frozen_encoder.yaml --init_from runs/iwm_cifar10_cpu $(DATA)
+	$(RUN) test --config configs/probes/equivariance.yaml --model.checkpoint runs/iwm_frozen
 	$(RUN) fit --config configs/probes/predictor_finetuning.yaml --model.checkpoint runs/iwm_cifar10_cpu
 	$(RUN) test --config configs/probes/predictor_finetuning.yaml --model.checkpoint runs/iwm_cifar10_cpu --ckpt_path last
 	$(RUN) fit --config configs/probes/completion.yaml --model.checkpoint runs/iwm_cifar10_cpu

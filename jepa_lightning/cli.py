@@ -81,7 +81,19 @@ class JEPACommandLine(LightningCLI):
         parser._action_groups.sort(key=lambda group: "every aspect of training" in (group.title or ""))
 
     def before_fit(self) -> None:
-        """Take over weights, unless the run goes on from a checkpoint of its own."""
+        """Take over weights, unless the run goes on from a checkpoint of its own.
+
+        Raises:
+            ValueError: There are no weights where the encoder is not to be trained.
+        """
+        section = self._section()
+        if getattr(self.model, "freeze_encoder", False) and section.init_from is None and section.get("ckpt_path") is None:
+            raise ValueError(
+                "model.freeze_encoder=true trains the predictor of an encoder that is trained already: give --init_from RUN."
+            )
+        self._take_weights()
+
+    def _take_weights(self) -> None:
         section = self._section()
         if section.init_from is not None and section.get("ckpt_path") is not None:
             rank_zero_info(f"--init_from is of no account: the run goes on from {section.ckpt_path}.")
@@ -89,7 +101,7 @@ class JEPACommandLine(LightningCLI):
             start_from(self.model, section.init_from)
             rank_zero_info(f"Starting from the weights of {section.init_from}.")
 
-    before_validate = before_test = before_fit
+    before_validate = before_test = _take_weights
 
     def before_predict(self) -> None:
         """Take over weights, and refuse to write embeddings of random ones.
@@ -100,7 +112,7 @@ class JEPACommandLine(LightningCLI):
         section = self._section()
         if section.get("ckpt_path") is None and section.init_from is None:
             raise ValueError("predict needs trained weights: give --ckpt_path RUN, or --init_from SOURCE.")
-        self.before_fit()
+        self._take_weights()
 
     def parse_arguments(self, parser: Any, args: ArgsType) -> None:
         given = with_the_run(with_config_files(sys.argv[1:] if args is None else [str(argument) for argument in args]))

@@ -60,8 +60,11 @@ class IWM(ImageJEPA):
             overlap.
         predict_visible: In training, predict visible patches, too, each at its own token, where the paper predicts hidden
             ones alone: what becomes of visible ones depends on the action alone.
-        whole_fraction: Fraction of the training steps, in [0, 1), in which nothing is hidden: all patches of the source view
+        whole_fraction: Fraction of the training steps, in [0, 1], in which nothing is hidden: all patches of the source view
             are seen and all of the target view predicted, which is what `apply_actions` does afterwards. 0 as in the paper.
+            With 1, validation hides nothing either.
+        freeze_encoder: Train the predictor alone, on an encoder that is trained already (`--init_from`), as V-JEPA 2-AC
+            does: the target encoder of that training encodes both views.
         gradient_checkpointing: Recompute activations in the backward pass: less memory for a third more time.
         compile_networks: Compile the three networks with torch.compile before training.
         learning_rate: Peak learning rate, reached at the end of the warm-up.
@@ -107,6 +110,7 @@ class IWM(ImageJEPA):
         resampling_fraction: float = 0.1,
         predict_visible: bool = False,
         whole_fraction: float = 0.0,
+        freeze_encoder: bool = False,
         gradient_checkpointing: bool = False,
         compile_networks: bool = False,
         learning_rate: float = 1e-3,
@@ -146,8 +150,13 @@ class IWM(ImageJEPA):
         self.save_hyperparameters()
         if action_dim < len(COLORS):
             raise ValueError(f"model.action_dim={action_dim}: an action has {len(COLORS)} scalars, or 12 with geometry.")
-        if not 0 <= whole_fraction < 1:
-            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the steps in [0, 1).")
+        if not 0 <= whole_fraction <= 1:
+            raise ValueError(f"model.whole_fraction={whole_fraction}: choose a fraction of the steps in [0, 1].")
+        if freeze_encoder and regularizer is not None:
+            raise ValueError(
+                f"model.regularizer={regularizer!r} keeps an encoder from collapsing, and model.freeze_encoder trains none: "
+                "set model.regularizer and model.regularizer_weights to null."
+            )
         context_encoder = self.build_encoder()
         self.build_predictor = partial(
             WorldModel,
@@ -164,7 +173,8 @@ class IWM(ImageJEPA):
         )
         self.set_networks(context_encoder, self.build_predictor(), context_encoder.dim)
         self.num_patches = context_encoder.grid[0] * context_encoder.grid[1]
-        self.predict_visible, self.whole_fraction = predict_visible, whole_fraction
+        self.context_encoder.requires_grad_(not freeze_encoder)
+        self.predict_visible, self.whole_fraction, self.freeze_encoder = predict_visible, whole_fraction, freeze_encoder
         # No context block: everything outside of the rectangles may be seen.
         self.masks = MultiBlock(
             context_encoder.grid, num_targets, target_scale, target_aspect, (1.0, 1.0), resampling_fraction
@@ -183,6 +193,13 @@ class IWM(ImageJEPA):
         super().setup(stage)
         if stage != "predict":
             self.check_views(self.data)
+        if stage == "fit" and self.freeze_encoder:  # the average of both then stays what it is
+            self.context_encoder.load_state_dict(self.target_encoder.state_dict())
+
+    @property
+    def best_metric(self) -> tuple[str, Literal["min", "max"]]:
+        """That of the predictions where the encoder, and so what a classifier makes of it, stays as it is."""
+        return super(ImageJEPA, self).best_metric if self.freeze_encoder else super().best_metric
 
     def check_views(self, data: Any) -> None:
         """Compare with a data module, if there is one.
@@ -207,20 +224,24 @@ class IWM(ImageJEPA):
     def draw_masks(self, batch: Any) -> Masks:
         """As for I-JEPA, but with all that is hidden as one target: (B, K) and (B, 1, N - K).
 
-        In training the visible patches come first among the targets with `predict_visible`, (B, 1, N). In `whole_fraction`
-        of the steps, which are the same in all processes, context and target are all patches, (B, N) and (B, 1, N).
+        In training the visible patches come first among the targets with `predict_visible`, (B, 1, N). Where nothing is
+        hidden, context and target are all patches, (B, N) and (B, 1, N).
         """
-        training = self.training_steps
-        if training is not None and self.whole_fraction:
-            drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, training[0]))
-            if drawn < self.whole_fraction:
-                everywhere = torch.arange(self.num_patches, device=batch.labels.device).expand(len(batch.labels), -1)
-                return Masks(everywhere, everywhere[:, None])
+        if self._hides_nothing(batch):
+            everywhere = torch.arange(self.num_patches, device=batch.labels.device).expand(len(batch.labels), -1)
+            return Masks(everywhere, everywhere[:, None])
         masks = super().draw_masks(batch)
         targets = masks.hidden(self.num_patches)
-        if training is not None and self.predict_visible:
+        if self.training_steps is not None and self.predict_visible:
             targets = torch.cat([masks.context, targets], dim=1)
         return Masks(masks.context, targets[:, None])
+
+    def _hides_nothing(self, batch: ViewBatch) -> bool:
+        """Whether this is one of the `whole_fraction` of the training steps, which are the same in all processes."""
+        if self.training_steps is None:
+            return self.whole_fraction == 1
+        drawn = torch.rand((), generator=seeded_generator(batch.key[0], WHOLE_STREAM, self.training_steps[0]))
+        return bool(drawn < self.whole_fraction)
 
     def predict_hidden(self, context: Tensor, masks: Masks, batch: ViewBatch | None) -> Tensor:
         actions = None if batch is None else batch.actions  # None is the zero action, no change
@@ -240,6 +261,22 @@ class IWM(ImageJEPA):
     def encode_targets(self, images: Tensor) -> Tensor:
         """Features of the target encoder in the space of the predictions: normalized (B, 3, H, W) -> (B, N, D)."""
         return self.to_target_space(self.encode(images))
+
+    def complete(self, images: Tensor, visible: Tensor, decoder: Any = None) -> Tensor:
+        self.check_completes()
+        return super().complete(images, visible, decoder)
+
+    def check_completes(self) -> None:
+        """Refuse to predict what is hidden where nothing was in training.
+
+        Raises:
+            ValueError: It was trained with `whole_fraction` 1.
+        """
+        if self.whole_fraction == 1:
+            raise ValueError(
+                "This IWM was trained with nothing hidden (model.whole_fraction=1) and completes nothing: take the run that "
+                "it started from, or train with model.whole_fraction=0.75."
+            )
 
     def apply_actions(self, features: Tensor, actions: Tensor | None = None) -> Tensor:
         """Predicted features of all patches after an action.

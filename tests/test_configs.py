@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, parameters_equal
 from jsonargparse import ArgumentError
 
 import jepa_lightning.action_monitor
@@ -227,6 +227,14 @@ def test_an_iwm_from_training_to_its_probes(tmp_path: Path, image_root: Path, fe
     run("fit", "probes/predictor_finetuning", **predictor, **BARELY)
     run("test", "probes/predictor_finetuning", **predictor, ckpt_path="last")
     assert "predictor with random weights" in (root / "predictor_finetuning" / "report.md").read_text()
+    again: dict = shapes | BARELY | {"init_from": root, "trainer__default_root_dir": tmp_path / "frozen"}
+    run("fit", "iwm/cifar10_cpu", "overlays/synthetic", "overlays/frozen_encoder", **again)
+    del again["init_from"]  # a run that was cut knows where it began
+    run("fit", "iwm/cifar10_cpu", "overlays/synthetic", "overlays/frozen_encoder", **again, ckpt_path="last")
+    before, after = load_jepa(root), load_jepa(tmp_path / "frozen")
+    assert parameters_equal(before.target_encoder, after.target_encoder)
+    assert not parameters_equal(before.predictor, after.predictor)
+    run("test", "probes/equivariance", **(settings | {"model__checkpoint": tmp_path / "frozen"}), model__num_images=2)
     config = yaml.safe_load((CONFIGS / "overlays" / "multi_task.yaml").read_text())
     for folder in config["data"]["init_args"]["folders"].values():
         folder["init_args"] |= {"root": str(image_root), "batch_size": 2, "num_workers": 0}
@@ -253,6 +261,7 @@ def test_every_config_is_run_by_a_test_and_opens_with_its_claim() -> None:
         "probes/segmentation",
         "overlays/synthetic",
         "overlays/multi_task",
+        "overlays/frozen_encoder",
     }
     tested |= {f"overlays/{name}" for name in (*OF_THE_PENDULUM, "tworoom_goals")}
     tested |= {f"worlds/{name}" for name in WORLDS} | {

@@ -126,9 +126,9 @@ def test_nothing_is_hidden_in_a_fraction_of_the_training_steps(predict_visible: 
     torch.testing.assert_close(pairs.targets[:, 0], jepa.encode_targets(observed.targets))
 
 
-@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_a_fraction_of_whole_steps_that_is_none_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"model\.whole_fraction={fraction}: choose a fraction of the steps in \[0, 1\)"):
+    with pytest.raises(ValueError, match=rf"model\.whole_fraction={fraction}: choose a fraction of the steps in \[0, 1\]"):
         small_iwm(whole_fraction=fraction)
 
 

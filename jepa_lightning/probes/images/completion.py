@@ -114,8 +114,10 @@ class CompletionProbe(ImageProbe):
         self.predicts_normalized = jepa.normalize_targets
         self.apply_actions = jepa.apply_actions if isinstance(jepa, IWM) else None
         self.views = Views(**(getattr(jepa, "trained_on", None) or {}))
+        if isinstance(jepa, IWM):
+            jepa.check_completes()
         pairs = zip(jepa.context_encoder.parameters(), jepa.target_encoder.parameters(), strict=True)
-        if all(torch.equal(context, target) for context, target in pairs):
+        if not getattr(jepa, "freeze_encoder", False) and all(torch.equal(*pair) for pair in pairs):
             raise ValueError(
                 f"{self.checkpoint} has one and the same context and target encoder, as an import of an encoder alone has: "
                 "its predictor is untrained, and cannot complete anything."
