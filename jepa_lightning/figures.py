@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from PIL import Image, ImageDraw
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -24,6 +25,9 @@ from torch.nn import functional
 from datamodules.pixel_format import PixelFormat
 
 TITLES = {"jepa": "JEPA", "random_encoder": "random encoder", "pca": "PCA"}
+
+TITLE_POINTS = 10
+"""Size of the titles of rows."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -53,13 +57,16 @@ def rows_figure(rows: dict[str, Tensor]) -> Figure:
     gap = max(1, max(height, width) // 16)
     tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     image = np.concatenate([np.concatenate(list(row), axis=1) for row in tiles])[:-gap, :-gap]
-    figure = Figure(figsize=(1.3 * tiles.shape[1] + 1.2, 1.35 * len(rows)), dpi=100, layout="constrained")
-    axis = figure.subplots()
+    # Sizes in inches, and exact: an engine for layouts that does not know the image's aspect cuts titles off.
+    inches = 1.3 * tiles.shape[1]
+    margin = max(TextPath((0, 0), line, size=TITLE_POINTS).get_extents().width for row in rows for line in row.split("\n"))
+    margin = margin / 72 + 0.15
+    figure = Figure(figsize=(margin + inches, inches * image.shape[0] / image.shape[1]), dpi=100)
+    axis = figure.add_axes((margin / (margin + inches), 0, inches / (margin + inches), 1))
     axis.imshow(image, interpolation="nearest")
     axis.set(xticks=[], yticks=[row * (height + gap) + (height - 1) / 2 for row in range(len(rows))], yticklabels=list(rows))
-    axis.tick_params(length=0)
+    axis.tick_params(length=0, labelsize=TITLE_POINTS)
     axis.spines[:].set_visible(False)
-    axis.set_anchor("E")  # what the aspect leaves free is for the titles, which would be cut off
     return figure
 
 

@@ -61,12 +61,19 @@ def test_rows_of_images_lie_next_to_each_other_and_under_their_titles() -> None:
     assert (image[32:34] == 255).all() and (image[:, 16:18] == 255).all()
 
 
-@pytest.mark.parametrize(("count", "rows"), [(9, 6), (9, 2), (4, 8), (2, 2)])
-def test_titles_of_rows_are_not_cut_off(count: int, rows: int, tmp_path: Path) -> None:
-    figure = rows_figure({f"nearest {number}": torch.rand(count, 3, 32, 32) for number in range(rows)})
+@pytest.mark.parametrize("title", ["nearest", "saturation,\npredicted", "a"])
+@pytest.mark.parametrize(
+    ("count", "rows", "width"), [(9, 6, 32), (9, 2, 32), (9, 8, 32), (4, 8, 32), (2, 2, 32), (1, 1, 64)]
+)
+def test_titles_of_rows_are_not_cut_off(count: int, rows: int, width: int, title: str, tmp_path: Path) -> None:
+    figure = rows_figure({f"{title} {number}": torch.rand(count, 3, 32, width) for number in range(rows)})
     figure.savefig(tmp_path / "rows.png")
     titles = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert len(titles) == rows and min(title.x0 for title in titles) >= 0
+    image = figure.axes[0].get_window_extent()
+    assert max(title.x1 for title in titles) <= image.x0 and image.x1 == pytest.approx(figure.bbox.x1)
+    height, width = figure.axes[0].images[0].get_size()
+    assert image.width / image.height == pytest.approx(width / height, rel=1e-3)
 
 
 def test_figures_have_a_row_per_decoder_and_a_line_per_forecaster() -> None:
