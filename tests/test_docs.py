@@ -101,7 +101,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path in ROOT.glob("configs/[ipw]*/*.yaml")
         if path.parent.name != "probes"
     }
-    more = dict.fromkeys(("runs/change", "runs/joined", "runs/iwm_frozen"), ROOT / "configs" / "iwm" / "cifar10_cpu.yaml")
+    more = dict.fromkeys(
+        ("runs/change", "runs/joined", "runs/iwm_frozen", "runs/iwm_both"), ROOT / "configs" / "iwm" / "cifar10_cpu.yaml"
+    )
     more |= dict.fromkeys(("runs/first", "runs/hour"), ROOT / "configs" / "ijepa" / "cifar10_cpu.yaml")
     more |= dict.fromkeys(
         (
