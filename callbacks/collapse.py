@@ -139,6 +139,8 @@ class CollapseAlarm(Callback):
     @staticmethod
     def _against(what: str, terms: tuple[str, ...], module: Any) -> list[str]:
         """How the model could keep embeddings from something: by a term of its regularizer, or by another one."""
+        if getattr(module, "freeze_encoder", False):
+            return ["model.freeze_encoder leaves the encoder of --init_from as it is: start from another one"]
         regularizer = getattr(module, "regularizer", None)
         if regularizer is None:
             nothing, remedy = NO_REGULARIZER[getattr(module, "target_mode", "vjepa2")]

@@ -98,7 +98,7 @@ def hide_patches(images: Tensor, hidden: Tensor, grid: tuple[int, int], gray: fl
 
 
 def mark_blocks(images: Tensor, visible: Tensor, targets: Tensor, grid: tuple[int, int]) -> Tensor:
-    """What a masked JEPA is asked: visible patches as they are, target patches orange, all else dark.
+    """What a masked JEPA is asked: visible patches as they are, other target patches orange, all else dark.
 
     Args:
         images: Images, (N, 3, H, W).
@@ -107,7 +107,7 @@ def mark_blocks(images: Tensor, visible: Tensor, targets: Tensor, grid: tuple[in
         grid: Number of patches per column and per row.
     """
     size = (images.shape[-2], images.shape[-1])
-    seen, asked = spread(visible, grid, size), spread(targets, grid, size)
+    seen, asked = spread(visible, grid, size), spread(targets & ~visible, grid, size)
     orange = images.new_tensor([1.0, 0.55, 0.1])[:, None, None]
     return images * (seen + 0.4 * asked + 0.15 * (1 - seen - asked).clamp(min=0)) + 0.6 * orange * asked
 

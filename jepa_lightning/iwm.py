@@ -193,7 +193,7 @@ class IWM(ImageJEPA):
         super().setup(stage)
         if stage != "predict":
             self.check_views(self.data)
-        if stage == "fit" and self.freeze_encoder:  # the average of both then stays what it is
+        if self.freeze_encoder:  # the average of both then stays what it is
             self.context_encoder.load_state_dict(self.target_encoder.state_dict())
 
     @property
@@ -274,8 +274,8 @@ class IWM(ImageJEPA):
         """
         if self.whole_fraction == 1:
             raise ValueError(
-                "This IWM was trained with nothing hidden (model.whole_fraction=1) and completes nothing: take the run that "
-                "it started from, or train with model.whole_fraction=0.75."
+                "This IWM was trained with nothing hidden (model.whole_fraction=1) and completes nothing: take one "
+                "that had something hidden, such as with model.whole_fraction=0.75."
             )
 
     def apply_actions(self, features: Tensor, actions: Tensor | None = None) -> Tensor:

@@ -1,5 +1,6 @@
 """A predictor that learns on an encoder that is trained already, and stands still."""
 
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,8 +11,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import jepa_lightning.action_monitor
 import jepa_lightning.mean_reciprocal_rank
+from callbacks import CollapseAlarm
 from jepa_lightning import IWM
 from jepa_lightning.cli import main
+from jepa_lightning.figures import mark_blocks
 from jepa_lightning.probes import CompletionProbe
 from jepa_lightning.sharding import FSDP2Strategy
 from jepa_lightning.weights.loading import load, start_from
@@ -83,7 +86,7 @@ def test_nothing_is_hidden_in_validation_either(trained: Path, tmp_path: Path, i
     errors, count = 0.0, 0
     for batch in data.val_dataloader():
         pair = data.on_after_batch_transfer(batch, 0)
-        predicted = jepa.apply_actions(jepa.context_encoder(pair.sources), pair.actions)
+        predicted = jepa.apply_actions(jepa.target_encoder(pair.sources), pair.actions)
         errors += (predicted - jepa.encode_targets(pair.targets)).square().mean().item() * len(pair.labels)
         count += len(pair.labels)
     assert run.callback_metrics["val/loss"].item() == pytest.approx(errors / count, rel=1e-4)
@@ -92,7 +95,7 @@ def test_nothing_is_hidden_in_validation_either(trained: Path, tmp_path: Path, i
 def test_what_never_saw_anything_hidden_completes_nothing(trained: Path, tmp_path: Path, image_root: Path) -> None:
     images, visible = torch.zeros(1, 3, 16, 16), torch.arange(16) < 8
     with pytest.raises(
-        ValueError, match="trained with nothing hidden .*whole_fraction=1.* take the run that it started from"
+        ValueError, match="trained with nothing hidden .*whole_fraction=1.* take one that had something hidden"
     ):
         frozen(trained).complete(images, visible)
     assert frozen(trained, whole_fraction=0.75).complete(images, visible).shape == (1, 16, 192)
@@ -178,6 +181,29 @@ def test_an_i_jepa_gets_a_predictor_of_actions(tmp_path: Path, image_root: Path)
     trainer(tmp_path, max_steps=2).fit(model, small_views(image_root))
     assert parameters_equal(model.target_encoder, jepa.target_encoder)
     assert any(not weights.equal(untrained[name]) for name, weights in model.predictor.state_dict().items())
+
+
+def test_the_alarm_knows_that_the_encoder_stays_as_it_is(trained: Path) -> None:
+    advice = CollapseAlarm._against("embeddings from shrinking", ("variance",), frozen(trained))
+    assert advice == ["model.freeze_encoder leaves the encoder of --init_from as it is: start from another one"]
+
+
+def test_a_completion_probe_is_read_when_the_file_of_its_jepa_is_gone(
+    trained: Path, tmp_path: Path, image_root: Path
+) -> None:
+    jepa = tmp_path / "jepa.ckpt"
+    shutil.copy(trained, jepa)
+    probe, run = CompletionProbe(str(jepa), width=64, depth=1), trainer(tmp_path, max_steps=1)
+    run.fit(probe, small_images(image_root))
+    run.save_checkpoint(tmp_path / "probe.ckpt")
+    jepa.unlink()
+    again = load(tmp_path / "probe.ckpt")
+    assert parameters_equal(again.context_encoder, probe.context_encoder)
+
+
+def test_what_is_seen_is_shown_as_it_is() -> None:
+    image, everything = torch.rand(1, 3, 8, 8), torch.ones(1, 4, dtype=torch.bool)
+    assert mark_blocks(image, everything, everything, (2, 2)).equal(image)
 
 
 def test_there_must_be_an_encoder_that_is_trained(tmp_path: Path, image_root: Path, capsys: pytest.CaptureFixture) -> None:
