@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from callbacks.schedules import MomentumSchedule
 from datamodules.batches import ImageBatch, ViewBatch
 from datamodules.rng import WHOLE_STREAM, seeded_generator
-from datamodules.views import COLORS
+from datamodules.views import COLORS, Views
 from jepa_lightning.action_monitor import ActionMonitor
 from jepa_lightning.image_jepa import ImageJEPA
 from jepa_lightning.jepa import TargetPairs
@@ -205,7 +205,7 @@ class IWM(ImageJEPA):
         """Compare with a data module, if there is one.
 
         Raises:
-            ValueError: Data without views, or with actions of another length.
+            ValueError: Data without views, with actions of another length, or with some that mean something else.
         """
         if data is None:
             return
@@ -216,6 +216,15 @@ class IWM(ImageJEPA):
             raise ValueError(
                 f"model.action_dim={self.predictor.action_dim} but the data's actions have {len(names)} scalars "
                 f"({', '.join(names)}): set it to {len(names)}."
+            )
+        self._check_source(data.views)
+
+    def _check_source(self, views: Views | None) -> None:
+        """Refuse pairs whose actions lead from another kind of source than those that it knows."""
+        if self.trained_on and views is not None and views.source_from != self.trained_on["source_from"]:
+            raise ValueError(
+                f"This IWM was trained with data.views.source_from={self.trained_on['source_from']}, and its actions mean "
+                f"something else with {views.source_from}: set it to that."
             )
 
     def views(self, batch: ViewBatch) -> tuple[Tensor, Tensor]:
@@ -328,9 +337,4 @@ class IWM(ImageJEPA):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self.trained_on = checkpoint.get("views")
-        views = getattr(getattr(self._trainer, "datamodule", None), "views", None)
-        if self.trained_on and views is not None and views.source_from != self.trained_on["source_from"]:
-            raise ValueError(
-                f"This IWM was trained with data.views.source_from={self.trained_on['source_from']}, and its actions mean "
-                f"something else with {views.source_from}: set it to that."
-            )
+        self._check_source(getattr(self.data, "views", None))  # `setup`, before, did not know yet

@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 import jepa_lightning.action_monitor
 import jepa_lightning.mean_reciprocal_rank
 from callbacks import CollapseAlarm
+from datamodules.views import Views
 from jepa_lightning import IWM
 from jepa_lightning.cli import main
 from jepa_lightning.figures import mark_blocks
-from jepa_lightning.probes import CompletionProbe
+from jepa_lightning.probes import CompletionProbe, EquivarianceProbe
 from jepa_lightning.sharding import FSDP2Strategy
 from jepa_lightning.weights.loading import load, start_from
 
@@ -106,6 +107,17 @@ def test_what_never_saw_anything_hidden_completes_nothing(trained: Path, tmp_pat
     with pytest.raises(ValueError, match="completes nothing"):
         CompletionProbe(tmp_path / "1.0.ckpt")
     CompletionProbe(tmp_path / "0.75.ckpt")
+
+
+def test_actions_that_mean_something_else_are_refused(trained: Path, tmp_path: Path, image_root: Path) -> None:
+    other = small_views(image_root, views=Views(source_from="target"))
+    with pytest.raises(ValueError, match=r"trained with data.views.source_from=shared.* with target: set it to that"):
+        trainer(tmp_path, max_steps=1).fit(frozen(trained), other)
+    with pytest.raises(ValueError, match=r"trained with data.views.source_from=shared"):
+        trainer(tmp_path).test(EquivarianceProbe(str(trained), num_images=2), other, verbose=False)
+    with pytest.warns(UserWarning, match="The predictor of .* is of another kind or size: this one starts untrained"):
+        untrained = frozen(trained, predictor_depth=2)
+    trainer(tmp_path, max_steps=1).fit(untrained, other)  # it knows no actions yet
 
 
 def test_the_best_checkpoint_is_that_of_the_predictions(image_root: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.iwm import IWM
 from jepa_lightning.jepa import JEPA
 from jepa_lightning.weights.checkpoints import DESCRIBED, load_any, load_jepa
 from jepa_lightning.weights.importing import is_official, load_encoder, load_official
@@ -90,6 +91,8 @@ def start_from(model: JEPA, path: str | os.PathLike[str]) -> None:
                 f"another shape, such as {min(odd)}. Its arguments are " + json.dumps(_arguments(source), default=str)
             )
         model.get_submodule(part).load_state_dict(theirs)
+        if part == "predictor" and isinstance(source, IWM) and isinstance(model, IWM):
+            model.trained_on = source.trained_on  # it knows these actions
 
 
 def _arguments(model: JEPA) -> dict[str, Any]:
