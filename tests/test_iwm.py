@@ -18,9 +18,11 @@ from conftest import (
 from matplotlib.figure import Figure
 
 import jepa_lightning.action_monitor
+import jepa_lightning.mean_reciprocal_rank
 from datamodules import ViewBatch, Views
+from datamodules.preprocessing import denormalize
 from jepa_lightning import IWM
-from jepa_lightning.mean_reciprocal_rank import chance, nearest_figure
+from jepa_lightning.mean_reciprocal_rank import ActionProbe, MeanReciprocalRanks, bank_generator, chance, nearest_figure
 from jepa_lightning.networks.masked_predictor import AdaptiveBlock
 from jepa_lightning.networks.vit import take
 from jepa_lightning.probes import CompletionProbe, EquivarianceProbe, FineTuning, PredictorFineTuning
@@ -238,6 +240,37 @@ def test_validation_draws_what_a_person_watches(tmp_path: Path, image_root: Path
     assert abs(figures["val/mrr_shuffled_actions"].item() - chance()) < 0.02
     figure = nearest_figure(small_iwm().eval(), batch(2).images, VIEWS, (0, 1))
     assert tiles(figure) == (4, 9)
+
+
+def test_validation_ranks_the_first_images_and_reads_actions_from_all(
+    tmp_path: Path, image_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 3)
+    monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
+    jepa, data, run = small_iwm(), small_views(image_root, val_fraction=0.5), trainer(tmp_path, limit_val_batches=1.0)
+    run.validate(jepa, data, verbose=False)
+    ranks, probe = MeanReciprocalRanks(), ActionProbe(192, 7)
+    jepa.eval()
+    for number, plain in enumerate(data.val_dataloader()):
+        pairs = data.on_after_batch_transfer(plain, 0)
+        if number == 0:
+            assert len(pairs.images) > 3
+            for place, image in enumerate(denormalize(pairs.images[:3], jepa.pixels)):
+                ranks.update(jepa, image, data.views, bank_generator(pairs, place, 1))
+        with torch.no_grad():
+            source, target = (jepa.target_encoder(views).mean(dim=1) for views in (pairs.sources, pairs.targets))
+        probe.update(source, target, pairs.actions)
+    assert number > 0
+    expected = ranks.compute().mean
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    for name, value in (
+        ("mrr", expected["patch"]["overall"]),
+        ("mrr_pooled", expected["pooled"]["overall"]),
+        ("mrr_shuffled_actions", expected["patch"]["shuffled_actions"]),
+    ):
+        assert found[f"val/{name}"] == pytest.approx(value, rel=1e-4), name
+    for name, value in zip(data.views.action_names, probe.compute(), strict=True):
+        assert found[f"val/action_r2_{name}"] == pytest.approx(value.item(), rel=1e-2), name
 
 
 @pytest.fixture(scope="module")
