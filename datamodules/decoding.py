@@ -6,15 +6,17 @@ Shapes: C channels, H W pixels.
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from datamodules.bands import Bands, bands_of
 from datamodules.pixel_format import PixelFormat
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -33,6 +35,10 @@ TURNS: dict[int, Callable[[Tensor], Tensor]] = {
 """EXIF's orientation -> what puts pixels (H, W, C) the right way up; 1, or anything else, is upright."""
 
 
+GRAY = np.array([0.299, 0.587, 0.114])
+"""How bright red, green and blue are, as Pillow has it (ITU-R 601-2)."""
+
+
 class ChannelsError(ValueError):
     """An image has another number of channels than it is to be read with."""
 
@@ -46,7 +52,8 @@ def read_image(path: Source, pixels: PixelFormat | None = None) -> Tensor:
 
     * Transparent pixels show a white background, as in most viewers, not the color that is hidden in them.
     * Integers of more than 8 bits and floats are scaled by the range of the format: see `PixelFormat.to_bytes`.
-    * Of an animation the first frame is read. The pages of a TIFF, each of one band, are its channels.
+    * Of an animation the first frame is read. The pages of a TIFF, each of one band, are its channels, as are the bands of
+      one page; of RGB with opacity three are read where three channels are asked for.
     * An orientation that cannot be read counts as upright, as do damaged metadata altogether.
     * Nothing that Pillow merely warns of is an error, nor said. An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS`
       (179 million pixels, half a gigabyte) is an error, as Pillow has it; a smaller one is read.
@@ -62,36 +69,52 @@ def read_image(path: Source, pixels: PixelFormat | None = None) -> Tensor:
     """
     pixels = pixels or PixelFormat()
     with warnings.catch_warnings(action="ignore"), _opened(path) as image:
+        if isinstance(image, Bands):
+            return _upright(_pixels_of_bands(image, pixels), image.orientation)
         plain = image.format == "JPEG" and image.mode == "RGB" and pixels.channels == 3
         found = _decode_plain_jpeg(path) if plain else None
-        if found is None:
-            found = pixels_of(image, pixels)
-        orientation = _orientation(image)
+        return upright_pixels_of(image, pixels) if found is None else _upright(found, _orientation(image))
+
+
+def upright_pixels_of(image: Image.Image, pixels: PixelFormat) -> Tensor:
+    """An image that Pillow has opened, of any mode, the right way up: uint8 (C, H, W).
+
+    Raises:
+        ChannelsError: The image has another number of channels.
+        ValueError: It has no pixels.
+    """
+    return _upright(_pixels_of(image, pixels), _orientation(image))
+
+
+def _upright(found: np.ndarray, orientation: int) -> Tensor:
+    """Pixels (H, W, C), turned: (C, H, W)."""
     if not found.size:
         raise ValueError(f"it has {found.shape[0]} x {found.shape[1]} pixels")
-    turned = torch.from_numpy(found)  # (H, W, C)
+    turned = torch.from_numpy(found)
     if orientation in TURNS:
         turned = TURNS[orientation](turned).contiguous()
     return turned.permute(2, 0, 1)
 
 
 def read_values(path: Source, channels: int) -> np.ndarray:
-    """The values of an image as they lie in the file, neither scaled nor turned, see `values_of`.
+    """The values of an image as they lie in the file, neither scaled nor turned, see `_values_of`.
 
     Raises:
         Exception: As for `read_image`.
     """
     with warnings.catch_warnings(action="ignore"), _opened(path) as image:
-        return values_of(image, channels)
+        return _values_of_bands(image, channels)[0] if isinstance(image, Bands) else _values_of(image, channels)
 
 
 def layout_of(path: Source) -> str:
-    """What kind of image a file holds, by its header alone, such as "RGB", "I;16", or "5 pages of F".
+    """What kind of image a file holds, by its header alone, such as "RGB", "I;16", "5 pages of F", or "3 bands of I;16".
 
     Raises:
         Exception: As for `read_image`.
     """
     with warnings.catch_warnings(action="ignore"), _opened(path) as image:
+        if isinstance(image, Bands):
+            return f"{image.count} bands of {image.kind}"
         pages = len(_pages(image))
         return image.mode if pages == 1 else f"{pages} pages of {image.mode}"
 
@@ -111,8 +134,20 @@ def is_wide(layout: str) -> bool:
     return layout.rsplit(" ", 1)[-1].startswith(("I", "F"))
 
 
-def _opened(path: Source) -> Image.Image:
-    return Image.open(path if isinstance(path, io.BytesIO) else os.fsdecode(path), formats=FORMATS)
+@contextmanager
+def _opened(path: Source) -> Iterator[Image.Image | Bands]:
+    source, bands = path if isinstance(path, io.BytesIO) else os.fsdecode(path), None
+    try:
+        image = Image.open(source, formats=FORMATS)
+    except UnidentifiedImageError:
+        bands = bands_of(source, None)
+        if bands is None:
+            raise
+    if bands is not None:
+        yield bands
+        return
+    with image:
+        yield bands_of(source, image) or image
 
 
 def _decode_plain_jpeg(path: Source) -> np.ndarray | None:
@@ -124,13 +159,13 @@ def _decode_plain_jpeg(path: Source) -> np.ndarray | None:
         return None  # Pillow reads some that break the rules, and says what is wrong with the others
 
 
-def pixels_of(image: Image.Image, pixels: PixelFormat) -> np.ndarray:
+def _pixels_of(image: Image.Image, pixels: PixelFormat) -> np.ndarray:
     """Pixels of an opened image of any mode, as they lie in the file: uint8 (H, W, C).
 
     Raises:
         ChannelsError: The image has another number of channels.
     """
-    values = values_of(image, pixels.channels)
+    values = _values_of(image, pixels.channels)
     found = pixels.to_bytes(values)
     transparent = image.info.get("transparency")
     if image.mode.startswith("I;16") and isinstance(transparent, int):
@@ -138,7 +173,37 @@ def pixels_of(image: Image.Image, pixels: PixelFormat) -> np.ndarray:
     return np.repeat(found, pixels.channels // found.shape[2], axis=2)
 
 
-def values_of(image: Image.Image, channels: int) -> np.ndarray:
+def _pixels_of_bands(image: Bands, pixels: PixelFormat) -> np.ndarray:
+    """As `_pixels_of`."""
+    values, opacity = _values_of_bands(image, pixels.channels)
+    found = pixels.to_bytes(values)
+    if opacity is not None:  # on white
+        found = np.rint(255 - (255 - found) * opacity).astype(np.uint8)
+    return np.repeat(found, pixels.channels // found.shape[2], axis=2)
+
+
+def _values_of_bands(image: Bands, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """As `_values_of`, and how opaque they are, (H, W, 1) in [0, 1]; None where all bands are channels, or none says so.
+
+    Raises:
+        ChannelsError: The image has another number of channels.
+    """
+    colors = image.count - (image.opacity and channels != image.count)
+    if colors != channels and (colors not in (1, 3) or channels not in (1, 3)):
+        raise ChannelsError(f"it has {image.count} bands, and data.channels={channels}: set that to {image.count}")
+    values = image.values()
+    opacity = None
+    if colors < image.count:
+        most = 1.0 if values.dtype.kind == "f" else np.iinfo(values.dtype).max
+        opacity = values[:, :, -1:].astype(np.float64) / most
+    values = values[:, :, :colors]
+    if channels == 1 and colors == 3:
+        gray = values @ GRAY
+        values = (gray if values.dtype.kind == "f" else np.rint(gray)).astype(values.dtype)[:, :, None]
+    return values, opacity
+
+
+def _values_of(image: Image.Image, channels: int) -> np.ndarray:
     """Values of an opened image of any mode, (H, W, C): uint8 where it has 8 bits, else as they are.
 
     Gray of more than 8 bits is (H, W, 1) where 3 channels are asked for: all three are the same.

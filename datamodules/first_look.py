@@ -35,6 +35,12 @@ LAYOUTS = {
 """Pillow's names of layouts -> what messages call them; 16-bit gray has four names, the others are called by theirs."""
 
 
+MOST = 0.001
+"""Share of the floats at either end that may lie far away from all others without widening the range."""
+
+FAR = 10
+"""How many times as far as the others all floats reach, where some lie far away."""
+
 SIZES = range(32, 129, 32)
 """Sizes in pixels that are chosen from where none is given: with 8 x 8 patches, of 4 to 16 pixels."""
 
@@ -57,9 +63,9 @@ def look(
     """Find the values of black and white of images with more than 8 bits, and the mean and standard deviation.
 
     Integers of more than 8 bits are taken to use as many bits as the largest of them needs: 12 bits in files of 16 make
-    4095 white. Floats in [0, 1] have that range, others that from the smallest to the largest. Only such images are decoded,
-    and all that are looked at where mean and standard deviation are to be found. Damaged files are passed over here, since
-    whoever reads them next names them.
+    4095 white. Floats in [0, 1] have that range, others that from the smallest to the largest, but for values far from all
+    others, such as -9999 for no data. Only such images are decoded, and all that are looked at where mean and
+    standard deviation are to be found. Damaged files are passed over here, since whoever reads them next names them.
 
     Args:
         paths: Files of the images.
@@ -74,15 +80,16 @@ def look(
     """
     check_normalization(channels, normalization)
     find = (normalization or ("imagenet" if channels == 3 else "found")) == "found"
-    layouts, misfits, points = Counter[str](), [], []
+    layouts, misfits, points, floats = Counter[str](), [], [], []
     ranges: dict[str, Range] = {}
     for path in _evenly(paths):
         try:
             layout = layout_of(path if fetch is None else fetch(path))
-            if find or is_wide(layout) or "pages" in layout:
+            if find or is_wide(layout) or " of " in layout:
                 values = read_values(path if fetch is None else fetch(path), channels)
                 _widen(ranges, values)
                 points.append(_thinned(values))
+                floats += [points[-1].ravel()] if values.dtype.kind == "f" else []
             layouts[layout] += 1
         except ChannelsError as error:
             misfits.append(f"{printable(path)}: {error}")
@@ -94,8 +101,7 @@ def look(
     if value_range is None and "integers" in ranges:
         pixels = replace(pixels, integers=_used_bits(*ranges["integers"]))
     if value_range is None and "floats" in ranges:
-        low, high = ranges["floats"]
-        pixels = replace(pixels, floats=(0.0, 1.0) if low >= 0 and high <= 1 else (low, high))
+        pixels = replace(pixels, floats=_float_range(*ranges["floats"], np.concatenate(floats)))
     if find and points:
         sums = np.zeros((2, channels))
         for part in points:
@@ -173,6 +179,22 @@ def _used_bits(low: float, high: float) -> Range:
     return 0, 2 ** max(8, int(high).bit_length()) - 1
 
 
+def _float_range(low: float, high: float, some: np.ndarray) -> Range:
+    """Black and white of floats from `low` to `high`: of most of them, where a few lie far away.
+
+    Args:
+        low: The smallest of all values.
+        high: The largest of all values.
+        some: Evenly spaced ones of them, (N,), of any value.
+    """
+    inner = [float(value) for value in np.quantile(some[np.isfinite(some)], (MOST, 1 - MOST))]
+    if high - low > FAR * (inner[1] - inner[0]) > 0:
+        low, high = inner
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    return low, high if high > low else low + 1
+
+
 def _rounded(values: np.ndarray) -> tuple[float, ...]:
     return tuple(round(float(value), 4) for value in values)
 
@@ -183,17 +205,18 @@ def _say(layouts: Counter[str], pixels: PixelFormat, ranges: dict[str, Range], f
         return ""
     named = Counter[str]()
     for layout, count in layouts.items():
-        number, _, mode = layout.rpartition(" pages of ")
+        parts, _, mode = layout.rpartition(" of ")
         name = "16-bit gray" if mode.startswith("I;16") else LAYOUTS.get(mode, mode)
-        named[f"{name} in {number} pages" if number else name] += count
+        named[f"{name} in {parts}" if parts else name] += count
     kinds = ", ".join(f"{count} {name}" for name, count in named.most_common())
     said = [f"Of {layouts.total()} images looked at: {kinds}"]
     if "integers" in ranges:
         low, high = pixels.integers or ranges["integers"]
         said.append(f"integers of more than 8 bits from {low:g} (black) to {high:g} (white)")
     if "floats" in ranges:
-        low, high = pixels.floats or ranges["floats"]
-        said.append(f"floats from {low:g} to {high:g}")
+        (low, high), (lowest, highest) = pixels.floats or ranges["floats"], ranges["floats"]
+        beyond = f", cutting off those down to {lowest:g} and up to {highest:g} (data.value_range says otherwise)"
+        said.append(f"floats from {low:g} to {high:g}" + (beyond if lowest < low or highest > high else ""))
     if find:
         mean, std = (", ".join(f"{value:.3f}" for value in of) for of in (pixels.mean, pixels.std))
         said.append(f"mean {mean}, standard deviation {std}")

@@ -34,8 +34,9 @@ class HuggingFaceImages(ImageDataModule):
 
     On a disk (`streaming` false) it works as a folder does: random access, a split by class, resume in mid-epoch. Streamed,
     each process reads shards of its own, if their number is a multiple of the number of processes, or else every
-    image of its turn; a buffer shuffles them. A run that was cut reads up to where it was and goes on with the next image,
-    bit for bit: none is lost, none comes twice.
+    image of its turn; a buffer shuffles them. A process whose shards hold fewer images than its share of an epoch begins
+    them anew, and says so. A run that was cut reads up to where it was and goes on with the next image, bit for bit: none
+    is lost, none comes twice.
 
     Args:
         path: Name on the Hub, folder of `save_to_disk`, or kind of files: "parquet", "arrow", "webdataset", "imagefolder".
@@ -47,7 +48,8 @@ class HuggingFaceImages(ImageDataModule):
         val_fraction: Fraction that is held out, in (0, 1), where there is no `val_split`.
         fraction: Fraction of each class that is trained on, in (0, 1]; not of a stream.
         image_column: Column of the images; the first one of images by default.
-        label_column: Column of the classes; "label", "labels", "cls" or "fine_label" by default, if it is there.
+        label_column: Column of the classes, integers or text; "label", "labels", "cls" or "fine_label" by default, if it is
+            there; "" for none. An image without a class has label -1.
         streaming: Whether to read the shards while training, not before.
         size: Images of an epoch of a stream, all processes together; that of the data set if it says so.
         shuffle_buffer: Images of a stream that the next one is drawn from, in each process.
@@ -132,6 +134,7 @@ class HuggingFaceImages(ImageDataModule):
         self.fetch = self.source.fetch
         self.root = Path(path) if data_files is None else Path(next(iter(data_files.values()))).parent
         self.source_name = " ".join(str(part) for part in (path, name, data_files, split) if part is not None)
+        self.num_unlabeled = 0  # images without a class among those with one
         self._opened = False
 
     def prepare_data(self) -> None:
@@ -161,7 +164,10 @@ class HuggingFaceImages(ImageDataModule):
         if self.fraction < 1:
             train = part_of(train, draw_per_class(train.labels, self.fraction, seeded_generator(self.seed, SUBSET_STREAM)))
         order = torch.randperm(len(val.labels), generator=seeded_generator(self.seed, HELD_OUT_STREAM))
-        rank_zero_info(f"Found {len(train.labels)} images to train on and {len(val.labels)} to hold out in {self.root}.")
+        kinds = f" in {len(classes)} classes" if classes else ""
+        found = f"Found {len(train.labels)} images{kinds} to train on and {len(val.labels)} to hold out in {self.root}."
+        self.num_unlabeled = int((train.labels < 0).sum() + (val.labels < 0).sum()) if classes else 0
+        rank_zero_info(found + (f" {self.num_unlabeled} of them have no class." if self.num_unlabeled else ""))
         return {"train": train, "val": Samples(val.paths[order.numpy()], val.labels[order])}, classes, token
 
     def setup(self, stage: str) -> None:
@@ -215,7 +221,7 @@ class HuggingFaceImages(ImageDataModule):
         images = StreamedImages(self.image_size, self.seed, rank, change, self.pixels)
         stream = partial(self.source.records, self.split, self.rank, (self.seed, self.shuffle_buffer))
         repeat = self.trainer is not None and self.trainer.overfit_batches > 0
-        sampler: Any = StreamBatches(stream, self.batch_size, length, repeat)
+        sampler: Any = StreamBatches(stream, self.batch_size, length, repeat, unequal=num_ranks > 1)
         return ResumableLoader(images, sampler, **self.loader_settings())
 
     def val_dataloader(self) -> Any:

@@ -53,14 +53,19 @@ class HuggingFaceSource:
             images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
             column = self.image_column or next(iter(images), None)
             for argument, asked in (("image_column", column), ("label_column", self.label_column)):
-                if (asked is None and argument == "image_column") or (asked is not None and asked not in features):
+                if (asked is None and argument == "image_column") or (asked and asked not in features):
                     raise ValueError(f"data.{argument}={asked!r}: {self.path} has the columns {', '.join(features)}.")
+            if self.label_column and not _is_of_classes(kind := features[self.label_column]):
+                raise ValueError(
+                    f"data.label_column={self.label_column!r} of {self.path} is of {kind}, and classes are integers or "
+                    "text: name another column, or none by data.label_column=''."
+                )
             self.image_column = column
             label, _ = self.labels_of(opened)
             if self.streaming and label is not None and getattr(features[label], "dtype", "") in ("string", "large_string"):
                 raise ValueError(
                     f"data.label_column={label!r} of {self.path} is text, and a stream does not say which classes there "
-                    "are: leave data.streaming off, or write integers."
+                    "are: leave data.streaming off, write integers, or train without classes by data.label_column=''."
                 )
             kept = opened.select_columns([column] + ([label] if label else []))  # or else the others are read, too
             self._splits[split] = kept.cast_column(column, datasets.Image(decode=False))
@@ -82,8 +87,10 @@ class HuggingFaceSource:
 
     def labels_of(self, opened: Any) -> tuple[str | None, list[str]]:
         """The column of the classes of a split, if there is one, and their names, if it says them."""
-        column = self.label_column or next((name for name in LABELS if name in opened.features), None)
-        return column, list(getattr(opened.features[column], "names", None) or []) if column else []
+        column = self.label_column
+        if column is None:
+            column = next((name for name in LABELS if name in opened.features and _is_of_classes(opened.features[name])), "")
+        return column or None, list(getattr(opened.features[column], "names", None) or []) if column else []
 
     def rows(self, split: str, known: list[str] | None = None) -> tuple[Samples, list[str]]:
         """All rows of a split, by names such as b"train/17", and the names of the classes.
@@ -101,7 +108,9 @@ class HuggingFaceSource:
         column, classes = self.labels_of(opened)
         labels = torch.full((len(opened),), -1)
         if column is not None:
-            values = np.asarray(opened.with_format("numpy")[column][:])
+            values = opened.select_columns([column]).with_format("arrow")[:][column]
+            present = ~np.asarray(values.is_null())
+            values = np.asarray(values.drop_null())
             if not classes:
                 found, values = np.unique(values, return_inverse=True)
                 classes = known or [str(value) for value in found]
@@ -111,7 +120,7 @@ class HuggingFaceSource:
                         f"{', '.join(classes)}."
                     )
                 values = np.array([classes.index(str(value)) for value in found])[values]
-            labels = torch.from_numpy(values.astype(np.int64))
+            labels[torch.from_numpy(present)] = torch.from_numpy(values.astype(np.int64))
         return Samples(np.array([f"{split}/{row}".encode() for row in range(len(opened))]), labels), classes
 
     def fetch(self, path: bytes) -> io.BytesIO | str:
@@ -144,6 +153,11 @@ class HuggingFaceSource:
             content = image["path"] if image["bytes"] is None else image["bytes"]
             label = -1 if column is None or row[column] is None else int(row[column])
             yield Record(content, label, image["path"] or f"{split}, image {place} of process {rank[0]}")
+
+
+def _is_of_classes(feature: Any) -> bool:
+    """Whether a column holds what can be classes: integers, truth values or text."""
+    return str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool", "string", "large_string"))
 
 
 def library() -> Any:

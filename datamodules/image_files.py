@@ -13,8 +13,15 @@ from torch import Tensor
 
 from datamodules.rng import HELD_OUT_STREAM, SPLIT_STREAM, SUBSET_STREAM, seeded_generator
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".pbm", ".pgm", ".ppm", ".pnm"),
+)
 """Endings of the files that are read, in small or capital letters."""
+
+SYSTEM_FOLDERS = (b"@eaDir", b"__MACOSX", b"lost+found", b"$RECYCLE.BIN", b"System Volume Information")
+"""Folders that operating and file systems put next to images, some with thumbnails in them; those whose names start with
+a dot are passed over, too."""
 
 _ENDINGS = tuple(ending.encode() for ending in EXTENSIONS)
 
@@ -45,6 +52,17 @@ class Scan(NamedTuple):
     num_loose: int
     """Number of files next to the class folders."""
 
+    hidden: Counter[str]
+    """Folders that were not read, by name: see `SYSTEM_FOLDERS`."""
+
+
+class _Found(NamedTuple):
+    """What lies below a folder: paths of images, other files by ending, and folders that were not read by name."""
+
+    paths: list[bytes]
+    others: Counter[str]
+    hidden: Counter[str]
+
 
 def scan(folder: Path, classes: list[str] | None = None) -> Scan:
     """Find the images of a folder: those of its sub-folders, a class each, at any depth, or else its own.
@@ -65,14 +83,15 @@ def scan(folder: Path, classes: list[str] | None = None) -> Scan:
     root = os.fsencode(folder)
     with os.scandir(root) as entries:
         is_folder = {entry.name: _is_folder(entry) for entry in entries}
-    names = sorted(name for name in is_folder if is_folder[name])
+    folders = sorted(name for name in is_folder if is_folder[name])
+    names = [name for name in folders if not _is_hidden(name)]
     if not names:
-        found, ignored = _images(root)
+        found, ignored, hidden = _images(root)
         if not found:
             raise ValueError(f"{folder} holds no image: its files must end in {', '.join(EXTENSIONS)}.")
         if classes:
             raise ValueError(f"{folder} has no class folders, but the training images have: {', '.join(classes[:5])} ...")
-        return Scan(Samples(np.array(found), torch.full((len(found),), -1)), [], ignored, 0)
+        return Scan(Samples(np.array(found), torch.full((len(found),), -1)), [], ignored, 0, hidden)
     decoded = [os.fsdecode(name) for name in names]
     if classes is not None and decoded != classes:
         odd = [printable(name) for name in sorted(set(decoded) ^ set(classes))]
@@ -82,9 +101,9 @@ def scan(folder: Path, classes: list[str] | None = None) -> Scan:
         )
     paths: list[bytes] = []
     sizes: list[int] = []
-    ignored = Counter[str]()
+    ignored, hidden = Counter[str](), Counter(printable(name) for name in folders if _is_hidden(name))
     for name in names:
-        found, others = _images(os.path.join(root, name), outside=root)
+        found, others, unread = _images(os.path.join(root, name), outside=root)
         if not found:
             raise ValueError(
                 f"The class folder {printable(folder / os.fsdecode(name))} holds no image: fill it or remove it."
@@ -92,8 +111,9 @@ def scan(folder: Path, classes: list[str] | None = None) -> Scan:
         paths += found
         sizes.append(len(found))
         ignored += others
+        hidden += unread
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor(sizes))
-    return Scan(Samples(np.array(paths), labels), decoded, ignored, len(is_folder) - len(names))
+    return Scan(Samples(np.array(paths), labels), decoded, ignored, len(is_folder) - len(folders), hidden)
 
 
 def all_images(root: Path, read: Callable[[Path], Scan]) -> tuple[dict[str, Samples], list[str], str]:
@@ -173,14 +193,14 @@ def files_below(folder: Path) -> tuple[list[bytes], Counter[str]]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
-    found, others = _images(os.fsencode(folder))
-    if not found:
+    found = _images(os.fsencode(folder))
+    if not found.paths:
         raise ValueError(f"{folder} holds no image: its files must end in {', '.join(EXTENSIONS)}.")
-    return found, others
+    return found.paths, found.others
 
 
-def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], Counter[str]]:
-    """Paths of all images below a folder, in the order of their bytes, and how many other files there are by ending.
+def _images(folder: bytes, outside: bytes | None = None) -> _Found:
+    """All images below a folder, in the order of the bytes of their paths, and what else there is.
 
     Args:
         folder: Folder to be read, with all that is below it.
@@ -188,6 +208,7 @@ def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], C
     """
     found: list[bytes] = []
     others: list[bytes] = []
+    hidden: list[bytes] = []
     seen = set() if outside is None else {_identity(outside)}
     waiting = [folder]
     while waiting:
@@ -199,13 +220,22 @@ def _images(folder: bytes, outside: bytes | None = None) -> tuple[list[bytes], C
         with os.scandir(current) as entries:
             for entry in entries:
                 if _is_folder(entry):
-                    inner.append(entry.path)
+                    if _is_hidden(entry.name):
+                        hidden.append(entry.name)
+                    else:
+                        inner.append(entry.path)
                 elif entry.name.lower().endswith(_ENDINGS):
                     found.append(entry.path)
                 else:
                     others.append(entry.name)
         waiting += sorted(inner, reverse=True)  # which of two ways leads to a folder must not depend on the file system
-    return sorted(found), Counter(printable(os.path.splitext(name)[1].lower()) for name in others)
+    endings = Counter(printable(os.path.splitext(name)[1].lower()) for name in others)
+    return _Found(sorted(found), endings, Counter(map(printable, hidden)))
+
+
+def _is_hidden(name: bytes) -> bool:
+    """Whether a folder is one of the system's, not of the images."""
+    return name.startswith(b".") or name in SYSTEM_FOLDERS
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -233,12 +263,18 @@ def describe(folder: Path, found: Scan) -> tuple[str, str]:
     holds = f"Found {len(found.samples.labels)} images{classes} in {printable(folder)}."
     left_out = []
     if found.ignored:
-        most_first = sorted(found.ignored.items(), key=lambda item: (-item[1], item[0]))
-        counts = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in most_first)
-        left_out.append(f"files with other endings than {' '.join(EXTENSIONS)}: {counts}")
+        left_out.append(f"files with other endings than {' '.join(EXTENSIONS)}: {_most_first(found.ignored)}")
     if found.num_loose:
         left_out.append(f"loose files next to class folders: {found.num_loose}")
+    if found.hidden:
+        left_out.append(f"hidden folders and those of the system: {_most_first(found.hidden)}")
     return holds, f"Left out of {printable(folder)}: {'; '.join(left_out)}." if left_out else ""
+
+
+def _most_first(counted: Counter[str]) -> str:
+    """Counts by name, in words."""
+    ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {name or 'without ending'}" for name, count in ordered)
 
 
 def read_list(file: Path, folder: Path, samples: Samples) -> Samples:

@@ -48,12 +48,19 @@ class StreamBatches:
         batch_size: Images per batch and process.
         length: Batches of an epoch; None to read the stream to its end, with a last batch that may be smaller.
         repeat: Whether every epoch is the first one again.
+        unequal: Whether a share that ends before the epoch does begins anew, since those of other processes may be larger.
     """
 
     def __init__(
-        self, open_stream: Callable[..., Iterator[Record]], batch_size: int, length: int | None, repeat: bool = False
+        self,
+        open_stream: Callable[..., Iterator[Record]],
+        batch_size: int,
+        length: int | None,
+        repeat: bool = False,
+        unequal: bool = False,
     ) -> None:
         self.open_stream, self.batch_size, self.length, self.repeat = open_stream, batch_size, length, repeat
+        self.unequal = unequal
         self.epoch = 0
         self.first_batch = 0
 
@@ -70,11 +77,11 @@ class StreamBatches:
         """Yield the batches of an epoch from `first_batch` on.
 
         Raises:
-            ValueError: The stream ends before the epoch does.
+            ValueError: The stream ends before the epoch does, or has no image.
         """
         batch: list[tuple[int, int, Record]] = []
         place = -1
-        for place, record in enumerate(self.open_stream(epoch=self.epoch)):
+        for place, record in enumerate(self._records()):
             if place // self.batch_size >= (self.length or place + 1):
                 return
             if place >= self.first_batch * self.batch_size:
@@ -89,6 +96,23 @@ class StreamBatches:
                 f"The stream of this process ended after {place + 1} images, and data.size promised "
                 f"{self.length * self.batch_size} of its own: lower data.size, or make the shards alike."
             )
+
+    def _records(self) -> Iterator[Record]:
+        """The share of the process, again and again if it is `unequal`: the other processes wait for each of its steps."""
+        count = 0
+        for record in self.open_stream(epoch=self.epoch):
+            count += 1
+            yield record
+        if self.length is None or not self.unequal or not count or count >= self.length * self.batch_size:
+            return
+        warnings.warn(
+            f"The share of the stream of this process ended after {count} of {self.length * self.batch_size} images, and "
+            "begins anew, so that some images come twice and some of other processes not at all. Shards of equally many "
+            "images would be shared exactly; a smaller data.size avoids it, too.",
+            stacklevel=2,
+        )
+        while True:
+            yield from self.open_stream(epoch=self.epoch)
 
 
 class StreamedImages(ImageDataset):
@@ -197,4 +221,19 @@ class HeldOutStream:
         self.loader: DataLoader[Any] = DataLoader(images, batch_sampler=sampler, collate_fn=already_collated, **settings)
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for batch in self.loader if batch is not None)
+        """Yield the batches.
+
+        Raises:
+            ValueError: Not one image can be read.
+        """
+        total = kept = 0
+        for batch in self.loader:
+            total += 1
+            if batch is not None:
+                kept += 1
+                yield batch
+        if total and not kept:
+            raise ValueError(
+                f"Not one image of {total} held-out batches of this process can be decoded: repair the files that the "
+                "warnings name, or choose another data.val_split."
+            )

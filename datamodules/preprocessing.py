@@ -1,14 +1,16 @@
 """From the pixels of a file to what encoders take: the middle of an image, normalized."""
 
+import io
 import math
 from functools import cache
+from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-from datamodules.decoding import pixels_of
+from datamodules.decoding import Source, read_image, upright_pixels_of
 from datamodules.pixel_format import PixelFormat
 
 CENTER_CROP = 0.875
@@ -84,16 +86,22 @@ class ImageTransform:
     def __init__(self, image_size: tuple[int, int], pixels: PixelFormat | None = None) -> None:
         self.image_size, self.pixels = image_size, pixels or PixelFormat()
 
-    def __call__(self, image: Image.Image | Tensor) -> Tensor:
-        """A PIL image of any mode, or a uint8 tensor (C, any, any), to a float tensor (C, H, W).
+    def __call__(self, image: Image.Image | Tensor | Source | Path) -> Tensor:
+        """The path of a file, a PIL image of any mode, or a uint8 tensor (C, any, any), to a float tensor (C, H, W).
+
+        Files are read as in training: a PIL image whose orientation is not applied yet is turned, too, but has lost what
+        Pillow does not read, such as colors of more than 8 bits.
 
         Raises:
             ValueError: Something else, or another number of channels.
+            Exception: The file cannot be read: see `datamodules.decoding.read_image`.
         """
-        if isinstance(image, Image.Image):
-            image = torch.from_numpy(pixels_of(image, self.pixels)).permute(2, 0, 1)
+        if isinstance(image, str | bytes | Path | io.BytesIO):
+            image = read_image(str(image) if isinstance(image, Path) else image, self.pixels)
+        elif isinstance(image, Image.Image):
+            image = upright_pixels_of(image, self.pixels)
         channels = self.pixels.channels
         if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != channels:
             given = f"a tensor {tuple(image.shape)} of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"{given}: give a PIL image, or a uint8 tensor ({channels}, H, W).")
+            raise ValueError(f"{given}: give a path, a PIL image, or a uint8 tensor ({channels}, H, W).")
         return normalize(center(image, self.image_size)[None], self.pixels)[0]

@@ -1,5 +1,6 @@
 """What is read from the file of an image, and that damage to it ends nothing."""
 
+import io
 import struct
 import warnings
 from pathlib import Path
@@ -14,8 +15,8 @@ from torchvision.transforms.v2 import functional as vision
 from datamodules import Views
 from datamodules.decoding import read_image
 from datamodules.image_datasets import HeldOutImages, ImageDataset, TrainingImages, TrainingViews
-from datamodules.image_files import Samples
-from datamodules.preprocessing import CENTER_CROP, center
+from datamodules.image_files import EXTENSIONS, Samples, scan
+from datamodules.preprocessing import CENTER_CROP, ImageTransform, center
 from datamodules.views import ViewMaker
 
 ORIENTATION = (0x0112, 3, 1, b"\6\0\0\0")  # to be turned to the right
@@ -48,6 +49,33 @@ def test_images_are_the_right_way_up(tmp_path: Path, ending: str, orientation: i
     found = read_image(str(path))
     assert found.shape == ((3, 12, 20) if orientation < 5 else (3, 20, 12))
     assert np.array_equal(found.permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_model_turns_what_it_is_given_as_in_training(tmp_path: Path, orientation: int) -> None:
+    path, tags = tmp_path / "turned.jpg", Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    drawing().save(path, exif=tags)
+    transform = ImageTransform((12, 12))
+    expected = transform(read_image(str(path)))
+    for source in (path, str(path), str(path).encode(), io.BytesIO(path.read_bytes())):
+        assert torch.equal(transform(source), expected)
+    with Image.open(path) as image:
+        assert (transform(image) - expected).abs().max() < 0.1  # another decoder of JPEG
+        assert torch.equal(transform(ImageOps.exif_transpose(image)), transform(image))
+
+
+@pytest.mark.parametrize("ending", EXTENSIONS)
+def test_every_ending_that_is_found_is_read(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    kind = {".jfif": "JPEG", ".jpe": "JPEG", ".pnm": "PPM", ".pbm": "PPM", ".pgm": "PPM"}.get(ending)
+    mode = {".pbm": "1", ".pgm": "L", ".gif": "L"}.get(ending, "RGB")
+    image = drawing().convert(mode)
+    image.save(path, kind, **({"irreversible": False} if ending == ".jp2" else {"quality": 95}))
+    found = read_image(str(path))
+    difference = (found.permute(1, 2, 0).int() - torch.tensor(np.array(image.convert("RGB"))).int()).abs()
+    assert found.shape == (3, 12, 20) and difference.float().mean() < 12, "JPEG and its kin are not exact"
+    assert samples(path).paths[0] in scan(tmp_path).samples.paths
 
 
 @pytest.mark.parametrize(

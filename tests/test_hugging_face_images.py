@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from datamodules.hugging_face_source import library
 from datamodules.image_stream import Record, StreamBatches, StreamedImages
 from datamodules.pixel_format import PixelFormat
 from datamodules.random_changes import random_change
-from jepa_lightning.probes import KNNProbe
+from jepa_lightning.probes import ComparisonProbe, KNNProbe
 
 datasets = pytest.importorskip("datasets")
 
@@ -242,6 +243,59 @@ def test_rows_without_an_image_or_a_class_end_nothing(tmp_path: Path) -> None:
     assert [label for batch in held_out for label in batch.labels.tolist()] == [0, 1, -1, 0, 1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("labels", "feature", "classes", "expected"),
+    [
+        ([1, None, 0] * 4, "class", ["ant", "bee"], [1, -1, 0] * 4),
+        ([1, -1, 0] * 4, "class", ["ant", "bee"], [1, -1, 0] * 4),
+        ([5, None, 3] * 4, "int64", ["3", "5"], [1, -1, 0] * 4),
+        (["b", None, "a"] * 4, "string", ["a", "b"], [1, -1, 0] * 4),
+        ([True, False, None] * 4, "bool", ["False", "True"], [1, 0, -1] * 4),
+    ],
+)
+def test_rows_without_a_class_on_a_disk(
+    tmp_path: Path, labels: list[Any], feature: str, classes: list[str], expected: list[int], caplog: Any
+) -> None:
+    of = datasets.ClassLabel(names=["ant", "bee"]) if feature == "class" else datasets.Value(feature)
+    features = datasets.Features({"image": datasets.Image(), "label": of})
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(12)], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "d")
+    data = HuggingFaceImages(str(tmp_path / "d"), val_fraction=0.5, **SMALL)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert data.classes == classes
+    assert "Found 6 images in 2 classes to train on and 6 to hold out" in caplog.text
+    assert "4 of them have no class" in caplog.text
+    found = [*data.plain_train_dataloader(), *data.val_dataloader()]
+    both = {number: label for batch in found for number, label in zip(numbers(batch), batch.labels.tolist(), strict=True)}
+    assert [both[n] for n in range(12)] == expected
+    run = trainer(tmp_path / "run", max_steps=1)
+    run.fit(small_ijepa(), data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"4 images of .* have no class, and KNNProbe needs that of each"):
+        trainer(tmp_path / "knn").test(KNNProbe(str(tmp_path / "a.ckpt")), data, verbose=False)
+    trainer(tmp_path / "c", limit_test_batches=1.0).test(ComparisonProbe(str(tmp_path / "a.ckpt")), data, verbose=False)
+    report = json.loads((tmp_path / "c" / "report.json").read_text())
+    assert "linear" not in str(report) and "consistency" in str(report)
+
+
+def test_a_column_that_holds_no_classes_is_none(tmp_path: Path) -> None:
+    images = [{"bytes": png(n), "path": None} for n in range(8)]
+    for name, labels in (("lists", [[1, 2]] * 8), ("floats", [0.5] * 8), ("text", ["a", "b"] * 4)):
+        made = datasets.Dataset.from_dict({"image": images, "label": labels}).cast_column("image", datasets.Image())
+        datasets.DatasetDict({"train": made, "val": made}).save_to_disk(tmp_path / name)
+        column: Any = "" if name == "text" else None
+        for streaming in (False, True):
+            settings = SMALL | {"val_split": "val", "streaming": streaming, "size": 8, "label_column": column}
+            data = HuggingFaceImages(str(tmp_path / name), **settings)
+            data.setup("fit")
+            assert data.num_classes == 0
+            assert [label for batch in data.val_dataloader() for label in batch.labels.tolist()] == [-1] * 8
+        if name != "text":
+            with pytest.raises(ValueError, match=r"data.label_column='label' of .* and classes are integers or text"):
+                HuggingFaceImages(str(tmp_path / name), label_column="label", **SMALL).setup("fit")
+
+
 def test_a_path_of_a_stream_is_read_by_the_worker(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(7))
     images = StreamedImages((16, 16), 0, 0, None, PixelFormat())
@@ -252,6 +306,59 @@ def test_a_path_of_a_stream_is_read_by_the_worker(tmp_path: Path) -> None:
 def test_an_empty_share_is_an_error() -> None:
     with pytest.raises(ValueError, match="ended after 0 images"):
         list(StreamBatches(lambda epoch: iter(()), 4, 2))
+
+
+def test_a_held_out_stream_of_which_nothing_can_be_read_is_an_error(tmp_path: Path) -> None:
+    images = [{"bytes": png(n) if n < 8 else b"damaged", "path": None} for n in range(14)]
+    made = datasets.Dataset.from_dict({"image": images}).cast_column("image", datasets.Image())
+    parts = {"train": made.select(range(8)), "val": made.select(range(8, 14))}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
+    data = HuggingFaceImages(str(tmp_path / "d"), val_split="val", streaming=True, size=8, **SMALL)
+    data.setup("fit")
+    with pytest.warns(UserWarning, match="cannot be decoded"):
+        with pytest.raises(ValueError, match=r"Not one image of 2 held-out batches of this process can be decoded"):
+            list(data.val_dataloader())
+
+
+def test_a_share_of_fewer_images_than_the_others_begins_anew() -> None:
+    def stream(epoch: int) -> Iterator[Record]:
+        return (Record(b"", number, f"{epoch} {number}") for number in range(5))
+
+    def labels(**settings: Any) -> list[int]:
+        sampler = StreamBatches(stream, 3, 4, **settings)
+        return [record.label for part in sampler for *_, record in part]
+
+    with pytest.warns(UserWarning, match="ended after 5 of 12 images, and begins anew.*some images come twice"):
+        assert labels(unequal=True) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    with pytest.raises(ValueError, match="ended after 5 images, and data.size promised 12"):
+        labels()
+    sampler = StreamBatches(stream, 3, 4, unequal=True)
+    sampler.first_batch = 2
+    with pytest.warns(UserWarning, match="begins anew"):
+        assert [[place for _, place, _ in part] for part in sampler] == [[6, 7, 8], [9, 10, 11]], "taken up in the middle"
+    with warnings.catch_warnings(action="error"):
+        assert len(list(StreamBatches(stream, 5, 1, unequal=True))) == 1, "it has all that it needs"
+        assert len(list(StreamBatches(stream, 3, None, unequal=True))) == 2, "held-out images: to their end"
+    with pytest.raises(ValueError, match="ended after 0 images"):
+        list(StreamBatches(lambda epoch: iter(()), 4, 2, unequal=True))
+
+
+def test_processes_with_shards_of_unequal_sizes_take_equally_many_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "d", 16, 1)
+    (tmp_path / "d" / "train-0.parquet").rename(tmp_path / "d" / "train-1.parquet")
+    write(tmp_path / "other", 8, 1)
+    (tmp_path / "other" / "train-0.parquet").rename(tmp_path / "d" / "train-0.parquet")
+    counts = []
+    for rank in range(2):
+        data = streamed(tmp_path / "d", size=24)
+        monkeypatch.setattr(type(data), "rank", (rank, 2))
+        data.setup("fit")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            counts.append((len(epoch(data)), sum("begins anew" in str(warning.message) for warning in said)))
+    assert sorted(counts) == [(3, 0), (3, 1)]
 
 
 def test_a_stream_of_fewer_images_than_promised_is_an_error(shards: Path) -> None:

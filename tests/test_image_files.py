@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import small_images, write_images
 
-from datamodules.image_files import draw_per_class, printable, read_list, scan
+from datamodules.image_files import EXTENSIONS, draw_per_class, printable, read_list, scan
 from datamodules.rng import seeded_generator
 
 
@@ -107,7 +108,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ):
         small_images(tmp_path, batch_size=1).setup("fit")
     assert [str(warning.message) for warning in said] == [
-        f"Left out of {tmp_path / 'train'}: files with other endings than .jpg .jpeg .png .webp .gif .bmp .tif .tiff: "
+        f"Left out of {tmp_path / 'train'}: files with other endings than {' '.join(EXTENSIONS)}: "
         "2 .txt, 1 without ending, 1 .psd; loose files next to class folders: 2."
     ]
     assert [record.message for record in caplog.records] == [
@@ -116,8 +117,28 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ]
 
 
+@pytest.mark.parametrize("folder", [".ipynb_checkpoints", "@eaDir", "__MACOSX", "lost+found"])
+def test_folders_of_the_system_are_no_classes_and_hold_no_images(folder: str, tmp_path: Path) -> None:
+    for place in ("flat", "flat/inner", "classes", "classes/a", "classes/b/deeper"):
+        write_images(tmp_path / place / folder, 2)
+    (tmp_path / "empty" / folder).mkdir(parents=True)
+    for place, count in (("flat", 3), ("classes/a", 4), ("classes/b", 5), ("empty", 1)):
+        write_images(tmp_path / place, count)
+    classes, empty = scan(tmp_path / "classes"), scan(tmp_path / "empty")
+    assert classes.classes == ["a", "b"] and classes.samples.labels.tolist() == [0] * 4 + [1] * 5 and not classes.num_loose
+    assert classes.hidden == Counter({folder: 3})
+    assert empty.hidden == Counter({folder: 1}) and not empty.classes and len(empty.samples.paths) == 1
+    (tmp_path / "flat" / "inner").rename(tmp_path / "flat" / "..inner")  # hidden, too
+    flat = scan(tmp_path / "flat")
+    assert not flat.classes and len(flat.samples.paths) == 3 and flat.hidden == Counter({folder: 1, "..inner": 1})
+    with pytest.warns(UserWarning, match=re.escape(f"hidden folders and those of the system: 3 {folder}.")):
+        small_images(tmp_path / "classes").setup("fit")
+
+
 def test_every_ending_is_found(tmp_path: Path) -> None:
-    names = ["a.bmp", "b.GIF", "c.jpeg", "d.JPG", "e.png", "f.tif", "g.TIFF", "h.webp"]
+    names = ["a.bmp", "b.GIF", "c.jpeg", "d.JPG", "e.png", "f.tif", "g.TIFF", "h.webp", "i.jfif", "j.JPE", "k.jp2"]
+    names += ["l.avif", "m.pbm", "n.pgm", "o.ppm", "p.pnm"]
+    assert {Path(name).suffix.lower() for name in names} == set(EXTENSIONS)
     touch(*(tmp_path / name for name in names))
     assert below(tmp_path, scan(tmp_path).samples.paths.tolist()) == [name.encode() for name in names]
 

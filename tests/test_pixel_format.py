@@ -1,17 +1,21 @@
 """Images as microscopes and cameras write them: which values are black and white, how many channels, and what is refused."""
 
+import io
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from conftest import small_ijepa, small_images, small_views, trainer, write_images
 from PIL import Image
 from torch import Tensor
 
 from datamodules import ImageFolder, MultiTask
-from datamodules.decoding import read_image
+from datamodules.decoding import read_image, size_of
 from datamodules.first_look import look
 from datamodules.pixel_format import IMAGENET_MEAN, PixelFormat, agree
 from datamodules.preprocessing import denormalize, normalize
@@ -130,6 +134,124 @@ def test_bands_of_other_images_are_channels(tmp_path: Path) -> None:
         read_image(str(deep), PixelFormat(4))
 
 
+def png16(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits in gray with opacity, RGB or RGBA, (H, W, 2 to 4), which Pillow does not write."""
+    height, width, count = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[count], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def bands(count: int, dtype: str = "uint16") -> np.ndarray:
+    """12 bits in so many bands, (8, 9, C): the first pixel is white."""
+    values = np.random.default_rng(count).integers(0, 4096, (8, 9, count), dtype=np.uint16)
+    values[0, 0] = 4095
+    scale = {"uint8": 1 / 16, "float32": 1 / 4096}.get(dtype, 1)
+    return (values * scale).astype(dtype)
+
+
+def save_bands(path: Path, values: np.ndarray, planar: str = "contig", **how: Any) -> Path:
+    order = values if planar == "contig" else values.transpose(2, 0, 1)
+    how = {"photometric": "rgb" if values.shape[2] in (3, 4) else "minisblack", "planarconfig": planar} | how
+    tifffile.imwrite(path, order, **how)
+    return path
+
+
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "uint32", "int16", "float32"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_bands_of_any_depth_are_channels(tmp_path: Path, count: int, dtype: str, planar: str) -> None:
+    values = bands(count, dtype)
+    order = {"byteorder": ">"} if dtype == ">u2" else {}
+    path = save_bands(tmp_path / "a.tif", values, planar, **order, compression="zlib")
+    pixels = PixelFormat(count, integers=(0, 4095))
+    expected = pixels.to_bytes(values)
+    for source in (str(path), str(path).encode(), io.BytesIO(path.read_bytes())):
+        assert np.array_equal(read_image(source, pixels).permute(1, 2, 0), expected)
+    assert size_of(str(path)) == (8, 9)
+    found = look([str(path).encode()], channels=count)
+    if dtype in ("uint16", ">u2", "uint32", "int16"):
+        assert found.pixels.integers == (0, 4095)
+    name = {"uint8": "8-bit gray", "uint16": "16-bit gray", ">u2": "16-bit gray", "float32": "floats"}
+    if dtype != "uint8" or count in (2, 5):
+        assert f"1 {name.get(dtype, '32-bit integers')} in {count} bands" in found.said
+    if count == 5:
+        with pytest.raises(ValueError, match=r"it has 5 bands, and data.channels=3: set that to 5"):
+            read_image(str(path))
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_colors_of_16_bits_keep_all_of_them(tmp_path: Path, ending: str, count: int) -> None:
+    """In 12 bits of 16: Pillow would keep the upper 8, nearly black."""
+    values, path = bands(count), tmp_path / f"a.{ending}"
+    opaque = np.array([65535, 0, 13107], np.uint16)
+    if count != 3:
+        values[:, :, -1] = opaque[np.arange(9) % 3]  # opaque, clear, a fifth
+    if ending == "png":
+        path.write_bytes(png16(values))
+    else:
+        save_bands(path, values, extrasamples=None if count == 3 else ["unassalpha"])
+    colors = values if count == 3 else values[:, :, :-1]
+    found = look([str(path).encode()])
+    assert found.pixels == PixelFormat(integers=(0, 4095)), "the opacity of 16 bits is no color"
+    assert f"1 16-bit gray in {count} bands" in found.said
+    expected = np.repeat(colors // 16, 3 // colors.shape[2], axis=2).astype(float)
+    if count != 3:
+        share = (opaque / 65535)[np.arange(9) % 3][None, :, None]
+        expected = np.rint(255 - (255 - expected) * share)
+    for source in (str(path), io.BytesIO(path.read_bytes())):
+        assert np.array_equal(read_image(source, found.pixels).permute(1, 2, 0), expected)
+    gray = read_image(str(path), PixelFormat(1, integers=(0, 4095)))
+    assert np.abs(gray[0].numpy() - expected @ [0.299, 0.587, 0.114]).max() < 1.5
+    whole = PixelFormat(count, integers=(0, 4095))
+    assert np.array_equal(read_image(str(path), whole).permute(1, 2, 0), whole.to_bytes(values)), "or all as channels"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_are_the_right_way_up(tmp_path: Path, orientation: int) -> None:
+    values = bands(3)
+    tag = (274, "H", 1, orientation, True)
+    deep = read_image(str(save_bands(tmp_path / "deep.tif", values, extratags=[tag])), PixelFormat(integers=(0, 4095)))
+    plain = read_image(str(save_bands(tmp_path / "plain.tif", (values // 16).astype(np.uint8), extratags=[tag])))
+    assert torch.equal(deep, plain) and deep.shape == ((3, 8, 9) if orientation < 5 else (3, 9, 8))
+
+
+def test_damaged_bands_are_left_out(tmp_path: Path) -> None:
+    whole = save_bands(tmp_path / "whole.tif", bands(5)).read_bytes()
+    for number, length in enumerate((6, 20, len(whole) // 2, len(whole) - 100)):
+        (tmp_path / f"{number}.tif").write_bytes(whole[:length])
+    for number in range(4):
+        with pytest.raises(Exception, match="."):
+            read_image(str(tmp_path / f"{number}.tif"), PixelFormat(5))
+    assert look(paths(tmp_path), channels=5).pixels.integers == (0, 4095)
+
+
+def test_huge_bands_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_bands(tmp_path / "a.tif", bands(5))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 35)
+    with pytest.raises(Image.DecompressionBombError, match="8 x 9 pixels"):
+        read_image(str(path), PixelFormat(5))
+
+
+def test_a_folder_of_deep_colors_trains(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png16(bands(3) // (number + 1)))
+    data = small_images(tmp_path / "images", batch_size=2)
+    fitted(data, tmp_path / "run")
+    assert data.pixels.integers == (0, 4095)
+    model = load(tmp_path / "run" / "a.ckpt")
+    batch = next(iter(data.val_dataloader()))
+    file = data._samples["val"].paths[0].decode()
+    torch.testing.assert_close(model.transform(file), normalize(batch.images, data.pixels)[0])
+    torch.testing.assert_close(model.transform(Path(file)), model.transform(io.BytesIO(Path(file).read_bytes())))
+
+
 @pytest.mark.parametrize(
     ("largest", "white"), [(1, 255), (255, 255), (256, 511), (1023, 1023), (2048, 4095), (4095, 4095), (4096, 8191)]
 )
@@ -145,6 +267,37 @@ def test_a_range_that_is_given_is_taken(tmp_path: Path) -> None:
     assert look(paths(tmp_path), value_range=(0, 2)).pixels == PixelFormat(integers=(0, 2), floats=(0, 2))
     save(tmp_path, "b.tif", np.array([[-3, 9]], np.int32))
     assert look(paths(tmp_path)).pixels.integers == (-3, 9)
+
+
+@pytest.mark.parametrize(
+    ("odd", "values", "expected"),
+    [
+        (-9999.0, (0, 100), (0, 100)),
+        (1e6, (0, 100), (0, 100)),
+        (np.nan, (0, 100), (0, 100)),
+        (np.inf, (0, 100), (0, 100)),
+        (-9999.0, (0.1, 0.9), (0, 1)),
+        (150.0, (0, 100), (0, 150)),
+        (-5.0, (5, 5), (-5, 5)),
+    ],
+)
+def test_one_odd_pixel_does_not_choose_the_range(
+    tmp_path: Path, odd: float, values: tuple[float, float], expected: tuple[float, float]
+) -> None:
+    ramp = np.linspace(*values, 64 * 64, dtype=np.float32).reshape(64, 64)
+    save(tmp_path, "a.tif", ramp)
+    ramp[0, 0] = odd
+    save(tmp_path, "b.tif", ramp)
+    found = look(paths(tmp_path))
+    assert found.pixels.floats == pytest.approx(expected, abs=0.11)
+    said = "cutting off those down to" in found.said
+    assert said == (np.isfinite(odd) and not expected[0] <= odd <= expected[1])
+
+
+def test_floats_that_are_all_the_same_are_black(tmp_path: Path) -> None:
+    path = save(tmp_path, "a.tif", np.full((8, 8), 5, np.float32))
+    found = look(paths(tmp_path)).pixels
+    assert found.floats == (5, 6) and not read_image(str(path), found).any()
 
 
 def test_mean_and_deviation_are_those_of_the_scaled_values(tmp_path: Path) -> None:

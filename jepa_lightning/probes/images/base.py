@@ -158,6 +158,10 @@ class ImageProbe(SeesImages, ABC):
             raise ValueError(f"{getattr(data, 'root', 'The data')} has no folders of classes, and {name} needs labels.")
         if min(numbers) < 2:
             raise ValueError(f"The data has one class alone, and {name} is to tell classes apart.")
+        if without := getattr(data, "num_unlabeled", 0):
+            raise ValueError(
+                f"{without} images of {data.root} have no class, and {name} needs that of each: leave them out."
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.fitted.fill_(True)

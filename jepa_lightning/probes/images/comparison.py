@@ -95,7 +95,8 @@ class ComparisonProbe(RidgeProbe):
 
     def setup(self, stage: str) -> None:
         """Compare with the data module; labels are welcome, not needed. See `ImageProbe.setup` for the errors."""
-        self.needs_labels = (getattr(self.data, "num_classes", self.num_classes) or 0) > 1
+        labeled = not getattr(self.data, "num_unlabeled", 0)
+        self.needs_labels = labeled and (getattr(self.data, "num_classes", self.num_classes) or 0) > 1
         super().setup(stage)
         for name, network in self.others.items():
             if self._sizes[name] != self.image_size:
