@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import run_script, small_ijepa, small_images, trainer, write_images
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as vision
 
 import jepa_lightning.probes.images.comparison as comparison
 from datamodules.pixel_format import PixelFormat
@@ -104,6 +106,7 @@ def test_weights_from_elsewhere_see_images_as_they_were_trained(checkpoint: str,
     assert figures["other_0"] == figures["jepa"], "the same weights"
     probe = ComparisonProbe(checkpoint, others)
     probe.others["other_1"] = probe.others["other_1"].resized((16, 16))  # type: ignore[operator]  # as `setup` does
+    probe._sizes["other_1"] = (16, 16)
     pixels = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     theirs = probe._pixels["other_1"]
     assert theirs != PixelFormat()
@@ -115,6 +118,39 @@ def test_weights_from_elsewhere_see_images_as_they_were_trained(checkpoint: str,
     assert not probe.others["other_0"].training
     own = ComparisonProbe(checkpoint, [others[0]], baselines=False)
     assert list(own.names) == ["jepa", "other_0"]
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("test_vit3", [96] * 4), ("test_resnet", [32, 48, 192, 96])])
+def test_any_model_of_timm_is_compared_with(
+    name: str, sizes: list[int], checkpoint: str, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a class token and learned positions, or convolutional; at its own size and in its own normalization."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained_cfg_overlay={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}).eval()
+    timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=name == "test_vit3")
+    with caplog.at_level("INFO"):
+        report = compare(checkpoint, images, tmp_path / "out", others=[str(tmp_path / "timm")])
+    side = model.pretrained_cfg["input_size"][1]
+    assert f"timm sees the images of (16, 16) resized to ({side}, {side})" in caplog.text
+    assert set(report["comparison"]["other_0"]) == set(report["comparison"]["jepa"])
+    probe = ComparisonProbe(checkpoint, [str(tmp_path / "timm")])
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = probe.features(normalize(pixels))["other_0"]
+    assert found.shape == (2, sum(sizes)) and probe.last("other_0", found).shape == (2, sizes[-1])
+    larger = vision.resize(pixels, [side, side]).float() / 255
+    seen = (larger - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[:, None, None]
+    with torch.no_grad():
+        tokens = model.forward_features(seen)
+    expected = tokens[:, 1:].mean(dim=1) if tokens.ndim == 3 else tokens.mean(dim=(2, 3))
+    torch.testing.assert_close(probe.last("other_0", found), expected, rtol=1e-4, atol=1e-4)
+    assert not any(parameter.requires_grad for parameter in probe.others.parameters())
+
+
+def test_a_folder_that_timm_cannot_read_says_why(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "config.json").write_text('{"architecture": "vit_of_nobody"}')
+    with pytest.raises(ValueError, match=r"timm cannot be read by timm \(RuntimeError: .*vit_of_nobody"):
+        ComparisonProbe(checkpoint, [str(tmp_path / "timm")])
 
 
 def test_other_channels_are_refused(checkpoint: str, tmp_path: Path) -> None:

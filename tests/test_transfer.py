@@ -3,11 +3,14 @@
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import small_ijepa, small_images, trainer, write_images
+from torchvision.transforms.v2 import functional as vision
 
+from datamodules.preprocessing import normalize
 from jepa_lightning import load
 from jepa_lightning.cli import main
 from jepa_lightning.probes import (
@@ -91,7 +94,9 @@ def test_positions_are_those_of_training_again_at_their_size(checkpoint: str) ->
     assert torch.equal(probe.encoder.positions, before)
 
 
-def test_other_encoders_are_stretched_once(checkpoint: str, elsewhere: Path, tmp_path: Path, image_root: Path) -> None:
+def test_other_encoders_are_stretched_once(
+    checkpoint: str, elsewhere: Path, tmp_path: Path, image_root: Path, caplog: Any
+) -> None:
     other = small_ijepa(image_size=48, patch_size=8)
     run = trainer(tmp_path / "other", max_steps=1)
     run.fit(other, small_images(image_root, image_size=48))
@@ -100,8 +105,15 @@ def test_other_encoders_are_stretched_once(checkpoint: str, elsewhere: Path, tmp
     run = trainer(tmp_path / "probe", limit_test_batches=1.0)
     run.test(probe, small_images(elsewhere, image_size=48), verbose=False)
     assert torch.equal(probe.others["other_0"].positions, other.target_encoder.positions), "48 is its own size"
-    with pytest.raises(ValueError, match=r"other.ckpt: Images of \(20, 20\) pixels are no multiple of patch_size=8"):
-        run.test(ComparisonProbe(checkpoint, [str(tmp_path / "other.ckpt")]), small_images(elsewhere, image_size=20))
+    with caplog.at_level("INFO"):  # its patches of 8 pixels do not tile 20
+        probe = ComparisonProbe(checkpoint, [str(tmp_path / "other.ckpt")])
+        run.test(probe, small_images(elsewhere, image_size=20), verbose=False)
+    assert "other.ckpt sees the images of (20, 20) resized to (48, 48)" in caplog.text
+    images = torch.randint(0, 256, (2, 3, 20, 20), dtype=torch.uint8)
+    larger = normalize(vision.resize(images, [48, 48]))
+    expected = [block.mean(dim=1) for block in other.target_encoder.last_blocks(larger, 4)]
+    found = probe.features(normalize(images))["other_0"]
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [LinearProbe, AttentiveProbe, FineTuning, RidgeProbe, KNNProbe, ComparisonProbe])

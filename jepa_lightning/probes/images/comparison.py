@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as vision
 
 from datamodules.batches import ImageBatch, batch_generator
 from datamodules.pixel_format import PixelFormat
@@ -18,6 +20,7 @@ from datamodules.preprocessing import denormalize, normalize
 from jepa_lightning.classifiers import classify, directions
 from jepa_lightning.figures import show
 from jepa_lightning.image_jepa import ImageJEPA
+from jepa_lightning.networks.timm_model import TimmModel, is_timm_folder
 from jepa_lightning.networks.vit import ViTEncoder
 from jepa_lightning.probes.images.linear import shrunk_pixels
 from jepa_lightning.probes.images.memory_bank import MemoryBank
@@ -55,8 +58,9 @@ class ComparisonProbe(RidgeProbe):
 
     Args:
         checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM.
-        others: Paths of further run directories, checkpoints, or weights in the layout of the released I-JEPA, of timm or of
-            Hugging Face, which read the same images, resized positions included.
+        others: Paths of further run directories, checkpoints, weights in the layout of the released I-JEPA or of Hugging
+            Face's, or folders of any of timm's models. A JEPA sees the same images, its positions stretched to their size,
+            if its patches tile them; else, as timm's models do, the same resized to what it was trained on.
         num_classes: Number of classes; that of the data by default.
         encoder: Which encoder's embeddings are read, "target" as in the paper, or "context".
         baselines: Whether to evaluate the randomly initialized encoder and pixels, too.
@@ -85,10 +89,12 @@ class ComparisonProbe(RidgeProbe):
         self._pixels: dict[str, PixelFormat] = {}
         self._sizes: dict[str, tuple[int, int]] = {}
         for place, path in enumerate(others or []):
-            other = load(path)
-            if not isinstance(other, ImageJEPA) or other.channels != self.channels:
+            other = _load_other(path)
+            if not isinstance(other, ImageJEPA | TimmModel) or other.channels != self.channels:
                 raise ValueError(f"{path}: give an I-JEPA, an IWM or an encoder for images of {self.channels} channels.")
-            network = other.target_encoder if encoder == "target" else other.context_encoder
+            network: nn.Module = other
+            if isinstance(other, ImageJEPA):
+                network = other.target_encoder if encoder == "target" else other.context_encoder
             self.others[f"other_{place}"] = network.requires_grad_(False).eval()
             self._pixels[f"other_{place}"], self._sizes[f"other_{place}"] = other.pixels, other.image_size
         self._frozen.append("others")
@@ -99,12 +105,12 @@ class ComparisonProbe(RidgeProbe):
         self.needs_labels = labeled and (getattr(self.data, "num_classes", self.num_classes) or 0) > 1
         super().setup(stage)
         for name, network in self.others.items():
-            if self._sizes[name] != self.image_size:
-                try:
-                    self.others[name] = network.resized(self.image_size)
-                except ValueError as error:
-                    raise ValueError(f"{self.names[name]}: {error}") from None
-                self._sizes[name] = self.image_size
+            if self._sizes[name] == self.image_size:
+                continue
+            if isinstance(network, ViTEncoder) and not any(side % network.patch_size for side in self.image_size):
+                self.others[name], self._sizes[name] = network.resized(self.image_size), self.image_size
+            else:
+                rank_zero_info(f"{self.names[name]} sees the images of {self.image_size} resized to {self._sizes[name]}.")
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -113,8 +119,9 @@ class ComparisonProbe(RidgeProbe):
         if self.baselines:
             found |= {"untrained": _pooled(self.untrained, images), "pixels": shrunk_pixels(images)}
         for name, network in self.others.items():
-            theirs = self._pixels[name]
-            seen = images if theirs == self.pixels else normalize(denormalize(images, self.pixels), theirs)
+            theirs, size, seen = self._pixels[name], self._sizes[name], images
+            if theirs != self.pixels or size != self.image_size:
+                seen = normalize(vision.resize(denormalize(images, self.pixels), list(size)), theirs)
             found[name] = _pooled(network, seen)  # type: ignore[arg-type]
         return found
 
@@ -122,7 +129,7 @@ class ComparisonProbe(RidgeProbe):
         """Of the averages of four blocks, that of the last one; pixels as they are."""
         if name == "pixels":
             return features
-        network: ViTEncoder = self.others[name] if name in self.others else self.encoder  # type: ignore[assignment]
+        network: ViTEncoder | TimmModel = self.others[name] if name in self.others else self.encoder  # type: ignore[assignment]
         return features[:, -network.dim :]
 
     def on_test_start(self) -> None:
@@ -211,7 +218,17 @@ class ComparisonProbe(RidgeProbe):
         save_report(directory, report, "Comparison", notes, "\n".join(lines))
 
 
-def _pooled(encoder: ViTEncoder, images: Tensor) -> Tensor:
+def _load_other(path: str) -> nn.Module:
+    """What `load` reads, or one of timm's models."""
+    try:
+        return load(path)
+    except (FileNotFoundError, ValueError):  # not of an I-JEPA's architecture, or not in safetensors
+        if not is_timm_folder(path):
+            raise
+        return TimmModel(path)
+
+
+def _pooled(encoder: ViTEncoder | TimmModel, images: Tensor) -> Tensor:
     """Averages over the patches of the last four blocks, one after the other: (B, C, H, W) -> (B, 4 D)."""
     return torch.cat([block.float().mean(dim=1) for block in encoder.last_blocks(images, 4)], dim=1)
 
