@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, small_ijepa, trainer
+from conftest import parameters_equal, run_script, small_ijepa, trainer
+from lightning.pytorch import Callback
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -318,13 +319,45 @@ def test_colors_of_classes_differ_and_void_is_white() -> None:
     assert len({tuple(colors[0, :, 0, place].tolist()) for place in range(4)}) == 4
 
 
+def test_a_cut_run_goes_on_with_the_next_batch(checkpoint: str, scenes: Path, tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self, cut: int) -> None:
+            self.cut, self.means = cut, []
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.means.append(batch.images.mean(dim=(1, 2, 3)).tolist())
+            if len(self.means) == self.cut:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def fit(cut: int, path: Path | None = None) -> tuple[SegmentationProbe, list[list[float]]]:
+        torch.manual_seed(0)
+        probe, seen = SegmentationProbe(checkpoint), Seen(cut)
+        trainer(tmp_path, max_epochs=3, callbacks=[seen]).fit(probe, small_scenes(scenes), ckpt_path=path, weights_only=True)
+        return probe, seen.means
+
+    whole, means = fit(4)  # the first batch of the second epoch of three batches
+    rest, later = fit(-1, tmp_path / "cut.ckpt")
+    assert len(means) == 9 and later == means[4:]
+    assert parameters_equal(whole, rest)
+
+
 TWO = """
+import json
 import sys
 from pathlib import Path
 import torch
 from test_segmentation import small_scenes
 from conftest import trainer
+from lightning.pytorch import Callback
 from jepa_lightning.probes import SegmentationProbe
+
+class Seen(Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        with open(out / f"seen {trainer.global_rank}", "a") as file:
+            file.write(json.dumps(batch.images.mean(dim=(1, 2, 3)).tolist()) + chr(10))
+
+    def on_fit_end(self, trainer, module):
+        torch.save(dict(module.heads.named_parameters()), out / f"heads {trainer.global_rank}")
 
 out, checkpoint, scenes = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 torch.manual_seed(0)
@@ -332,10 +365,13 @@ probe = SegmentationProbe(checkpoint, num_classes=3)
 probe.needs_fit = False
 run = trainer(out, devices=2, strategy="ddp", limit_test_batches=1.0)
 run.test(probe, small_scenes(scenes, batch_size=2), verbose=False)
+probe = SegmentationProbe(checkpoint, num_classes=3)
+run = trainer(out, devices=2, strategy="ddp", max_epochs=1, callbacks=[Seen()])
+run.fit(probe, small_scenes(scenes, batch_size=2, crop_scale=(1.0, 1.0), flip=0.0))
 """
 
 
-def test_two_processes_evaluate_each_image_once(checkpoint: str, scenes: Path, tmp_path: Path) -> None:
+def test_two_processes_train_on_and_evaluate_each_image_once(checkpoint: str, scenes: Path, tmp_path: Path) -> None:
     run_script(TWO, tmp_path / "two", checkpoint, str(scenes))
     torch.manual_seed(0)
     probe = SegmentationProbe(checkpoint, num_classes=3)
@@ -344,6 +380,12 @@ def test_two_processes_evaluate_each_image_once(checkpoint: str, scenes: Path, t
     one, two = (json.loads((tmp_path / name / "report.json").read_text())["segmentation"] for name in ("one", "two"))
     for name, figures in one.items():
         assert figures["miou"] == pytest.approx(two[name]["miou"], abs=1e-6), name
+    seen = [(tmp_path / "two" / f"seen {rank}").read_text().splitlines() for rank in range(2)]
+    assert len(seen[0]) == len(seen[1]) == 3
+    means = [mean for part in seen for line in part for mean in json.loads(line)]
+    assert len(set(means)) == 12, "in training each of the 12 images once, by one of the two"
+    heads = [torch.load(tmp_path / "two" / f"heads {rank}") for rank in range(2)]
+    assert all(torch.equal(value, heads[1][name]) for name, value in heads[0].items())
 
 
 def test_the_command_line_from_fit_to_report(checkpoint: str, scenes: Path, tmp_path: Path) -> None:
