@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -68,12 +69,14 @@ def read_image(path: Source, pixels: PixelFormat | None = None) -> Tensor:
         ChannelsError: The image has another number of channels.
     """
     pixels = pixels or PixelFormat()
-    with warnings.catch_warnings(action="ignore"), _opened(path) as image:
-        if isinstance(image, Bands):
-            return _upright(_pixels_of_bands(image, pixels), image.orientation)
+    with warnings.catch_warnings(action="ignore"), _opened(path, pixels.channels) as (image, bands):
+        if bands is not None:
+            orientation = _orientation(image) if bands.orientation is None else bands.orientation
+            return _upright(_pixels_of_bands(bands, pixels), orientation)
+        assert image is not None
         plain = image.format == "JPEG" and image.mode == "RGB" and pixels.channels == 3
-        found = _decode_plain_jpeg(path) if plain else None
-        return upright_pixels_of(image, pixels) if found is None else _upright(found, _orientation(image))
+        decoded = _decode_plain_jpeg(path) if plain else None
+        return upright_pixels_of(image, pixels) if decoded is None else _upright(decoded, _orientation(image))
 
 
 def upright_pixels_of(image: Image.Image, pixels: PixelFormat) -> Tensor:
@@ -102,8 +105,11 @@ def read_values(path: Source, channels: int) -> np.ndarray:
     Raises:
         Exception: As for `read_image`.
     """
-    with warnings.catch_warnings(action="ignore"), _opened(path) as image:
-        return _values_of_bands(image, channels)[0] if isinstance(image, Bands) else _values_of(image, channels)
+    with warnings.catch_warnings(action="ignore"), _opened(path, channels) as (image, bands):
+        if bands is not None:
+            return _values_of_bands(bands, channels)[0]
+        assert image is not None
+        return _values_of(image, channels)
 
 
 def layout_of(path: Source) -> str:
@@ -112,9 +118,10 @@ def layout_of(path: Source) -> str:
     Raises:
         Exception: As for `read_image`.
     """
-    with warnings.catch_warnings(action="ignore"), _opened(path) as image:
-        if isinstance(image, Bands):
-            return f"{image.count} bands of {image.kind}"
+    with warnings.catch_warnings(action="ignore"), _opened(path) as (image, bands):
+        if bands is not None:
+            return f"{bands.count} bands of {bands.kind}"
+        assert image is not None
         pages = len(_pages(image))
         return image.mode if pages == 1 else f"{pages} pages of {image.mode}"
 
@@ -125,7 +132,9 @@ def size_of(path: Source) -> tuple[int, int]:
     Raises:
         Exception: As for `read_image`.
     """
-    with warnings.catch_warnings(action="ignore"), _opened(path) as image:
+    with warnings.catch_warnings(action="ignore"), _opened(path) as opened:
+        image = opened[0] or opened[1]
+        assert image is not None
         return image.height, image.width
 
 
@@ -135,19 +144,19 @@ def is_wide(layout: str) -> bool:
 
 
 @contextmanager
-def _opened(path: Source) -> Iterator[Image.Image | Bands]:
-    source, bands = path if isinstance(path, io.BytesIO) else os.fsdecode(path), None
+def _opened(path: Source, channels: int = 3) -> Iterator[tuple[Image.Image | None, Bands | None]]:
+    """What Pillow opens of a file, None if it cannot, and its bands where Pillow cannot read them as they are."""
+    source = path if isinstance(path, io.BytesIO) else os.fsdecode(path)
     try:
         image = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError:
-        bands = bands_of(source, None)
+        bands = bands_of(source, None, channels)
         if bands is None:
             raise
-    if bands is not None:
-        yield bands
+        yield None, bands
         return
     with image:
-        yield bands_of(source, image) or image
+        yield image, bands_of(source, image, channels)
 
 
 def _decode_plain_jpeg(path: Source) -> np.ndarray | None:
@@ -173,31 +182,32 @@ def _pixels_of(image: Image.Image, pixels: PixelFormat) -> np.ndarray:
     return np.repeat(found, pixels.channels // found.shape[2], axis=2)
 
 
-def _pixels_of_bands(image: Bands, pixels: PixelFormat) -> np.ndarray:
+def _pixels_of_bands(bands: Bands, pixels: PixelFormat) -> np.ndarray:
     """As `_pixels_of`."""
-    values, opacity = _values_of_bands(image, pixels.channels)
+    values, opacity = _values_of_bands(bands, pixels.channels)
     found = pixels.to_bytes(values)
     if opacity is not None:  # on white
-        found = np.rint(255 - (255 - found) * opacity).astype(np.uint8)
+        seen = found if bands.premultiplied else found * opacity
+        found = np.rint(seen + 255 * (1 - opacity)).clip(0, 255).astype(np.uint8)
     return np.repeat(found, pixels.channels // found.shape[2], axis=2)
 
 
-def _values_of_bands(image: Bands, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _values_of_bands(bands: Bands, channels: int) -> tuple[np.ndarray, np.ndarray | None]:
     """As `_values_of`, and how opaque they are, (H, W, 1) in [0, 1]; None where all bands are channels, or none says so.
 
     Raises:
         ChannelsError: The image has another number of channels.
     """
-    colors = image.count - (image.opacity and channels != image.count)
-    if colors != channels and (colors not in (1, 3) or channels not in (1, 3)):
-        raise ChannelsError(f"it has {image.count} bands, and data.channels={channels}: set that to {image.count}")
-    values = image.values()
-    opacity = None
-    if colors < image.count:
-        most = 1.0 if values.dtype.kind == "f" else np.iinfo(values.dtype).max
-        opacity = values[:, :, -1:].astype(np.float64) / most
-    values = values[:, :, :colors]
-    if channels == 1 and colors == 3:
+    plain = bands.colors == 1 or (bands.rgb and bands.colors == 3)
+    if channels not in ({1, 3, bands.count} if plain else {bands.colors, bands.count}):
+        raise ChannelsError(f"it has {bands.count} bands, and data.channels={channels}: set that to {bands.count}")
+    values, opacity = bands.values(), None
+    if bands.opacity is not None and channels != bands.count:
+        alone = np.nan_to_num(values[:, :, bands.opacity, None].astype(np.float64))
+        opaque = max(1, 2 ** int(alone.max()).bit_length() - 1)  # 65535, or 4095 in files of 12 bits; of floats 1
+        opacity = (alone / opaque).clip(0, 1)
+        values = np.delete(values, bands.opacity, axis=2)
+    if channels == 1 and bands.rgb and values.shape[2] == 3:
         gray = values @ GRAY
         values = (gray if values.dtype.kind == "f" else np.rint(gray)).astype(values.dtype)[:, :, None]
     return values, opacity
@@ -253,7 +263,7 @@ def _pages(image: Image.Image) -> list[int]:
     return alike
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Any) -> int:
     """EXIF's orientation, 1 where it has none or is damaged. Of a TIFF it is 1, because Pillow turns that by itself.
 
     Only read: to rewrite a damaged EXIF block, as `ImageOps.exif_transpose` does, may raise nearly anything.

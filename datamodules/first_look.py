@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 MOST = 0.001
-"""Share of the floats at either end that may lie far away from all others without widening the range."""
+"""Fraction of the floats at either end that may lie far away from all others without widening the range."""
 
 FAR = 10
 """How many times as far as the others all floats reach, where some lie far away."""
@@ -64,8 +64,9 @@ def look(
 
     Integers of more than 8 bits are taken to use as many bits as the largest of them needs: 12 bits in files of 16 make
     4095 white. Floats in [0, 1] have that range, others that from the smallest to the largest, but for values far from all
-    others, such as -9999 for no data. Only such images are decoded, and all that are looked at where mean and
-    standard deviation are to be found. Damaged files are passed over here, since whoever reads them next names them.
+    others: one in a thousand, or one and the same number such as -9999 for no data. Only such images are decoded, and all
+    that are looked at where mean and standard deviation are to be found. Damaged files are passed over here, since whoever
+    reads them next names them.
 
     Args:
         paths: Files of the images.
@@ -187,9 +188,12 @@ def _float_range(low: float, high: float, some: np.ndarray) -> Range:
         high: The largest of all values.
         some: Evenly spaced ones of them, (N,), of any value.
     """
-    inner = [float(value) for value in np.quantile(some[np.isfinite(some)], (MOST, 1 - MOST))]
-    if high - low > FAR * (inner[1] - inner[0]) > 0:
-        low, high = inner
+    some = some[np.isfinite(some)]
+    between = some[(some > low) & (some < high)]  # without a number that stands for no data
+    if len(between) > len(some) / 2:
+        inner = [float(value) for value in np.quantile(between, (MOST, 1 - MOST))]
+        if high - low > FAR * (inner[1] - inner[0]):
+            low, high = inner
     if low >= 0 and high <= 1:
         return 0.0, 1.0
     return low, high if high > low else low + 1
@@ -207,7 +211,9 @@ def _say(layouts: Counter[str], pixels: PixelFormat, ranges: dict[str, Range], f
     for layout, count in layouts.items():
         parts, _, mode = layout.rpartition(" of ")
         name = "16-bit gray" if mode.startswith("I;16") else LAYOUTS.get(mode, mode)
-        named[f"{name} in {parts}" if parts else name] += count
+        if parts.endswith("bands"):
+            name = f"with {parts} of {name.replace('-bit gray', ' bits')}"
+        named[f"{name} in {parts}" if parts.endswith("pages") else name] += count
     kinds = ", ".join(f"{count} {name}" for name, count in named.most_common())
     said = [f"Of {layouts.total()} images looked at: {kinds}"]
     if "integers" in ranges:

@@ -110,7 +110,9 @@ class HuggingFaceSource:
         if column is not None:
             values = opened.select_columns([column]).with_format("arrow")[:][column]
             present = ~np.asarray(values.is_null())
-            values = np.asarray(values.drop_null())
+            if np.issubdtype(np.asarray(values.drop_null()).dtype, np.signedinteger):
+                present &= np.asarray(values.fill_null(-1)) != -1  # as the Hub has it where labels are withheld
+            values = np.asarray(values.filter(present))
             if not classes:
                 found, values = np.unique(values, return_inverse=True)
                 classes = known or [str(value) for value in found]

@@ -107,8 +107,8 @@ class StreamBatches:
             return
         warnings.warn(
             f"The share of the stream of this process ended after {count} of {self.length * self.batch_size} images, and "
-            "begins anew, so that some images come twice and some of other processes not at all. Shards of equally many "
-            "images would be shared exactly; a smaller data.size avoids it, too.",
+            "begins anew, so that some images come twice, and some of other processes perhaps not at all. Shards of equally "
+            "many images are shared exactly; a smaller data.size avoids it, too.",
             stacklevel=2,
         )
         while True:

@@ -50,8 +50,10 @@ class OnlineClassifiers(WideMetric):
         self.labels.append(labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """Accuracies, scalars: "knn_accuracy" and "linear_accuracy"."""
+        """Accuracies, scalars: "knn_accuracy" and "linear_accuracy"; none of fewer than two samples."""
         features, labels = dim_zero_cat(self.features), dim_zero_cat(self.labels)
+        if len(labels) < 2:
+            return {}
         halves = (features[0::2], labels[0::2], features[1::2], labels[1::2])
         members, member_labels, queries, answers = halves
         mean = members.mean(dim=0)

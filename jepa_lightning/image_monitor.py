@@ -41,7 +41,7 @@ class ImageMonitor(nn.Module):
             targets: What they should be, (B, M, L, D).
             places: Indices of the hidden patches, (B, M, L).
             features: Pooled embeddings of the images, (B, D).
-            labels: Their classes, (B,); -1 without.
+            labels: Their classes, (B,); -1 without, which are not classified.
         """
         self.error.update((predictions - targets).square().mean())
         # The baseline: one and the same answer, the mean feature, for every patch of every image.
@@ -49,8 +49,8 @@ class ImageMonitor(nn.Module):
         self.mean_error.update((mean - targets).square().mean())
         # And a stronger one, which knows the place of each patch.
         self.over_places.update(predictions, targets, places)
-        if bool((labels >= 0).all()):
-            self.classifiers.update(features, labels)
+        # Also where none is left: processes must agree on what there is to be gathered.
+        self.classifiers.update(features[labels >= 0], labels[labels >= 0])
 
     def compute(self, rankme: Tensor, classify: bool) -> dict[str, Tensor]:
         """Scalars by name; the next validation starts anew.

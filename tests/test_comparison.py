@@ -149,7 +149,7 @@ def test_any_model_of_timm_is_compared_with(
 def test_a_folder_that_timm_cannot_read_says_why(checkpoint: str, tmp_path: Path) -> None:
     (tmp_path / "timm").mkdir()
     (tmp_path / "timm" / "config.json").write_text('{"architecture": "vit_of_nobody"}')
-    with pytest.raises(ValueError, match=r"timm cannot be read by timm \(RuntimeError: .*vit_of_nobody"):
+    with pytest.raises(ValueError, match=r"timm cannot be read as a model of timm \(RuntimeError: .*vit_of_nobody"):
         ComparisonProbe(checkpoint, [str(tmp_path / "timm")])
 
 

@@ -249,6 +249,7 @@ def test_rows_without_an_image_or_a_class_end_nothing(tmp_path: Path) -> None:
         ([1, None, 0] * 4, "class", ["ant", "bee"], [1, -1, 0] * 4),
         ([1, -1, 0] * 4, "class", ["ant", "bee"], [1, -1, 0] * 4),
         ([5, None, 3] * 4, "int64", ["3", "5"], [1, -1, 0] * 4),
+        ([5, -1, 3] * 4, "int64", ["3", "5"], [1, -1, 0] * 4),
         (["b", None, "a"] * 4, "string", ["a", "b"], [1, -1, 0] * 4),
         ([True, False, None] * 4, "bool", ["False", "True"], [1, 0, -1] * 4),
     ],
@@ -269,8 +270,9 @@ def test_rows_without_a_class_on_a_disk(
     found = [*data.plain_train_dataloader(), *data.val_dataloader()]
     both = {number: label for batch in found for number, label in zip(numbers(batch), batch.labels.tolist(), strict=True)}
     assert [both[n] for n in range(12)] == expected
-    run = trainer(tmp_path / "run", max_steps=1)
+    run = trainer(tmp_path / "run", max_steps=1, limit_val_batches=1.0, val_check_interval=1)
     run.fit(small_ijepa(), data)
+    assert "val/knn_accuracy" in run.callback_metrics, "of those that have a class"
     run.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"4 images of .* have no class, and KNNProbe needs that of each"):
         trainer(tmp_path / "knn").test(KNNProbe(str(tmp_path / "a.ckpt")), data, verbose=False)
@@ -543,7 +545,8 @@ from jepa_lightning.sharding import FSDP2Strategy
 from test_hugging_face_images import streamed
 
 out, shards = Path(sys.argv[1]), Path(sys.argv[2])
-settings = {"devices": 2, "strategy": FSDP2Strategy(save_distributed_checkpoint=False), "max_steps": 2, "val_check_interval": 2}
+settings = {"devices": 2, "max_steps": 2, "val_check_interval": 2}
+settings["strategy"] = FSDP2Strategy(save_distributed_checkpoint=False)
 said = ""
 try:
     trainer(out, **settings, limit_val_batches=1.0).fit(small_ijepa(), streamed(shards))

@@ -167,7 +167,12 @@ def test_by_one_configuration(checkpoint: str, elsewhere: Path, tmp_path: Path) 
     assert report["accuracy"]["last_four"]["accuracy"] > 0.5, "three classes that differ in color"
     tuned = f"--trainer.default_root_dir={tmp_path / 'tuned'}"
     tune = ["--config", "configs/probes/finetuning.yaml", f"--model.checkpoint={checkpoint}", *data, tuned]
-    tune += ["--data.batch_size=4", "--data.fraction=1", "--trainer.precision=32-true", "--trainer.enable_progress_bar=false"]
+    tune += [
+        "--data.batch_size=4",
+        "--data.fraction=1",
+        "--trainer.precision=32-true",
+        "--trainer.enable_progress_bar=false",
+    ]
     main(["fit", *tune, "--trainer.max_epochs=1"])
     main(["test", *tune, "--ckpt_path=last"])
     report = json.loads((tmp_path / "tuned" / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""Any image model of timm, frozen, to compare with.
+"""Image models of timm, frozen, to compare with: those that hand out the features of their blocks, which nearly all do.
 
 Shapes: B batch, C channels, H W pixels, h w places of a map, D embedding dimension.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, C channels, H W pixels, h w places of a map, D embedding dimens
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,17 +30,16 @@ class TimmModel(nn.Module):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         try:
-            self.model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-        except Exception as error:  # whatever is damaged or unknown
-            raise ValueError(f"{folder} cannot be read by timm ({type(error).__name__}: {error}).") from error
-        about = resolve_model_data_config(self.model)
-        channels, *size = about["input_size"]
+            self.model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+            about = resolve_model_data_config(self.model)
+            channels, *size = about["input_size"]
+            with torch.no_grad():
+                *_, last = self.last_blocks(torch.zeros(1, channels, *size), 4)
+        except Exception as error:  # whatever is damaged, unknown, or hands out no features of its blocks
+            raise ValueError(f"{folder} cannot be read as a model of timm ({type(error).__name__}: {error}).") from error
         self.channels: int = channels
         self.image_size: tuple[int, int] = (size[0], size[1])
         self.pixels = PixelFormat(channels, mean=about["mean"], std=about["std"])
-        self.eval()
-        with torch.no_grad():
-            (last,) = self.last_blocks(torch.zeros(1, channels, *size), 1)
         self.dim = last.shape[2]
 
     def last_blocks(self, images: Tensor, count: int) -> list[Tensor]:
@@ -47,11 +47,12 @@ class TimmModel(nn.Module):
 
         Args:
             images: Normalized images of the model's own size, (B, C, H, W).
-            count: How many blocks.
+            count: How many blocks, or as many as there are if those are fewer.
 
         Returns:
             (B, h w, D) each, the last one last; D and h w may differ from stage to stage.
         """
+        count = min(count, len(self.model.feature_info))
         maps = self.model.forward_intermediates(images, indices=count, norm=True, output_fmt="NCHW", intermediates_only=True)
         return [of.flatten(2).transpose(1, 2) for of in maps]
 

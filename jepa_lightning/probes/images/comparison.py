@@ -59,7 +59,7 @@ class ComparisonProbe(RidgeProbe):
     Args:
         checkpoint: Path of a run directory or checkpoint of an I-JEPA or IWM.
         others: Paths of further run directories, checkpoints, weights in the layout of the released I-JEPA or of Hugging
-            Face's, or folders of any of timm's models. A JEPA sees the same images, its positions stretched to their size,
+            Face's, or folders of timm's models. A JEPA sees the same images, its positions stretched to their size,
             if its patches tile them; else, as timm's models do, the same resized to what it was trained on.
         num_classes: Number of classes; that of the data by default.
         encoder: Which encoder's embeddings are read, "target" as in the paper, or "context".
