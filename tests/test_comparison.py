@@ -128,7 +128,7 @@ def test_any_model_of_timm_is_compared_with(
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained_cfg_overlay={"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}).eval()
     timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=name == "test_vit3")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         report = compare(checkpoint, images, tmp_path / "out", others=[str(tmp_path / "timm")])
     side = model.pretrained_cfg["input_size"][1]
     assert f"timm sees the images of (16, 16) resized to ({side}, {side})" in caplog.text

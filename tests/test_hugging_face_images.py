@@ -262,7 +262,7 @@ def test_rows_without_a_class_on_a_disk(
     rows = {"image": [{"bytes": png(n), "path": None} for n in range(12)], "label": labels}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "d")
     data = HuggingFaceImages(str(tmp_path / "d"), val_fraction=0.5, **SMALL)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
     assert data.classes == classes
     assert "Found 6 images in 2 classes to train on and 6 to hold out" in caplog.text

@@ -105,7 +105,7 @@ def test_other_encoders_are_stretched_once(
     run = trainer(tmp_path / "probe", limit_test_batches=1.0)
     run.test(probe, small_images(elsewhere, image_size=48), verbose=False)
     assert torch.equal(probe.others["other_0"].positions, other.target_encoder.positions), "48 is its own size"
-    with caplog.at_level("INFO"):  # its patches of 8 pixels do not tile 20
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):  # its patches of 8 pixels do not tile 20
         probe = ComparisonProbe(checkpoint, [str(tmp_path / "other.ckpt")])
         run.test(probe, small_images(elsewhere, image_size=20), verbose=False)
     assert "other.ckpt sees the images of (20, 20) resized to (48, 48)" in caplog.text
