@@ -243,6 +243,15 @@ def test_rows_without_an_image_or_a_class_end_nothing(tmp_path: Path) -> None:
     assert [label for batch in held_out for label in batch.labels.tolist()] == [0, 1, -1, 0, 1, 0, 1]
 
 
+def partly_labeled(folder: Path, labels: list[Any], feature: str) -> HuggingFaceImages:
+    """Twelve images on a disk, half of them held out."""
+    of = datasets.ClassLabel(names=["ant", "bee"]) if feature == "class" else datasets.Value(feature)
+    features = datasets.Features({"image": datasets.Image(), "label": of})
+    rows = {"image": [{"bytes": png(n), "path": None} for n in range(12)], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(folder)
+    return HuggingFaceImages(str(folder), val_fraction=0.5, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("labels", "feature", "classes", "expected"),
     [
@@ -257,11 +266,7 @@ def test_rows_without_an_image_or_a_class_end_nothing(tmp_path: Path) -> None:
 def test_rows_without_a_class_on_a_disk(
     tmp_path: Path, labels: list[Any], feature: str, classes: list[str], expected: list[int], caplog: Any
 ) -> None:
-    of = datasets.ClassLabel(names=["ant", "bee"]) if feature == "class" else datasets.Value(feature)
-    features = datasets.Features({"image": datasets.Image(), "label": of})
-    rows = {"image": [{"bytes": png(n), "path": None} for n in range(12)], "label": labels}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "d")
-    data = HuggingFaceImages(str(tmp_path / "d"), val_fraction=0.5, **SMALL)
+    data = partly_labeled(tmp_path / "d", labels, feature)
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         data.setup("fit")
     assert data.classes == classes
@@ -270,6 +275,10 @@ def test_rows_without_a_class_on_a_disk(
     found = [*data.plain_train_dataloader(), *data.val_dataloader()]
     both = {number: label for batch in found for number, label in zip(numbers(batch), batch.labels.tolist(), strict=True)}
     assert [both[n] for n in range(12)] == expected
+
+
+def test_images_without_a_class_among_others_train_and_are_not_classified(tmp_path: Path) -> None:
+    data = partly_labeled(tmp_path / "d", [1, None, 0] * 4, "class")
     run = trainer(tmp_path / "run", max_steps=1, limit_val_batches=1.0, val_check_interval=1)
     run.fit(small_ijepa(), data)
     assert "val/knn_accuracy" in run.callback_metrics, "of those that have a class"
