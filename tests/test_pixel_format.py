@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules import ImageFolder, MultiTask
-from datamodules.decoding import read_image, size_of
+from datamodules.decoding import layout_of, read_image, size_of
 from datamodules.first_look import look
 from datamodules.pixel_format import IMAGENET_MEAN, PixelFormat, agree
 from datamodules.preprocessing import denormalize, normalize
@@ -121,6 +121,22 @@ def test_pages_of_a_tiff_are_its_channels(tmp_path: Path) -> None:
             read_image(str(path), PixelFormat(channels))
     with pytest.raises(ValueError, match=r"Not one of 1 images looked at has data.channels=3. .*five.tif: it has 5 pages"):
         look([str(path).encode()])
+
+
+def test_of_several_pages_of_colors_the_first_is_read(tmp_path: Path) -> None:
+    pages = [Image.new(mode, (8, 8), color) for mode in ("RGB", "P") for color in (1, 2)]
+    for name, (first, second) in (("rgb", pages[:2]), ("palette", pages[2:])):
+        first.save(tmp_path / f"{name}.tif", save_all=True, append_images=[second])
+        expected = np.array(first.convert("RGB"))
+        assert np.array_equal(read_image(str(tmp_path / f"{name}.tif")).permute(1, 2, 0), expected)
+
+
+def test_what_is_looked_at_need_not_be_a_file(tmp_path: Path) -> None:
+    little, big = save(tmp_path, "a.tif", RAMP), tmp_path / "b.tif"
+    tifffile.imwrite(big, RAMP, byteorder=">", photometric="minisblack")
+    contents = {b"0": little.read_bytes(), b"1": big.read_bytes()}
+    found = look(list(contents), fetch=lambda place: io.BytesIO(contents[place]))
+    assert found.pixels.integers == (0, 4095) and "Of 2 images looked at: 2 16-bit gray;" in found.said
 
 
 def test_bands_of_other_images_are_channels(tmp_path: Path) -> None:
@@ -269,6 +285,7 @@ def test_bytes_with_a_band_of_unknown_meaning_are_read_without_it(tmp_path: Path
     expected = values[:, :, [0, 0, 0]] if count == 2 else values[:, :, :3]
     assert np.array_equal(read_image(str(path)).permute(1, 2, 0), expected)
     assert np.array_equal(read_image(str(path), PixelFormat(count)).permute(1, 2, 0), values), "or all of them"
+    assert layout_of(str(path)) in ("L", "RGB", "RGBA", "RGBX")
 
 
 def test_bands_of_unknown_colors_are_no_colors(tmp_path: Path) -> None:
