@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import apart, small_data, small_ijepa, small_images, small_iwm, small_model, trainer
@@ -54,8 +55,9 @@ def test_the_transform_is_that_of_validation(tmp_path: Path, image_root: Path) -
     assert transform(Image.new("L", (31, 77))).shape == (3, 16, 16)
     assert transform(torch.zeros(3, 90, 20, dtype=torch.uint8)).shape == (3, 16, 16)
     for odd, said in ((torch.zeros(3, 8, 8), "torch.float32"), (torch.zeros(1, 8, 8, dtype=torch.uint8), r"\(1, 8, 8\)")):
-        with pytest.raises(ValueError, match=f"{said}.*give a PIL image, or a uint8 tensor"):
+        with pytest.raises(ValueError, match=f"{said}.*give a path, a PIL image, or a uint8 tensor"):
             transform(odd)
+    torch.testing.assert_close(transform(path), batch.images[0])
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,9 @@ def test_normalization_is_that_of_imagenet() -> None:
 def test_images_of_one_right_side_are_still_cut() -> None:
     assert center(torch.zeros(3, 40, 16, dtype=torch.uint8), (16, 16)).shape == (3, 16, 16)
     assert center(torch.zeros(3, 16, 40, dtype=torch.uint8), (16, 16)).shape == (3, 16, 16)
-    with pytest.raises(ValueError, match="str: give a PIL image"):
+    with pytest.raises(ValueError, match="ndarray: give a path, a PIL image"):
+        small_ijepa().transform(np.zeros((16, 40, 3), np.uint8))  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
         small_ijepa().transform("a.png")
 
 
