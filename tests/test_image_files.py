@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from conftest import small_images, write_images
 
-from datamodules.image_files import EXTENSIONS, draw_per_class, printable, read_list, scan
+from datamodules.image_files import EXTENSIONS, describe, draw_per_class, printable, read_list, scan
 from datamodules.rng import seeded_generator
 
 
@@ -131,8 +130,10 @@ def test_folders_of_the_system_are_no_classes_and_hold_no_images(folder: str, tm
     (tmp_path / "flat" / "inner").rename(tmp_path / "flat" / "..inner")  # hidden, too
     flat = scan(tmp_path / "flat")
     assert not flat.classes and len(flat.samples.paths) == 3 and flat.hidden == Counter({folder: 1, "..inner": 1})
-    with pytest.warns(UserWarning, match=re.escape(f"hidden folders and those of the system: 3 {folder}.")):
-        small_images(tmp_path / "classes").setup("fit")
+    assert describe(tmp_path, classes) == (
+        f"Found 9 images in 2 classes in {tmp_path}.",
+        f"Left out of {tmp_path}: hidden folders and those of the system: 3 {folder}.",
+    )
 
 
 def test_every_ending_is_found(tmp_path: Path) -> None:

@@ -247,7 +247,8 @@ def test_validation_ranks_the_first_images_and_reads_actions_from_all(
 ) -> None:
     monkeypatch.setattr(jepa_lightning.action_monitor, "WATCHED", 3)
     monkeypatch.setattr(jepa_lightning.mean_reciprocal_rank, "BANK_SIZE", 16)
-    jepa, data, run = small_iwm(), small_views(image_root, val_fraction=0.5), trainer(tmp_path, limit_val_batches=1.0)
+    jepa, data = small_iwm(), small_views(image_root, val_fraction=0.5, normalization="found")
+    run = trainer(tmp_path, limit_val_batches=1.0)
     run.validate(jepa, data, verbose=False)
     ranks, probe = MeanReciprocalRanks(), ActionProbe(192, 7)
     jepa.eval()

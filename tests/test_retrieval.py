@@ -48,7 +48,7 @@ def test_the_gallery_frames_what_is_of_the_same_class() -> None:
     embeddings = torch.tensor([[0.0, 1], [0.1, 1], [1, 0], [1, 0.1], [-1, -1]])
     images = torch.arange(5).float()[:, None, None, None].expand(-1, 3, 4, 4) / 5
     axes = gallery(images, embeddings, torch.tensor([0, 0, 1, 0, 2])).axes
-    assert len(axes) == 5 * 5
+    assert len(axes) == 5 * 5 and [axis.get_title() for axis in axes[:6]] == ["query", "1", "2", "3", "4", ""]
     shown = [float(axis.images[0].get_array()[0, 0, 0]) for axis in axes]
     assert shown[:2] == pytest.approx([0.0, 0.2]) and shown[10:12] == pytest.approx([0.4, 0.6])
     assert not axes[0].patches and axes[1].patches[0].get_edgecolor()[1] > 0.4, "the nearest to 0 is of its class: green"
