@@ -14,6 +14,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 from PIL import Image
+from PIL.ExifTags import Base
+from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # damage is said by whoever reads the images
 
@@ -23,7 +25,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_BANDS = {"LA;16B": 2, "RGB;16B": 3, "RGBA;16B": 4}
 """Pillow's name of what a PNG of 16 bits holds -> its number of bands."""
 
-GRAY, RGB = 1, 2
+READ = (PHOTOMETRIC.MINISBLACK, PHOTOMETRIC.RGB)
 """What a TIFF says of how its values become colors; whatever else it says is not read here."""
 
 
@@ -98,36 +100,38 @@ def bands_of(source: str | io.BytesIO, image: Image.Image | None, channels: int)
         return Bands(source, image.height, image.width, count, "I;16", count > 2, opacity, False, None)
     if image is not None:
         tags = getattr(image, "tag_v2", {})
-        count = tags.get(277, 1)
+        count = tags.get(Base.SamplesPerPixel, 1)
         if image.format != "TIFF" or count == 1 or image.mode in ("CMYK", "LAB", "YCbCr"):
             return None
         left_out = count - len(image.getbands())  # such as a fourth band of unknown meaning next to RGB
-        if max(tags.get(258, (8,))) <= 8 and (left_out == 0 or (channels in (1, 3) and left_out == 1)):
+        if max(tags.get(Base.BitsPerSample, (8,))) <= 8 and (left_out == 0 or (channels in (1, 3) and left_out == 1)):
             return None
     elif not _is_tiff(source):
         return None
     with tifffile.TiffFile(_rewound(source)) as tiff:
         page: Any = tiff.pages[0]
-        if page.samplesperpixel == 1 or page.dtype is None or page.photometric not in (GRAY, RGB):
+        if page.samplesperpixel == 1 or page.dtype is None or page.photometric not in READ:
             return None
-        extra = [int(kind) for kind in page.extrasamples]
-        opacity = next((place for place, kind in enumerate(extra) if kind in (1, 2)), None)
+        extra = list(page.extrasamples)
+        opacity = next(
+            (place for place, kind in enumerate(extra) if kind in (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)), None
+        )
         return Bands(
             source,
             page.imagelength,
             page.imagewidth,
             page.samplesperpixel,
             {"u1": "L", "u2": "I;16"}.get(page.dtype.str[1:], "F" if page.dtype.kind == "f" else "I"),
-            page.photometric == RGB,
+            page.photometric == PHOTOMETRIC.RGB,
             None if opacity is None else page.samplesperpixel - len(extra) + opacity,
-            opacity is not None and extra[opacity] == 1,
+            opacity is not None and extra[opacity] == EXTRASAMPLE.ASSOCALPHA,
             _orientation_of(page),
         )
 
 
 def _orientation_of(page: Any) -> int:
     """Of a page of a TIFF; upright where it is damaged."""
-    tag = page.tags.get(274)
+    tag = page.tags.get(Base.Orientation)
     return tag.value if tag is not None and isinstance(tag.value, int) else 1
 
 
