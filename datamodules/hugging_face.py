@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from datamodules.first_look import Look, Normalization, look
 from datamodules.hugging_face_source import HuggingFaceSource
 from datamodules.image_data import ImageDataModule
-from datamodules.image_files import Samples, draw_per_class, part_of
+from datamodules.image_files import Samples
+from datamodules.image_split import draw_per_class, part_of
 from datamodules.image_stream import HeldOutStream, StreamBatches, StreamedImages
 from datamodules.random_changes import random_change, random_pair
 from datamodules.rank_zero import from_rank_zero

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from datamodules.downloads import SOURCES, DatasetName, download
 from datamodules.first_look import Normalization
 from datamodules.image_data import ImageDataModule
-from datamodules.image_files import Samples, Scan, all_images, describe, scan, split_images, training_folder
+from datamodules.image_files import Samples, Scan, describe, scan
+from datamodules.image_split import all_images, split_images, training_folder
 from datamodules.rank_zero import from_rank_zero
 from datamodules.views import Views
 

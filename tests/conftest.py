@@ -104,6 +104,13 @@ def small_driven_model(**changes: Any) -> PendulumJEPA:
     return small_model(**({"history": 3, "horizon": 2, "action_dim": 2} | changes))
 
 
+def touch(*paths: Path) -> None:
+    """Empty files, with the folders above them."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
 def write_images(folder: Path, count: int, size: tuple[int, int] = (20, 24), hue: int = 0) -> None:
     """Noise over a color, so that classes differ, as files 0000.jpg ..."""
     folder.mkdir(parents=True, exist_ok=True)
