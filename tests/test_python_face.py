@@ -42,6 +42,8 @@ def test_a_model_gives_embeddings_of_uint8_and_of_normalized_images(tmp_path: Pa
     assert patches.shape == (3, 16, 192) and torch.equal(patches, model.target_encoder(normalize(pixels())))
     assert torch.equal(model(pixels()), patches.mean(dim=1)) and torch.equal(model(normalize(pixels())), model(pixels()))
     assert not model.training and not model(pixels()).requires_grad
+    with pytest.raises(ValueError, match="Images of torch.uint8: an encoder takes normalized images. model.encode"):
+        model.target_encoder(pixels())
 
 
 def test_the_transform_is_that_of_validation(tmp_path: Path, image_root: Path) -> None:

@@ -159,6 +159,9 @@ class ViTEncoder(nn.Module):
 
         Returns:
             (B, N, D) or (B, K, D).
+
+        Raises:
+            ValueError: Images of integers, which are not normalized.
         """
         tokens = self._embed(images, keep)
         if self.gradient_checkpointing and self.training:
@@ -169,6 +172,8 @@ class ViTEncoder(nn.Module):
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Tokens before the first block: (B, N, D), or (B, K, D) of those kept."""
+        if not images.is_floating_point():  # pixels of 0 to 255 would pass, and give features of nothing
+            raise ValueError(f"Images of {images.dtype}: an encoder takes normalized images. model.encode normalizes uint8.")
         images = images.to(self.positions.dtype)  # normalized in float32, whatever the network is rounded to
         tokens = self.vit.patch_embed(images) + self.positions
         return self.vit.norm_pre(tokens if keep is None else take(tokens, keep))
