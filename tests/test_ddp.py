@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 SCRIPT = """
 import json, sys
@@ -26,39 +27,43 @@ class Record(pl.Callback):
         target = torch.nn.utils.parameters_to_vector(module.target_encoder.parameters())
         self.losses.append(target.double().sum().item())
 
-out, devices, accumulate = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+out, devices = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
-record = Record()
-run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2, limit_val_batches=1.0,
-              callbacks=[record], accumulate_grad_batches=accumulate, check_val_every_n_epoch=1)
-model = small_model(momentum=0.9)
-run.fit(model, small_data(batch_size=4 // devices, val_size=8))
-torch.save(model.state_dict(), out / f"rank{run.global_rank}.pt")
-metrics = {name: value.item() for name, value in run.callback_metrics.items()}
-(out / f"rank{run.global_rank}.json").write_text(json.dumps(
-    {"seen": record.seen, "targets": record.losses, "steps": run.global_step, "metrics": metrics}))
+for accumulate in json.loads(sys.argv[3]):
+    record = Record()
+    run = trainer(out, devices=devices, strategy="ddp" if devices > 1 else "auto", max_epochs=2, limit_val_batches=1.0,
+                  callbacks=[record], accumulate_grad_batches=accumulate, check_val_every_n_epoch=1)
+    model = small_model(momentum=0.9)
+    run.fit(model, small_data(batch_size=4 // devices, val_size=8))
+    name = f"{accumulate}_rank{run.global_rank}"
+    torch.save(model.state_dict(), out / f"{name}.pt")
+    metrics = {key: value.item() for key, value in run.callback_metrics.items()}
+    (out / f"{name}.json").write_text(json.dumps(
+        {"seen": record.seen, "targets": record.losses, "steps": run.global_step, "metrics": metrics}))
 """
+ACCUMULATED = (1, 3)
 
 
-def run(out: Path, devices: int, accumulate: int) -> list[tuple[dict, dict]]:
-    out.mkdir()
-    script = out / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    environment.pop("LOCAL_RANK", None)
-    arguments = [sys.executable, str(script), str(out), str(devices), str(accumulate)]
-    done = subprocess.run(arguments, env=environment, cwd=out, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [
-        (json.loads((out / f"rank{rank}.json").read_text()), torch.load(out / f"rank{rank}.pt", weights_only=True))
-        for rank in range(devices)
-    ]
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process and two have written: they are started once for all accumulations."""
+    folder = tmp_path_factory.mktemp("ddp")
+    for devices in (1, 2):
+        run_script(SCRIPT, folder / f"of{devices}", str(devices), json.dumps(ACCUMULATED))
+    return folder
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_two_processes_equal_one_on_the_same_global_batch(tmp_path: Path, accumulate: int) -> None:
-    ((alone, weights),) = run(tmp_path / "one", 1, accumulate)
-    (first, weights0), (second, weights1) = run(tmp_path / "two", 2, accumulate)
+def outcomes(runs: Path, devices: int, accumulate: int) -> Iterator[tuple[dict, dict]]:
+    """What each process has seen and measured, and its weights."""
+    for rank in range(devices):
+        file = runs / f"of{devices}" / f"{accumulate}_rank{rank}"
+        yield json.loads(file.with_suffix(".json").read_text()), torch.load(file.with_suffix(".pt"), weights_only=True)
+
+
+@pytest.mark.parametrize("accumulate", ACCUMULATED)
+def test_two_processes_equal_one_on_the_same_global_batch(runs: Path, accumulate: int) -> None:
+    ((alone, weights),) = outcomes(runs, 1, accumulate)
+    (first, weights0), (second, weights1) = outcomes(runs, 2, accumulate)
 
     assert alone["steps"] == first["steps"] == second["steps"] == 12 // accumulate
     for epoch in range(2):
