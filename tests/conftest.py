@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import runpy
 import subprocess
 import sys
 import warnings
@@ -203,6 +204,16 @@ def run_script(script: str, out: Path, *arguments: str, own: bool = True) -> Non
     command = [sys.executable, str(out / "script.py"), *([str(out)] if own else []), *arguments]
     done = subprocess.run(command, env=environment, cwd=out, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_here(script: str, out: Path, *arguments: str) -> None:
+    """Run a script as `run_script` does, but in this process, which has imported everything already."""
+    out.mkdir()
+    (out / "script.py").write_text(script)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        patch.setattr(sys, "argv", ["script.py", str(out), *arguments])
+        runpy.run_path("script.py")
 
 
 def apart(jepa: torch.nn.Module) -> None:

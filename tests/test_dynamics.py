@@ -10,6 +10,7 @@ import torch
 from conftest import (
     parameters_equal,
     record_points,
+    run_here,
     run_script,
     small_dynamics,
     small_images,
@@ -290,8 +291,8 @@ torch.save(model.state_dict(), out / f"rank{run.global_rank}.pt")
 
 
 def test_two_processes_equal_one(tmp_path: Path, points_root: Path) -> None:
-    for devices in (1, 2):
-        run_script(SCRIPT, tmp_path / str(devices), str(points_root), str(devices))
+    run_here(SCRIPT, tmp_path / "1", str(points_root), "1")
+    run_script(SCRIPT, tmp_path / "2", str(points_root), "2")
     alone, first, second = (
         torch.load(tmp_path / name, weights_only=True) for name in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt")
     )

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import apart, run_script, small_data, small_ijepa, small_images, small_iwm, small_model, trainer, write_images
+from conftest import (
+    apart,
+    run_here,
+    run_script,
+    small_data,
+    small_ijepa,
+    small_images,
+    small_iwm,
+    small_model,
+    trainer,
+    write_images,
+)
 from lightning.pytorch import Callback
 from PIL import Image
 from safetensors.torch import load_file
@@ -141,8 +152,8 @@ run.predict(small_ijepa(), small_images(folder, batch_size=2), return_prediction
 
 def test_two_processes_write_what_one_writes(tmp_path: Path, mixed: Path) -> None:
     write_images(mixed / "ant", 8, size=(16, 16))  # 13 files: one process has one more
-    for name, devices in (("one", "1"), ("two", "2")):
-        run_script(PROCESSES, tmp_path / name, devices, str(mixed))
+    run_here(PROCESSES, tmp_path / "one", "1", str(mixed))
+    run_script(PROCESSES, tmp_path / "two", "2", str(mixed))
     one, two = (tmp_path / name / "predict" / "mixed" for name in ("one", "two"))
     assert table(one) == table(two) and len(table(one)) == 13
     first, second = (load_file(folder / "embeddings.safetensors")["embeddings"] for folder in (one, two))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_script, small_ijepa, small_images, trainer, write_images
+from conftest import run_here, run_script, small_ijepa, small_images, trainer, write_images
 
 import jepa_lightning.probes.images.memory_bank
 from jepa_lightning.classifiers import directions, vote
@@ -162,8 +162,8 @@ run.test(probe, small_images(root, batch_size=2, val_fraction=0.24), verbose=Fal
 
 def test_two_processes_report_what_one_reports(tmp_path: Path, noise: Path, checkpoint: str) -> None:
     """15 + 15 images in the memory bank and 4 + 4 held out, in uneven batches."""
-    for name, devices in (("one", "1"), ("two", "2")):
-        run_script(PROBE, tmp_path / name, devices, checkpoint, str(noise))
+    run_here(PROBE, tmp_path / "one", "1", checkpoint, str(noise))
+    run_script(PROBE, tmp_path / "two", "2", checkpoint, str(noise))
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     for report in (one, two):
         report.pop("command")

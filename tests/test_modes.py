@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import parameters_equal, run_script, small_data, small_driven_data, small_driven_model, small_model, trainer
+from conftest import (
+    parameters_equal,
+    run_here,
+    run_script,
+    small_data,
+    small_driven_data,
+    small_driven_model,
+    small_model,
+    trainer,
+)
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from callbacks import CollapseAlarm, CollapseWarning
@@ -154,7 +163,7 @@ torch.save(results, out / f"rank{run.global_rank}.pt")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], ...]:
     """By mode, what one process alone has learned, and both of two."""
     folder = tmp_path_factory.mktemp("fitted")
-    run_script(SCRIPT, folder / "one", "1", *MODES)
+    run_here(SCRIPT, folder / "one", "1", *MODES)
     run_script(SCRIPT, folder / "two", "2", *MODES)
     files = (folder / "one" / "rank0.pt", folder / "two" / "rank0.pt", folder / "two" / "rank1.pt")
     return tuple(torch.load(file, weights_only=True) for file in files)
